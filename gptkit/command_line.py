@@ -1,0 +1,153 @@
+"""Command lines from dataclasses, and mistakes told in one line.
+
+A command's settings are the fields of one dataclass; each field becomes one flag, so that help text,
+saved config and code cannot drift apart. A user's mistake is a UserError: one line, exit code 2.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+EXIT_USER_ERROR = 2
+Config = TypeVar("Config")
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message names the value and the remedy."""
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    at_least: float | None = None,
+    more_than: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A dataclass field that is also a flag. Without a default the flag must be given; bounds are checked by parse."""
+    metadata = {"help": help, "at_least": at_least, "more_than": more_than, "at_most": at_most}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def parse(config_class: type[Config], arguments: Sequence[str] | None = None) -> Config:
+    """The settings that `arguments` (default: the command line) ask for.
+
+    Fields may be bool, int, float, str, a Literal of strings, or one of these `| None`.
+    Raises UserError for an unknown flag, a value of the wrong type or one out of its bounds.
+    """
+    parser = _OneLineParser(description=config_class.__doc__, allow_abbrev=False)
+    hints = typing.get_type_hints(config_class)
+    fields = dataclasses.fields(typing.cast(Any, config_class))
+    for field in fields:
+        kind = _without_none(hints[field.name])
+        required = field.default is dataclasses.MISSING
+        options: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%"), "required": required}
+        if not required:
+            options["default"] = field.default
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        else:
+            options["type"] = kind
+            options["metavar"] = kind.__name__.upper()
+        if field.default not in (dataclasses.MISSING, None) and kind is not bool:
+            options["help"] += f" (default: {str(field.default).replace('%', '%%')})"
+        parser.add_argument(f"--{field.name}", **options)
+    values = vars(parser.parse_args(arguments))
+    for field in fields:
+        _check_bounds(field, values[field.name])
+    return config_class(**values)
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _check_bounds(field: dataclasses.Field[Any], value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    bounds = field.metadata
+    if not math.isfinite(value):
+        raise UserError(f"--{field.name} {value} is not a finite number")
+    if bounds["at_least"] is not None and value < bounds["at_least"]:
+        raise UserError(f"--{field.name} {value} is too small; it must be at least {bounds['at_least']}")
+    if bounds["more_than"] is not None and value <= bounds["more_than"]:
+        raise UserError(f"--{field.name} {value} is too small; it must be more than {bounds['more_than']}")
+    if bounds["at_most"] is not None and value > bounds["at_most"]:
+        raise UserError(f"--{field.name} {value} is too large; it must be at most {bounds['at_most']}")
+
+
+def run_command(config_class: type[Config], main: Callable[[Config], int | None]) -> NoReturn:
+    """Parse the command line, call main, and leave: with main's code, or with one line and code 2."""
+    try:
+        sys.exit(main(parse(config_class)) or 0)
+    except UserError as error:
+        message = str(error)
+    except BrokenPipeError:  # whoever read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        remedy = _OS_REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            raise
+        message = f"{error.filename or 'writing'}: {os.strerror(error.errno or 0).lower()}; {remedy}"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+_OS_REMEDIES = {
+    errno.ENOSPC: "make room on the disk and run the same command again",
+    errno.EDQUOT: "make room in the quota and run the same command again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run the same command again",
+    errno.EACCES: "check who owns it and its permissions",
+    errno.EPERM: "check who owns it and its permissions",
+    errno.EROFS: "choose a folder that can be written to",
+}
+
+
+def existing_path(path: str, flag: str) -> Path:
+    """`path`, which must exist. Raises UserError naming the path that was probably meant."""
+    found = Path(path)
+    if found.exists():
+        return found
+    likely = _likely_path(found)
+    hint = f"; did you mean {likely}?" if likely else f" (looked from {Path.cwd()})"
+    raise UserError(f"{flag} {path}: no such file or folder{hint}")
+
+
+def _likely_path(path: Path) -> Path | None:
+    """The existing path that differs from `path` only by leading `..`, or by a small slip in its last name."""
+    if path.is_absolute():
+        candidates = []
+    else:
+        inner = Path(*[part for part in path.parts if part != ".."])
+        candidates = [Path("../" * ups) / inner for ups in range(4) if inner.parts]
+    for candidate in candidates:
+        if candidate != path and candidate.exists():
+            return candidate
+    for candidate in [path, *candidates]:
+        if candidate.parent.is_dir():
+            close = difflib.get_close_matches(candidate.name, os.listdir(candidate.parent), n=1)
+            if close:
+                return candidate.parent / close[0]
+    return None
