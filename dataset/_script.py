@@ -45,7 +45,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         remedy = _OS_REMEDIES.get(error.errno or 0)
         if remedy is None:
             raise
-        message = f"{error.filename or 'writing'}: {os.strerror(error.errno or 0).lower()}; {remedy}, then run this again"
+        message = (
+            f"{error.filename or 'writing'}: {os.strerror(error.errno or 0).lower()}; {remedy}, then run this again"
+        )
     except KeyboardInterrupt:
         message = "interrupted; nothing was kept, run the same command again"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

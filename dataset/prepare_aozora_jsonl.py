@@ -128,7 +128,9 @@ def work_of_line(line: bytes, separator: str) -> tuple[str, dict[str, Any]]:
     except UnicodeEncodeError as error:
         raise BadLine(f"`text` has a lone surrogate at character {error.start + 1}, which no UTF-8 file can hold")
     if (text + separator).index(separator) != len(text):
-        raise BadLine(f"`text` contains the separator {separator}, which would cut the work (choose another --separator)")
+        raise BadLine(
+            f"`text` contains the separator {separator}, which would cut the work (choose another --separator)"
+        )
     return text, meta if isinstance(meta, dict) else {}
 
 

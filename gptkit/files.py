@@ -26,7 +26,6 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
 
 
-
 def sync_folder(folder: Path) -> None:
     """Make renames within `folder` survive a power cut (on systems where a folder can be opened)."""
     if os.name != "posix":
