@@ -9,11 +9,14 @@ Standalone: the standard library, and tqdm for the bar on a terminal. Tokens are
 """
 
 import argparse
+import contextlib
+import difflib
 import gzip
 import hashlib
 import json
 import lzma
 import os
+import re
 import shutil
 import sys
 import time
@@ -27,8 +30,9 @@ from _script import Parser, UserError, run_script
 
 FORMAT = "gptkit-text-shards"
 MIB = 1024 * 1024
-MAX_LINE_BYTES = 128 * MIB  # a longer "line" is no work; the bound keeps memory bounded on any input
-OWN_FILES = ("manifest.json", "combined_*.txt", ".partial")
+MAX_LINE_BYTES = 32 * MIB  # ten million characters, more than any novel; longer lines would take too much memory
+SHARD_NAME = re.compile(r"combined_\d{4,}\.txt")
+MAGIC = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open}  # how compressed files begin, whatever their names
 
 
 class BadLine(Exception):
@@ -39,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser("JSONL of Aozora Bunko -> text shards")
     parser.add_argument("--jsonl_path", required=True, help="a .jsonl, .jsonl.gz or .jsonl.xz file")
     parser.add_argument("--output_dir", required=True, help="folder for the shards; an earlier result is replaced")
-    parser.add_argument("--max_size_mb", type=float, default=25, help="most MiB a shard, separators counted (25)")
+    parser.add_argument("--max_size_mb", type=float, default=25.0, help="most MiB a shard, separators counted (25)")
     parser.add_argument("--separator", default="<|endoftext|>", help="written after each work (<|endoftext|>)")
     parser.add_argument("--orthography", nargs="+", metavar="文字遣い種別", help="keep only these, e.g. 新字新仮名")
     parser.add_argument("--author", nargs="+", metavar="姓名", help="keep only these authors, e.g. 夏目漱石")
@@ -61,24 +65,49 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--max_size_mb {options.max_size_mb:g} holds no text; give the MiB a shard, such as 25")
     if options.max_chars is not None and options.max_chars < max(options.min_chars, 1):
         raise UserError(f"--max_chars {options.max_chars} leaves nothing; give more than --min_chars and 0")
-    source = Path(options.jsonl_path)
+    check_source(Path(options.jsonl_path))
+    check_output(Path(options.output_dir))
+
+
+def check_source(source: Path) -> None:
+    if source.is_dir():
+        raise UserError(f"--jsonl_path {source} is a folder; name the .jsonl file in it")
     if not source.is_file():
-        near = [path for path in (source.with_name(source.name + ".gz"), source.with_name(source.name + ".xz"),
-                                  source.with_suffix(""), Path("..") / source, Path(*source.parts[1:]))
-                if path.is_file()]  # fmt: skip
-        remedy = f"did you mean {near[0]}?" if near else "dataset/download_aozora.py fetches it"
+        likely = likely_file(source)
+        remedy = f"did you mean {likely}?" if likely else "dataset/download_aozora.py fetches it"
         raise UserError(f"--jsonl_path {source}: no such file; {remedy}")
-    output = Path(options.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output_dir {output} is a file; name a folder")
-    if output.is_dir():
-        own = {path.name for pattern in OWN_FILES for path in output.glob(pattern)}
-        other = sorted(path.name for path in output.iterdir() if path.name not in own)
-        manifest = output / "manifest.json"
-        if not other and manifest.exists() and f'"{FORMAT}"'.encode() not in manifest.read_bytes()[:200]:
-            other = ["manifest.json"]
-        if other:
-            raise UserError(f"--output_dir {output} holds something else ({other[0]}); name a new or empty folder")
+
+
+def likely_file(path: Path) -> Path | None:
+    """The file that was probably meant: (un)compressed, a folder up or down, or with a slip in its name."""
+    bare = str(path).removesuffix(".gz").removesuffix(".xz")
+    candidates = [Path(bare), Path(f"{bare}.gz"), Path(f"{bare}.xz")]
+    if not path.is_absolute():
+        candidates += [Path("..") / path, Path(*path.parts[1:])]
+    if path.parent.is_dir():
+        names = [name for name in os.listdir(path.parent) if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz"))]
+        candidates += [path.parent / name for name in difflib.get_close_matches(path.name, names)]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def check_output(output: Path) -> None:
+    """The folder may be missing, empty, or hold what this script wrote: that alone is replaced."""
+    there = next(path for path in (output, *output.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"--output_dir {output}: {there} is a file; name a folder")
+    if there != output:
+        return
+    # Without a manifest of ours, shards are ours only beside what a killed run left.
+    ours = has_our_manifest(output) or (output / ".partial").is_dir()
+    for name in sorted(os.listdir(output)):
+        is_own = ours and (name == "manifest.json" or SHARD_NAME.fullmatch(name))
+        if not is_own and not name.startswith("."):  # hidden files are .partial, or come from a file browser
+            raise UserError(f"--output_dir {output} holds something else ({name}); name a new or empty folder")
+
+
+def has_our_manifest(output: Path) -> bool:
+    manifest = output / "manifest.json"
+    return manifest.is_file() and f'"{FORMAT}"'.encode() in manifest.read_bytes()[:200]
 
 
 class Source:
@@ -87,9 +116,10 @@ class Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.n_bytes = path.stat().st_size
-        self._raw: BinaryIO = open(path, "rb")
-        opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
-        self._file = cast(BinaryIO, opened(self._raw, "rb")) if opened else self._raw
+        self._raw = open(path, "rb")
+        head = self._raw.peek(8)
+        opened = next((opener for magic, opener in MAGIC.items() if head.startswith(magic)), None)
+        self._file = cast(BinaryIO, opened(self._raw, "rb") if opened else self._raw)
 
     def position(self) -> int:
         return self._raw.tell()
@@ -106,8 +136,8 @@ class Source:
             raise UserError(f"{self.path}: damaged or cut short after line {number} ({error}); download it again")
 
 
-def work_of_line(line: bytes, separator: str) -> tuple[str, dict[str, Any]]:
-    """(text, meta) of one line. Raises BadLine."""
+def work_of_line(line: bytes, separator: bytes) -> tuple[str, bytes, dict[str, Any]]:
+    """(text, the same in UTF-8, meta) of one line. Raises BadLine."""
     if len(line) > MAX_LINE_BYTES:
         raise BadLine(f"longer than {MAX_LINE_BYTES // MIB} MiB")
     try:
@@ -124,14 +154,15 @@ def work_of_line(line: bytes, separator: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(text, str):
         raise BadLine(f"`text` is not a string but {type(text).__name__}")
     try:
-        text.encode()
+        utf8 = text.encode()
     except UnicodeEncodeError as error:
         raise BadLine(f"`text` has a lone surrogate at character {error.start + 1}, which no UTF-8 file can hold")
-    if (text + separator).index(separator) != len(text):
-        raise BadLine(
-            f"`text` contains the separator {separator}, which would cut the work (choose another --separator)"
-        )
-    return text, meta if isinstance(meta, dict) else {}
+    # Also where the text's end and the separator after it make up one that begins earlier.
+    end = utf8[-len(separator) :] + separator
+    if separator in utf8 or end.index(separator) < len(end) - len(separator):
+        shown = separator.decode()
+        raise BadLine(f"`text` contains the separator {shown!r}, which would cut the work (choose another --separator)")
+    return text, utf8, meta if isinstance(meta, dict) else {}
 
 
 def reason_to_leave_out(text: str, meta: dict[str, Any], options: argparse.Namespace) -> str | None:
@@ -157,41 +188,41 @@ class ShardWriter:
         self.shards: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
 
-    def add(self, text: str) -> None:
-        content = text.encode()
+    def add(self, text: str, utf8: bytes) -> None:
         n_separator = len(self.separator)
-        if self._file and self.shards[-1]["bytes"] + len(content) + n_separator > self.max_bytes:
+        if self._file and self.shards[-1]["bytes"] + len(utf8) + n_separator > self.max_bytes:
             self._close(continues=False)
-        while len(content) + n_separator > self.max_bytes:
-            end = self._cut(content)
-            self._write(content[:end])
+        n_characters = len(text)
+        while len(utf8) + n_separator > self.max_bytes:
+            end = self._cut(utf8)
+            n_cut = len(utf8[:end].decode())
+            self._write(utf8[:end], n_cut)
             self._close(continues=True)
-            content = content[end:]
-        self._write(content, self.separator)
+            utf8, n_characters = utf8[end:], n_characters - n_cut
+        self._write(utf8 + self.separator, n_characters)
         self.shards[-1]["works"] += 1
 
-    def _cut(self, content: bytes) -> int:
+    def _cut(self, utf8: bytes) -> int:
         """Where to cut: after the last paragraph that fits, else after the last sentence, else after a character."""
+        limit = min(self.max_bytes, len(utf8) - 1)  # something is left for the next shard
         for mark in (b"\n", "。".encode()):
-            found = content.rfind(mark, 0, self.max_bytes)
+            found = utf8.rfind(mark, 0, limit)
             if found >= 0:
                 return found + len(mark)
-        end = self.max_bytes
-        while content[end] & 0b1100_0000 == 0b1000_0000:  # a UTF-8 continuation byte
-            end -= 1
-        return end
+        while utf8[limit] & 0b1100_0000 == 0b1000_0000:  # a UTF-8 continuation byte
+            limit -= 1
+        return limit
 
-    def _write(self, content: bytes, separator: bytes = b"") -> None:
+    def _write(self, content: bytes, n_characters: int) -> None:
         if not self._file:
             name = f"combined_{len(self.shards) + 1:04d}.txt"
             self.shards.append({"file": name, "works": 0, "characters": 0, "bytes": 0})
-            self._file = open(self.folder / name, "wb", buffering=MIB)
+            self._file = open(self.folder / name, "wb")
             self._digest = hashlib.sha256()
-        for part in (content, separator):
-            self._file.write(part)
-            self._digest.update(part)
-        self.shards[-1]["bytes"] += len(content) + len(separator)
-        self.shards[-1]["characters"] += len(content.decode())
+        self._file.write(content)
+        self._digest.update(content)
+        self.shards[-1]["bytes"] += len(content)
+        self.shards[-1]["characters"] += n_characters
 
     def _close(self, continues: bool) -> None:
         assert self._file
@@ -208,6 +239,12 @@ class ShardWriter:
     def finish(self) -> None:
         if self._file:
             self._close(continues=False)
+
+    def abandon(self) -> None:
+        """After an error: close, and do not let a disk that is still full raise once more."""
+        if self._file:
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 class Progress:
@@ -239,41 +276,49 @@ class Progress:
             self.bar.close()
 
 
-def write_shards(source: Source, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Fill `folder` with shards and return the manifest."""
-    writer = ShardWriter(folder, int(options.max_size_mb * MIB), options.separator.encode())
-    left_out: Counter[str] = Counter()
-    n_lines = 0
-    progress = Progress(source.n_bytes)
+def works(source: Source, options: argparse.Namespace, left_out: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    """(text, the same in UTF-8) of each work that is kept; the others are counted in left_out."""
+    separator = options.separator.encode()
     for number, line in enumerate(source.lines(), start=1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark, which some editors add
-        if line.isspace():
+        if line.isspace() or not line:
             continue
-        n_lines += 1
         try:
-            text, meta = work_of_line(line, options.separator)
+            text, utf8, meta = work_of_line(line, separator)
         except BadLine as problem:
             if not options.skip_bad_lines:
-                raise UserError(
-                    f"{source.path}: line {number}: {problem}; mend the line, or leave such lines out with --skip_bad_lines"
-                )
+                remedy = "mend the line, or leave such lines out with --skip_bad_lines"
+                raise UserError(f"{source.path}: line {number}: {problem}; {remedy}")
             left_out["bad line"] += 1
             continue
         reason = reason_to_leave_out(text, meta, options)
         if reason:
             left_out[reason] += 1
         else:
-            writer.add(text)
-        progress.update(source.position(), writer.n_finished)
-    writer.finish()
-    progress.close()
+            yield text, utf8
+
+
+def write_shards(source: Source, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Fill `folder` with shards and return the manifest."""
+    writer = ShardWriter(folder, int(options.max_size_mb * MIB), options.separator.encode())
+    left_out: Counter[str] = Counter()
+    progress = Progress(source.n_bytes)
+    try:
+        for text, utf8 in works(source, options, left_out):
+            writer.add(text, utf8)
+            progress.update(source.position(), writer.n_finished)
+        writer.finish()
+    finally:
+        writer.abandon()
+        progress.close()
     if not writer.shards:
         counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(left_out.items()))
-        why = f"all its {n_lines} lines were left out ({counts})" if n_lines else "the file is empty"
+        why = f"all its {left_out.total()} lines were left out ({counts})" if left_out else "the file is empty"
         raise UserError(f"{source.path}: no works; {why}; check the file and the filters")
     names = ("max_size_mb", "separator", "orthography", "author", "min_chars", "max_chars", "skip_bad_lines")
     totals = {key: sum(shard[key] for shard in writer.shards) for key in ("works", "characters", "bytes")}
+    n_lines = totals["works"] + left_out.total()
     return {
         "format": FORMAT,
         "version": 1,
@@ -286,6 +331,19 @@ def write_shards(source: Source, folder: Path, options: argparse.Namespace) -> d
     }
 
 
+def clear_unfinished(output: Path) -> None:
+    """Remove what a run that did not finish left. A finished result, known by its manifest, stays."""
+    if not (output / "manifest.json").exists():
+        remove_shards(output)
+    shutil.rmtree(output / ".partial", ignore_errors=True)
+
+
+def remove_shards(output: Path) -> None:
+    for path in output.glob("combined_*.txt"):
+        if SHARD_NAME.fullmatch(path.name):
+            path.unlink()
+
+
 def publish(partial: Path, output: Path, manifest: dict[str, Any]) -> None:
     """Move finished shards from `partial` into `output`; the manifest goes first if old, and comes last if new."""
     content = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
@@ -294,8 +352,7 @@ def publish(partial: Path, output: Path, manifest: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     (output / "manifest.json").unlink(missing_ok=True)
-    for old in output.glob("combined_*.txt"):
-        old.unlink()
+    remove_shards(output)
     for shard in manifest["shards"]:
         os.replace(partial / shard["file"], output / shard["file"])
     os.replace(partial / "manifest.json", output / "manifest.json")
@@ -304,17 +361,21 @@ def publish(partial: Path, output: Path, manifest: dict[str, Any]) -> None:
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
     check(options)
-    source = Source(Path(options.jsonl_path))
     output = Path(options.output_dir)
     was_there = output.is_dir()
     partial = output / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    clear_unfinished(output)
     try:
         partial.mkdir(parents=True)
-        manifest = write_shards(source, partial, options)
+        manifest = write_shards(Source(Path(options.jsonl_path)), partial, options)
         publish(partial, output, manifest)
-    except BaseException:
-        shutil.rmtree(partial if was_there else output, ignore_errors=True)
+    except BaseException as error:
+        clear_unfinished(output)
+        if not was_there:
+            with contextlib.suppress(OSError):
+                output.rmdir()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = options.output_dir  # a write that fails does not say where
         raise
     return manifest
 

@@ -130,12 +130,12 @@ def existing_path(path: str, flag: str) -> Path:
     found = Path(path)
     if found.exists():
         return found
-    likely = _likely_path(found)
+    likely = likely_path(found)
     hint = f"; did you mean {likely}?" if likely else f" (looked from {Path.cwd()})"
     raise UserError(f"{flag} {path}: no such file or folder{hint}")
 
 
-def _likely_path(path: Path) -> Path | None:
+def likely_path(path: Path) -> Path | None:
     """The existing path that differs from `path` only by leading `..`, or by a small slip in its last name."""
     if path.is_absolute():
         candidates = []

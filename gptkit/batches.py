@@ -1,0 +1,82 @@
+"""Batches of training and validation sequences out of a token stream.
+
+A batch is a pure function of (seed, step): evaluation, sampling and resuming never disturb the order. The stream is
+cut into windows of context_length tokens, and each epoch takes them in its own random order; a window's target is
+the same window one token on.
+
+Shapes: B sequences a batch, T time (context_length).
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gptkit.token_shards import TokenStream
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T) int64
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n_windows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The windows 0 … n_windows - 1 in the random order of one epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(n_windows)
+
+
+def n_windows(tokens: TokenStream, context_length: int) -> int:
+    """How many windows with a target for each token the stream holds."""
+    return max(len(tokens) - 1, 0) // context_length
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """The training sequences of a run, by step. An epoch drops the windows that do not fill a last step."""
+
+    tokens: TokenStream
+    context_length: int  # tokens a sequence
+    batch_size: int  # sequences a micro-step
+    grad_accum_steps: int  # micro-steps a step
+    seed: int
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.batch_size * self.grad_accum_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.context_length
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return n_windows(self.tokens, self.context_length) // self.sequences_per_step
+
+    def micro_batch(self, step: int, micro_step: int) -> Batch:
+        """The batch of micro-step `micro_step` (0 … grad_accum_steps - 1) of optimizer step `step` (from 0)."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first = (step_in_epoch * self.grad_accum_steps + micro_step) * self.batch_size
+        order = epoch_order(n_windows(self.tokens, self.context_length), self.seed, epoch)
+        return _batch_of_windows(self.tokens, order[first : first + self.batch_size].tolist(), self.context_length)
+
+
+def validation_batches(tokens: TokenStream, context_length: int, batch_size: int, n_batches: int) -> list[Batch]:
+    """At most n_batches batches, always the same, spread evenly over the stream.
+
+    A stream shorter than a window gives one shorter sequence.
+    """
+    context_length = min(context_length, len(tokens) - 1)
+    n_all = n_windows(tokens, context_length)
+    n_used = min(n_all, n_batches * batch_size)
+    windows = [i * n_all // n_used for i in range(n_used)]
+    return [
+        _batch_of_windows(tokens, windows[first : first + batch_size], context_length)
+        for first in range(0, n_used, batch_size)
+    ]
+
+
+def _batch_of_windows(tokens: TokenStream, windows: Sequence[int], context_length: int) -> Batch:
+    rows = np.stack([tokens.read(window * context_length, context_length + 1) for window in windows])  # (B, T + 1)
+    ids = torch.from_numpy(rows)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

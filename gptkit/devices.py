@@ -1,0 +1,94 @@
+"""Which device to run on, in what precision, and how much memory that took."""
+
+import contextlib
+import resource
+import sys
+from collections.abc import Callable
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA, then MPS, then the CPU. Raises ValueError where it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    kind = name.partition(":")[0]
+    if not available.get(kind, False):
+        raise ValueError(
+            f"--device {name} is not on this machine; it has {', '.join(k for k, v in available.items() if v)}"
+        )
+    if (
+        kind == "cuda"
+        and torch.device(name).index is not None
+        and torch.device(name).index >= torch.cuda.device_count()
+    ):
+        raise ValueError(f"--device {name} is not on this machine; it has {torch.cuda.device_count()} CUDA device(s)")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of the matrix products; "auto" is bfloat16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Matrix products in `dtype`; weights and sums stay in float32. Does nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was held so far: by tensors on a CUDA device, elsewhere by this whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was started on the device, so that a clock read after it is true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that device or host memory ran out (the CPU allocator raises a plain RuntimeError)."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of the random streams that training draws from (dropout), as uint8 tensors."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what random_states returned; a state of a device that is not in use now is passed over."""
+    setters: dict[str, Callable[[torch.Tensor], None]] = {
+        "cpu": torch.set_rng_state,
+        "cuda": lambda state: torch.cuda.set_rng_state(state, device),
+        "mps": torch.mps.set_rng_state,
+    }
+    for kind in {"cpu", device.type} & states.keys():
+        setters[kind](states[kind])

@@ -1,0 +1,304 @@
+"""Text shards -> token shards, each work followed by end-of-text, some works kept for validation.
+
+A work belongs to the text shard it begins in, so shards can be done one by one. For shard `combined_0001.txt` there
+are written `train_combined_0001.npy`, `val_combined_0001.npy` and, last, `combined_0001.json`, which says what they
+were made from: where that still holds, they are reused, in a later run or after a kill. manifest.json comes after
+all of them, and a reader trusts only a folder that has it.
+
+Validation takes the works whose hash is below a threshold: a work stays on its side however the text is resharded.
+"""
+
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from gptkit.command_line import UserError
+from gptkit.files import read_json, sha256_of, write_atomically, write_json
+from gptkit.token_shards import TokenStream, open_token_shard, token_dtype, token_shard_bytes
+
+if TYPE_CHECKING:
+    from gptkit.tokenization import Tokenizer
+
+TEXT_FORMAT, TOKEN_FORMAT = "gptkit-text-shards", "gptkit-token-shards"
+DEFAULT_SEPARATOR = "<|endoftext|>"
+SPLITS = ("train", "val")
+COUNTS = ("documents", "tokens", "characters", "unknown_tokens")
+
+
+@dataclass(frozen=True)
+class TextShards:
+    """A folder of text shards. continues[i]: the last work of shard i goes on in shard i + 1."""
+
+    paths: list[Path]
+    continues: list[bool]
+    separator: str
+
+
+def find_text_shards(data_dir: Path) -> TextShards:
+    """The shards of prepare_aozora_jsonl.py, or all .txt files, each file's end ending a work. Raises UserError."""
+    if not data_dir.is_dir():
+        raise UserError(f"--data_dir {data_dir} is a file; name the folder of text shards")
+    if (data_dir / "manifest.json").exists():
+        try:
+            manifest = read_json(data_dir / "manifest.json")
+            if manifest["format"] != TEXT_FORMAT:
+                raise ValueError(f"its format is {manifest['format']}, not {TEXT_FORMAT}")
+            shards = manifest["shards"]
+            found = TextShards(
+                [data_dir / Path(shard["file"]).name for shard in shards],
+                [bool(shard["continues"]) for shard in shards],
+                str(manifest["separator"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{data_dir / 'manifest.json'} describes no text shards ({error!r}); prepare the folder again"
+            )
+        missing = [path.name for path in found.paths if not path.is_file()]
+        if missing:
+            raise UserError(f"{data_dir} lacks {missing[0]}, which its manifest names; prepare the folder again")
+    else:
+        paths = sorted(data_dir.glob("*.txt"))
+        found = TextShards(paths, [False] * len(paths), DEFAULT_SEPARATOR)
+    if not found.paths or not found.separator:
+        raise UserError(f"{data_dir} holds no text shards (*.txt); dataset/prepare_aozora_jsonl.py makes them")
+    return found
+
+
+def works_of_shard(text: TextShards, index: int) -> Iterator[str]:
+    """The works that begin in shard `index`, in order; the last one read on into the next shards where it goes on."""
+    separator = text.separator.encode()
+    content = text.paths[index].read_bytes()
+    if index > 0 and text.continues[index - 1]:  # the first piece belongs to an earlier shard
+        content = content.partition(separator)[2]
+        if not content:
+            return
+    for path in _shards_read_with(text, index)[1:]:
+        rest, ended, _ = path.read_bytes().partition(separator)
+        content += rest
+        if ended:
+            break
+    for work in content.split(separator):
+        try:
+            decoded = work.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{text.paths[index]}: not UTF-8 ({error.reason}); convert the file to UTF-8")
+        if decoded.strip():
+            yield decoded
+
+
+def _shards_read_with(text: TextShards, index: int) -> list[Path]:
+    """Shard `index`, and those after it that a work of it may reach into."""
+    last = index
+    while text.continues[last] and last + 1 < len(text.paths):
+        last += 1
+    return text.paths[index : last + 1]
+
+
+def _hash(work: str) -> int:
+    return int.from_bytes(hashlib.sha256(work.encode()).digest()[:8], "big")
+
+
+def validation_threshold(text: TextShards, val_fraction: float) -> int:
+    """Works whose hash is below it are for validation: about val_fraction of them, and always at least one.
+
+    Raises UserError where no work is left to train on.
+    """
+    hashes = sorted(_hash(work) for index in range(len(text.paths)) for work in works_of_shard(text, index))
+    if len(set(hashes)) < 2:
+        raise UserError(
+            f"{text.paths[0].parent} holds {len(set(hashes))} work(s); at least 2 are needed, one for validation"
+        )
+    threshold = max(int(val_fraction * 2**64), hashes[0] + 1)
+    if hashes[-1] < threshold:
+        raise UserError(f"--val_fraction {val_fraction} leaves no work to train on; give a smaller one")
+    return threshold
+
+
+def tokenize_shard(
+    text: TextShards, index: int, tokenizer: "Tokenizer", threshold: int, output: Path
+) -> dict[str, Any]:
+    """Write the token shards of one text shard to `output`; for each split its file, sha256 and COUNTS."""
+    parts: dict[str, list[Any]] = {split: [] for split in SPLITS}
+    counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
+    dtype = token_dtype(tokenizer.vocab_size)
+    for work in works_of_shard(text, index):
+        split = "val" if _hash(work) < threshold else "train"
+        ids = np.array([*tokenizer.encode(work), tokenizer.end_of_text_id], dtype=dtype)
+        parts[split].append(ids)
+        n_unknown = 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
+        for name, count in zip(COUNTS, (1, len(ids), len(work), n_unknown), strict=True):
+            counts[split][name] += count
+    record: dict[str, Any] = {}
+    for split in SPLITS:
+        content = token_shard_bytes(np.concatenate([np.empty(0, dtype), *parts[split]]))
+        file = f"{split}_{text.paths[index].stem}.npy"
+        write_atomically(output / file, content)
+        record[split] = {"file": file, "sha256": hashlib.sha256(content).hexdigest(), **counts[split]}
+    return record
+
+
+def _difference(old: dict[str, Any] | None, sources: dict[str, Any], output: Path) -> str | None:
+    """Why the record of an earlier run does not serve (None: it does)."""
+    if old is None:
+        return "new"
+    if old.get("separator") != sources["separator"] or old.get("text") != sources["text"]:
+        return "the text changed"
+    if old.get("tokenizer") != sources["tokenizer"]:
+        return "the tokenizer changed"
+    if old.get("threshold") != sources["threshold"]:
+        return "the choice of validation works changed"
+    for split in SPLITS:
+        path = output / Path(old[split]["file"]).name
+        if not path.is_file() or sha256_of(path) != old[split]["sha256"]:
+            return f"{path.name} is missing or damaged"
+    return None
+
+
+def pretokenize(data_dir: Path, output: Path, tokenizer: "Tokenizer", val_fraction: float) -> dict[str, Any]:
+    """Make `output` hold the tokens of data_dir's text, redoing only what does not match; return its manifest.
+
+    Says on standard error what was made anew, why, and what was reused. Raises UserError.
+    """
+    text = find_text_shards(data_dir)
+    _refuse_foreign_folder(output)
+    threshold = validation_threshold(text, val_fraction)
+    hashes = {path: sha256_of(path) for path in text.paths}
+    output.mkdir(parents=True, exist_ok=True)
+    n_bytes = sum(path.stat().st_size for path in text.paths)
+    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="pretokenize", disable=not sys.stderr.isatty())
+    records, n_reused, done_bytes, start = [], 0, 0, time.monotonic()
+    for index, path in enumerate(text.paths):
+        sources: dict[str, Any] = {
+            "separator": text.separator,
+            "text": [hashes[shard] for shard in _shards_read_with(text, index)]
+            + [index > 0 and text.continues[index - 1]],
+            "tokenizer": tokenizer.fingerprint,
+            "threshold": threshold,
+        }
+        record = _read_record(output / f"{path.stem}.json")
+        why = _difference(record, sources, output)
+        if record is None or why:
+            (output / "manifest.json").unlink(missing_ok=True)  # from here on the folder is not whole
+            record = sources | tokenize_shard(text, index, tokenizer, threshold, output)
+            write_json(output / f"{path.stem}.json", record)
+            done_bytes += path.stat().st_size
+            rate = done_bytes / max(time.monotonic() - start, 1e-9)
+            left_s = sum(later.stat().st_size for later in text.paths[index + 1 :]) / rate
+            n_tokens = sum(record[split]["tokens"] for split in SPLITS)
+            tqdm.write(
+                f"{path.name}: tokenized ({why}), {n_tokens:,} tokens, {rate / 1e6:.1f} MB/s, {left_s:.0f} s left",
+                sys.stderr,
+            )
+        n_reused += not why
+        records.append(record)
+        bar.update(path.stat().st_size)
+    bar.close()
+    if n_reused:
+        print(
+            f"{output}: {n_reused} of {len(text.paths)} token shards reused, text and tokenizer match", file=sys.stderr
+        )
+    return _write_manifest(output, tokenizer, text, val_fraction, records)
+
+
+def _refuse_foreign_folder(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; name a folder for the token shards")
+    if not output.is_dir():
+        return
+    other = sorted(path.name for path in output.iterdir() if not _is_ours(path))
+    if other:
+        raise UserError(f"{output} holds something else ({other[0]}); name a new or empty folder for the token shards")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file in a token folder was written here (and may be replaced or removed)."""
+    if path.suffix == ".json":
+        record = _read_record(path) or {}
+        return record.get("format") == TOKEN_FORMAT or "threshold" in record
+    return path.name.startswith(tuple(f"{split}_" for split in SPLITS)) or path.name.endswith(".partial")
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None where there is none that can be read."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _write_manifest(
+    output: Path, tokenizer: "Tokenizer", text: TextShards, val_fraction: float, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Clear away shards of text that is gone, then write manifest.json and return it."""
+    named = {f"{path.stem}.json" for path in text.paths} | {
+        record[split]["file"] for record in records for split in SPLITS
+    }
+    for old in output.iterdir():
+        if old.name not in named:
+            old.unlink()
+    manifest = {
+        "format": TOKEN_FORMAT,
+        "version": 1,
+        "tokenizer": {
+            "name": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text_id": tokenizer.end_of_text_id,
+            "unknown_id": tokenizer.unknown_id,
+            "newline_id": tokenizer.newline_id,
+        },
+        "dtype": token_dtype(tokenizer.vocab_size),
+        "val_fraction": val_fraction,
+        **{name: sum(record[split][name] for record in records for split in SPLITS) for name in COUNTS},
+        **{split: {name: sum(record[split][name] for record in records) for name in COUNTS} for split in SPLITS},
+        "fingerprint": hashlib.sha256(
+            "".join(r[split]["sha256"] for r in records for split in SPLITS).encode()
+        ).hexdigest(),
+        "shards": records,
+    }
+    write_json(output / "manifest.json", manifest)
+    return manifest
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished token folder. Raises UserError."""
+    manifest = _read_record(folder / "manifest.json")
+    if manifest is None or manifest.get("format") != TOKEN_FORMAT or manifest.get("version") != 1:
+        raise UserError(f"{folder} holds no finished token shards; pretokenize.py makes them")
+    return manifest
+
+
+def describe_tokens(manifest: dict[str, Any]) -> str:
+    """One line about a token folder, for a person."""
+    unknown = manifest["unknown_tokens"]
+    share = f" ({unknown / max(manifest['characters'], 1) * 10_000:.1f} per 10,000 characters)" if unknown else ""
+    train, val, by = manifest["train"], manifest["val"], manifest["tokenizer"]
+    return (
+        f"{manifest['documents']:,} works, {manifest['tokens']:,} tokens ({train['tokens']:,} to train on, {val['tokens']:,}"
+        f" for validation), {manifest['characters'] / manifest['tokens']:.2f} characters a token,"
+        f" {unknown:,} unknown{share}; {by['name']}, {by['vocab_size']:,} ids"
+    )
+
+
+def open_tokens(folder: Path, manifest: dict[str, Any]) -> dict[str, TokenStream]:
+    """The tokens of each split, memory-mapped. Raises UserError where a shard is not what the manifest says."""
+    try:
+        return {
+            split: TokenStream(
+                [
+                    open_token_shard(folder / shard[split]["file"], manifest["dtype"], shard[split]["tokens"])
+                    for shard in manifest["shards"]
+                ]
+            )
+            for split in SPLITS
+        }
+    except ValueError as error:
+        raise UserError(f"{error}; run pretokenize.py again")

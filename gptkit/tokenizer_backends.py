@@ -1,0 +1,160 @@
+"""Tokenizer libraries behind one small interface: SentencePiece, Hugging Face's `tokenizers`, tiktoken.
+
+Each backend is made from the bytes of its files alone, so that it can travel with a checkpoint. Special tokens are
+never read out of text. What files to fetch, end-of-text, newlines and lower case are tokenization.py's work.
+"""
+
+import base64
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class Backend(Protocol):
+    """What a tokenizer library must do for us."""
+
+    kind: str
+    vocab_size: int  # ids are below it
+    unknown_id: int | None  # None: there is no such token
+    special_ids: frozenset[int]  # ids that stand for no text: end-of-text, padding, unknown, …
+
+    def id_of(self, piece: str) -> int | None:
+        """The id of a token given by its name, or None."""
+
+    def encode_lines(self, lines: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def files(self) -> dict[str, bytes]:
+        """All that is needed to make it again."""
+
+
+class SentencePieceBackend:
+    """A `.model` file of SentencePiece (Kudo & Richardson 2018)."""
+
+    kind = "sentencepiece"
+    FILE = "spiece.model"
+
+    def __init__(self, model: bytes) -> None:
+        import sentencepiece
+
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"not a SentencePiece model ({error})")
+        self._model = model
+        sp = self._processor
+        self.vocab_size = sp.vocab_size()
+        self.unknown_id: int | None = sp.unk_id()
+        self.special_ids = frozenset(
+            i for i in range(self.vocab_size) if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
+        )
+
+    def id_of(self, piece: str) -> int | None:
+        found = self._processor.piece_to_id(piece)
+        return found if self._processor.id_to_piece(found) == piece else None
+
+    def end_of_text_piece(self) -> str | None:
+        eos = self._processor.eos_id()
+        return self._processor.id_to_piece(eos) if eos >= 0 else None
+
+    def pieces(self) -> list[str]:
+        return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
+
+    def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(lines), num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode(list(ids))
+
+    def files(self) -> dict[str, bytes]:
+        return {self.FILE: self._model}
+
+
+class TokenizersBackend:
+    """A `tokenizer.json` of Hugging Face's `tokenizers`."""
+
+    kind = "tokenizers"
+    FILE = "tokenizer.json"
+
+    def __init__(self, content: bytes) -> None:
+        from tokenizers import Tokenizer as HFTokenizer
+
+        try:
+            self._tokenizer = HFTokenizer.from_buffer(content)
+        except Exception as error:  # the library raises a plain Exception
+            raise ValueError(f"not a tokenizer.json that this version of tokenizers reads ({error})")
+        self._content = content
+        self._tokenizer.encode_special_tokens = True  # special tokens in text are only characters
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        model = json.loads(content).get("model", {})
+        unknown = model.get("unk_token")
+        self.unknown_id: int | None = model.get("unk_id") if unknown is None else vocabulary.get(unknown)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special) | (
+            frozenset() if self.unknown_id is None else {self.unknown_id}
+        )
+
+    def id_of(self, piece: str) -> int | None:
+        return self._tokenizer.token_to_id(piece)
+
+    def pieces(self) -> list[str | None]:
+        return [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
+
+    def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in self._tokenizer.encode_batch(list(lines), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def files(self) -> dict[str, bytes]:
+        return {self.FILE: self._content}
+
+
+class TiktokenBackend:
+    """An encoding of OpenAI's tiktoken: byte-pair ranks, a pattern that cuts text into words, special tokens."""
+
+    kind = "tiktoken"
+    RANKS_FILE = "ranks.tiktoken"  # the library's own form: base64 of the bytes, a space, the rank; a line each
+    SETTINGS_FILE = "tiktoken.json"
+
+    def __init__(self, ranks: bytes, settings: bytes) -> None:
+        import tiktoken
+
+        try:
+            pairs = (line.split() for line in ranks.splitlines())
+            mergeable_ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+            options = json.loads(settings)
+            self._special: dict[str, int] = options["special_tokens"]
+            self._encoding = tiktoken.Encoding(
+                "saved", pat_str=options["pattern"], mergeable_ranks=mergeable_ranks, special_tokens=self._special
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"not a saved tiktoken encoding ({error})")
+        self._files = {self.RANKS_FILE: ranks, self.SETTINGS_FILE: settings}
+        self.vocab_size = self._encoding.max_token_value + 1
+        self.unknown_id: int | None = None
+        unused = set(range(self.vocab_size)) - set(mergeable_ranks.values())  # o200k_base has gaps
+        self.special_ids = frozenset(unused)
+
+    @classmethod
+    def of_encoding(cls, encoding: Any) -> "TiktokenBackend":
+        """From a tiktoken.Encoding."""
+        ranks = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in encoding._mergeable_ranks.items())
+        settings = {"pattern": encoding._pat_str, "special_tokens": encoding._special_tokens}
+        return cls(ranks, json.dumps(settings, ensure_ascii=False).encode())
+
+    def id_of(self, piece: str) -> int | None:
+        return self._special.get(piece)
+
+    def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
+        return [self._encoding.encode_ordinary(line) for line in lines]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._encoding.decode(list(ids))
+
+    def files(self) -> dict[str, bytes]:
+        return dict(self._files)
