@@ -22,7 +22,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -32,7 +32,8 @@ FORMAT = "gptkit-text-shards"
 MIB = 1024 * 1024
 MAX_LINE_BYTES = 32 * MIB  # ten million characters, more than any novel; longer lines would take too much memory
 SHARD_NAME = re.compile(r"combined_\d{4,}\.txt")
-MAGIC = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open}  # how compressed files begin, whatever their names
+# How compressed files begin: a name may lie, when a browser has unpacked what it fetched.
+MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open}
 
 
 class BadLine(Exception):
@@ -97,17 +98,13 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output_dir {output}: {there} is a file; name a folder")
     if there != output:
         return
-    # Without a manifest of ours, shards are ours only beside what a killed run left.
-    ours = has_our_manifest(output) or (output / ".partial").is_dir()
+    manifest = output / "manifest.json"
+    is_finished = manifest.is_file() and f'"{FORMAT}"'.encode() in manifest.read_bytes()[:200]
+    ours = is_finished or (output / ".partial").is_dir()  # the latter was left by a killed run
     for name in sorted(os.listdir(output)):
         is_own = ours and (name == "manifest.json" or SHARD_NAME.fullmatch(name))
         if not is_own and not name.startswith("."):  # hidden files are .partial, or come from a file browser
             raise UserError(f"--output_dir {output} holds something else ({name}); name a new or empty folder")
-
-
-def has_our_manifest(output: Path) -> bool:
-    manifest = output / "manifest.json"
-    return manifest.is_file() and f'"{FORMAT}"'.encode() in manifest.read_bytes()[:200]
 
 
 class Source:
@@ -116,7 +113,7 @@ class Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.n_bytes = path.stat().st_size
-        self._raw = open(path, "rb")
+        self._raw = open(path, "rb", buffering=MIB)
         head = self._raw.peek(8)
         opened = next((opener for magic, opener in MAGIC.items() if head.startswith(magic)), None)
         self._file = cast(BinaryIO, opened(self._raw, "rb") if opened else self._raw)
@@ -191,13 +188,13 @@ class ShardWriter:
     def add(self, text: str, utf8: bytes) -> None:
         n_separator = len(self.separator)
         if self._file and self.shards[-1]["bytes"] + len(utf8) + n_separator > self.max_bytes:
-            self._close(continues=False)
+            self.close()
         n_characters = len(text)
         while len(utf8) + n_separator > self.max_bytes:
             end = self._cut(utf8)
             n_cut = len(utf8[:end].decode())
             self._write(utf8[:end], n_cut)
-            self._close(continues=True)
+            self.close(continues=True)
             utf8, n_characters = utf8[end:], n_characters - n_cut
         self._write(utf8 + self.separator, n_characters)
         self.shards[-1]["works"] += 1
@@ -224,21 +221,14 @@ class ShardWriter:
         self.shards[-1]["bytes"] += len(content)
         self.shards[-1]["characters"] += n_characters
 
-    def _close(self, continues: bool) -> None:
-        assert self._file
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        self.shards[-1] |= {"sha256": self._digest.hexdigest(), "continues": continues}
-
-    @property
-    def n_finished(self) -> int:
-        return len(self.shards) - bool(self._file)
-
-    def finish(self) -> None:
+    def close(self, continues: bool = False) -> None:
+        """End the shard under way, if there is one. continues: its last work goes on in the next."""
         if self._file:
-            self._close(continues=False)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+            self.shards[-1] |= {"sha256": self._digest.hexdigest(), "continues": continues}
 
     def abandon(self) -> None:
         """After an error: close, and do not let a disk that is still full raise once more."""
@@ -267,8 +257,9 @@ class Progress:
         elif n_shards > self.n_shards:
             elapsed_s = time.monotonic() - self.start
             left_s = elapsed_s * (self.n_bytes - position) / max(position, 1)
-            print(f"shard {n_shards}: {position / self.n_bytes:.0%} read, {position / MIB / max(elapsed_s, 1e-9):.1f} MiB/s,"
-                  f" {left_s:.0f} s left", file=sys.stderr, flush=True)  # fmt: skip
+            rate = position / MIB / max(elapsed_s, 1e-9)
+            line = f"shard {n_shards}: {position / self.n_bytes:.0%} read, {rate:.1f} MiB/s, {left_s:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
         self.n_shards = n_shards
 
     def close(self) -> None:
@@ -307,8 +298,8 @@ def write_shards(source: Source, folder: Path, options: argparse.Namespace) -> d
     try:
         for text, utf8 in works(source, options, left_out):
             writer.add(text, utf8)
-            progress.update(source.position(), writer.n_finished)
-        writer.finish()
+            progress.update(source.position(), len(writer.shards) - 1)  # the last one is under way
+        writer.close()
     finally:
         writer.abandon()
         progress.close()

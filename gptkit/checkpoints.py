@@ -53,7 +53,9 @@ def save_checkpoint(
         os.replace(partial, folder)
         sync_folder(output_dir)
     except SafetensorError as error:  # its way to say that the disk is full
-        raise UserError(f"{folder} could not be written ({error}); make room on the disk and run the same command again")
+        raise UserError(
+            f"{folder} could not be written ({error}); make room on the disk and run the same command again"
+        )
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _prune(output_dir)

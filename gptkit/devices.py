@@ -3,7 +3,7 @@
 import contextlib
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 
@@ -74,21 +74,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of the random streams that training draws from (dropout), as uint8 tensors."""
-    states = {"cpu": torch.get_rng_state()}
+    """The states of the random streams that training draws from (dropout), as uint8 tensors called random.<kind>."""
+    states = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
     if device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
+        states["random.mps"] = torch.mps.get_rng_state()
     return states
 
 
-def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what random_states returned; a state of a device that is not in use now is passed over."""
-    setters: dict[str, Callable[[torch.Tensor], None]] = {
-        "cpu": torch.set_rng_state,
-        "cuda": lambda state: torch.cuda.set_rng_state(state, device),
-        "mps": torch.mps.set_rng_state,
-    }
-    for kind in {"cpu", device.type} & states.keys():
-        setters[kind](states[kind])
+def set_random_states(tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what random_states returned; others of `tensors` and states of other devices are passed over."""
+    torch.set_rng_state(tensors["random.cpu"].cpu())
+    if device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"].cpu(), device)
+    if device.type == "mps" and "random.mps" in tensors:
+        torch.mps.set_rng_state(tensors["random.mps"].cpu())

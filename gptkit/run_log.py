@@ -1,0 +1,127 @@
+"""What a run says: lines for a person, metrics.jsonl for programs, loss_curve.png for the eye, a bar on a terminal.
+
+Leaves to others what is reported and when.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+QUIET_S = 60  # without a terminal, no silence is longer than this (or than a step)
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 1:02:03."""
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+class RunLog:
+    """The log of one session of a run: from step first_step (0 in a new run) on to total_steps."""
+
+    def __init__(
+        self, output_dir: Path, first_step: int, total_steps: int, tokens_per_step: int, elapsed_s: float
+    ) -> None:
+        self.metrics_path = output_dir / "metrics.jsonl"
+        self.curve_path = output_dir / "loss_curve.png"
+        self.total_steps, self.tokens_per_step = total_steps, tokens_per_step
+        self._elapsed_before_s, self._start = elapsed_s, time.monotonic()
+        self._first_step = first_step
+        self._said = self._start  # when the last line was printed
+        self._reported = (first_step, self._start)
+        keep_metrics_until(self.metrics_path, first_step)
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", desc="pretrain", disable=not sys.stderr.isatty()
+        )
+
+    @property
+    def session_s(self) -> float:
+        """Seconds since this session's first step."""
+        return time.monotonic() - self._start
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training, those of earlier sessions included."""
+        return self._elapsed_before_s + self.session_s
+
+    def say(self, text: str) -> None:
+        """A line (or several) on standard output, clear of the bar."""
+        self._said = time.monotonic()
+        tqdm.write(text, sys.stdout)
+        sys.stdout.flush()
+
+    def step(self, n_done: int) -> None:
+        """Step number n_done is done."""
+        self._bar.update(1)
+        if self._bar.disable and time.monotonic() - self._said > QUIET_S:
+            self.say(f"step {n_done}/{self.total_steps}, ETA {self._eta(n_done)}")
+
+    def report(self, n_done: int, epoch: int, **values: float) -> None:
+        """One line and one object of metrics.jsonl: train_loss, val_loss, lr, grad_norm."""
+        reported_step, reported_at = self._reported
+        now = time.monotonic()
+        rate = (n_done - reported_step) * self.tokens_per_step / max(now - reported_at, 1e-9)
+        self._reported = (n_done, now)
+        record: dict[str, Any] = {"step": n_done, "epoch": epoch, "tokens": n_done * self.tokens_per_step, **values}
+        record |= {"tokens_per_s": round(rate, 1), "elapsed_s": round(self.elapsed_s, 2)}
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.say(
+            f"epoch {epoch}  step {n_done}/{self.total_steps}  train {values['train_loss']:.4f}  val {values['val_loss']:.4f}"
+            f"  lr {values['lr']:.2e}  grad norm {values['grad_norm']:.3f}  {rate:,.0f} tokens/s  ETA {self._eta(n_done)}"
+        )
+
+    def _eta(self, n_done: int) -> str:
+        per_step_s = self.session_s / max(n_done - self._first_step, 1)
+        return format_duration(per_step_s * (self.total_steps - n_done))
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a last line that a crash cut short is left out. No file: no objects."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Drop reports after `step`: they come from steps that a resumed run does again."""
+    records = read_metrics(path)
+    kept = [record for record in records if record["step"] <= step]
+    if path.exists():
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(partial, path)
+
+
+def draw_loss_curve(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Training and validation loss (nats a token) over tokens, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    tokens = [record["tokens"] / 1e6 for record in metrics]
+    for name, label in (("train_loss", "training"), ("val_loss", "validation")):
+        axes.plot(tokens, [record[name] for record in metrics], label=label, marker="." if len(tokens) < 40 else None)
+    axes.set(xlabel="million tokens", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    os.replace(partial, path)

@@ -1,0 +1,461 @@
+"""dataset/prepare_aozora_jsonl.py, as a user runs it: every test starts the real command."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import pty
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "dataset" / "prepare_aozora_jsonl.py"
+MIB = 1024 * 1024
+SEPARATOR = "<|endoftext|>"
+PIECES = [
+    "　雨はやんだ。\n「もう行くの」\n",
+    "坂の上に𠮟る声。",
+    "\n\n一行\r\nABC\u2028\u3000\n",
+    "港の灯が、ひとつ消えた。\n",
+    "<|endoftext",
+]
+
+
+def work(text: Any, **meta: str) -> bytes:
+    return json.dumps({"text": text, "footnote": "", "meta": meta}, ensure_ascii=False).encode() + b"\n"
+
+
+def jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_bytes(b"".join(map(work, texts)))
+    return path
+
+
+def command(source: Path | str, output: Path | str, *flags: str | float) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--jsonl_path", str(source), "--output_dir", str(output), *map(str, flags)]
+
+
+def run(source: Path | str, output: Path | str, *flags: str | float, **how: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(source, output, *flags), capture_output=True, text=True, encoding="utf-8", **how)
+
+
+def prepare(source: Path, output: Path, *flags: str | float) -> dict[str, Any]:
+    result = run(source, output, *flags)
+    assert result.returncode == 0, result.stderr
+    return json.loads((output / "manifest.json").read_bytes())
+
+
+def assert_mistake(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """One line with these words in it, exit code 2, and nothing on standard output."""
+    problem = [line for line in result.stderr.splitlines() if not line.startswith("shard ")]  # progress
+    assert result.returncode == 2, result.stderr
+    assert len(problem) == 1, result.stderr
+    assert problem[0].startswith("error: ")
+    assert not result.stdout
+    for word in words:
+        assert word in problem[0]
+
+
+def read_back(output: Path, separator: str = SEPARATOR) -> list[str]:
+    """The works, from the shards joined in the manifest's order."""
+    manifest = json.loads((output / "manifest.json").read_bytes())
+    joined = b"".join((output / shard["file"]).read_bytes() for shard in manifest["shards"])
+    texts = joined.decode().split(separator)
+    assert texts.pop() == ""  # the last work has its separator too
+    return texts
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() if path.is_file() else b"folder" for path in folder.iterdir()}
+
+
+# What it writes
+
+
+def test_works_come_back_byte_for_byte(tmp_path: Path) -> None:
+    texts = ["".join(PIECES[(i * j) % 5] for j in range(1, i + 2)) for i in range(60)]
+    manifest = prepare(jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", "--max_size_mb", 1024 / MIB)
+    assert len(manifest["shards"]) > 5
+    assert read_back(tmp_path / "out") == texts
+
+
+def test_works_of_every_length_around_a_shard_come_back(tmp_path: Path) -> None:
+    limit = 60  # bytes; works of 3 to 240 bytes, and a cut falls at every place there is
+    texts = (
+        ["字" * n for n in range(1, 80)] + ["字" * n + "\n" for n in range(1, 30)] + ["a" * n for n in range(40, 70)]
+    )
+    texts += ["字。" * n for n in range(1, 20)] + ["𠮟" + "a" * n + "𠮟" * 20 for n in range(5)]
+    manifest = prepare(jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", "--max_size_mb", limit / MIB)
+    assert read_back(tmp_path / "out") == texts
+    assert all(0 < shard["bytes"] <= limit for shard in manifest["shards"])
+    assert all(shard["characters"] > 0 for shard in manifest["shards"])
+    for shard in manifest["shards"]:
+        (tmp_path / "out" / shard["file"]).read_text(encoding="utf-8")  # no character is cut in two
+
+
+def test_separators_count_towards_the_limit(tmp_path: Path) -> None:
+    text = "あ" * 100
+    source = jsonl(tmp_path / "a.jsonl", [text] * 6)
+    both = 2 * (len(text.encode()) + len(SEPARATOR))
+    manifest = prepare(source, tmp_path / "fits", "--max_size_mb", both / MIB)
+    assert [shard["works"] for shard in manifest["shards"]] == [2, 2, 2]
+    assert [shard["bytes"] for shard in manifest["shards"]] == [both] * 3
+    manifest = prepare(source, tmp_path / "one_byte_less", "--max_size_mb", (both - 1) / MIB)
+    assert [shard["works"] for shard in manifest["shards"]] == [1] * 6
+
+
+def test_a_work_larger_than_a_shard_is_cut_after_a_paragraph(tmp_path: Path) -> None:
+    large = "".join(f"　第{i}の段落。まだ続く。\n" for i in range(100))
+    source = jsonl(tmp_path / "a.jsonl", ["前の作品", large, "次の作品"])
+    manifest = prepare(source, tmp_path / "out", "--max_size_mb", 1000 / MIB)
+    shards = [(tmp_path / "out" / shard["file"]).read_text(encoding="utf-8") for shard in manifest["shards"]]
+    assert shards[0] == "前の作品" + SEPARATOR  # whole works are not pulled apart for it
+    assert all(shard.startswith("　第") and shard.endswith("。\n") for shard in shards[1:-1])
+    assert all(SEPARATOR not in shard for shard in shards[1:-1])
+    assert shards[-1].endswith("まだ続く。\n" + SEPARATOR + "次の作品" + SEPARATOR)
+    assert [shard["continues"] for shard in manifest["shards"]] == [False] + [True] * (len(shards) - 2) + [False]
+    assert [shard["works"] for shard in manifest["shards"]] == [1] + [0] * (len(shards) - 2) + [2]
+    assert read_back(tmp_path / "out") == ["前の作品", large, "次の作品"]
+
+
+def test_manifest_tells_what_the_shards_hold(tmp_path: Path) -> None:
+    texts = ["朝の𠮟り声。\n" * 9, "夕方", "夜" * 50]
+    source = jsonl(tmp_path / "a.jsonl", texts)
+    manifest = prepare(source, tmp_path / "out", "--max_size_mb", 200 / MIB, "--separator", "<終>")
+    for shard in manifest["shards"]:
+        content = (tmp_path / "out" / shard["file"]).read_bytes()
+        assert shard["bytes"] == len(content)
+        assert shard["sha256"] == hashlib.sha256(content).hexdigest()
+        assert shard["characters"] == len(content.decode().replace("<終>", ""))
+    assert sorted(contents(tmp_path / "out")) == [*(shard["file"] for shard in manifest["shards"]), "manifest.json"]
+    assert manifest["shards"][0]["file"] == "combined_0001.txt"
+    assert manifest["works"] == sum(shard["works"] for shard in manifest["shards"]) == 3
+    assert manifest["characters"] == sum(map(len, texts))
+    assert manifest["bytes"] == sum(len(f"{text}<終>".encode()) for text in texts)
+    assert manifest["source"] == {"file": "a.jsonl", "bytes": source.stat().st_size, "lines": 3}
+    assert manifest["options"] == {
+        "max_size_mb": 200 / MIB,
+        "separator": "<終>",
+        "orthography": None,
+        "author": None,
+        "min_chars": 0,
+        "max_chars": None,
+        "skip_bad_lines": False,
+    }
+    assert manifest["left_out"] == {}
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [piece * 30 for piece in PIECES])
+    flags = ("--max_size_mb", 700 / MIB)
+    prepare(source, tmp_path / "first", *flags)
+    first = contents(tmp_path / "first")
+    prepare(source, tmp_path / "second", *flags)
+    assert contents(tmp_path / "second") == first
+    prepare(source, tmp_path / "first")  # larger shards, so fewer
+    assert len(contents(tmp_path / "first")) < len(first)
+    prepare(source, tmp_path / "first", *flags)
+    assert contents(tmp_path / "first") == first
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "packed.jsonl"])
+def test_compressed_input_is_read_like_plain_input(tmp_path: Path, name: str) -> None:
+    plain = jsonl(tmp_path / "a.jsonl", [piece * 30 for piece in PIECES])
+    compress = lzma.compress if name.endswith(".xz") else gzip.compress
+    (tmp_path / name).write_bytes(compress(plain.read_bytes()))
+    prepare(plain, tmp_path / "plain", "--max_size_mb", 700 / MIB)
+    prepare(tmp_path / name, tmp_path / "packed", "--max_size_mb", 700 / MIB)
+    expected, found = contents(tmp_path / "plain"), contents(tmp_path / "packed")
+    del expected["manifest.json"], found["manifest.json"]  # these name the source
+    assert found == expected
+
+
+def test_byte_order_mark_blank_lines_and_a_missing_last_newline_are_no_mistake(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + work("一") + b"\n \r\n" + work("二").replace(b"\n", b"\r\n") + work("三")[:-1])
+    assert prepare(source, tmp_path / "out")["source"]["lines"] == 3
+    assert read_back(tmp_path / "out") == ["一", "二", "三"]
+
+
+def test_filters_leave_out_and_count(tmp_path: Path) -> None:
+    lines = [
+        work("残る作品その一", 文字遣い種別="新字新仮名", 姓名="山野 花子"),
+        work("残る作品その二", 文字遣い種別="新字新仮名", 姓="山野", 名="花子"),
+        work("旧い仮名の作品", 文字遣い種別="新字旧仮名", 姓名="山野花子"),
+        work("書き手が別の作品", 文字遣い種別="新字新仮名", 姓名="川辺太郎"),
+        work("列のない作品"),
+        work("短い", 文字遣い種別="新字新仮名", 姓名="山野花子"),
+        work("長い作品" * 9, 文字遣い種別="新字新仮名", 姓名="山野花子"),
+        work("　\n", 文字遣い種別="新字新仮名", 姓名="山野花子"),
+        b'{"text": "meta is a list", "meta": []}\n',
+    ]
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b"".join(lines))
+    flags = ("--orthography", "新字新仮名", "旧字旧仮名", "--author", "山野花子", "--min_chars", 3, "--max_chars", 20)
+    manifest = prepare(source, tmp_path / "out", *flags)
+    assert read_back(tmp_path / "out") == ["残る作品その一", "残る作品その二"]
+    assert manifest["left_out"] == {"author": 1, "empty": 1, "length": 2, "orthography": 3}
+    assert manifest["source"]["lines"] == 9
+    assert manifest["options"]["orthography"] == ["新字新仮名", "旧字旧仮名"]
+
+
+def test_progress_is_plain_lines_in_a_file_and_a_bar_on_a_terminal(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["静かな朝。\n" * 50] * 5)
+    source.write_bytes(source.read_bytes() + b"broken\n")
+    flags = ("--max_size_mb", 1000 / MIB)
+    in_file = run(source, tmp_path / "out", *flags).stderr
+    assert "\r" not in in_file
+    assert "shard 4: " in in_file
+    assert " MiB/s, " in in_file
+    assert " s left\n" in in_file
+    ours, theirs = pty.openpty()
+    subprocess.run(command(source, tmp_path / "out", *flags), stderr=theirs)
+    on_terminal = os.read(ours, 100_000).decode()
+    assert "prepare:" in on_terminal
+    assert "shard 4" not in on_terminal
+    assert on_terminal.splitlines()[-1].startswith("error: ")  # on its own line, below the bar
+
+
+# What is wrong with a line
+
+BAD_LINES = {
+    "not_json": (b'{"text": "abc"\n', "not JSON"),
+    "deep": (b"[" * 100_000 + b"\n", "not JSON"),
+    "not_utf8": (b'{"text": "\xff"}\n', "not UTF-8"),
+    "not_an_object": (b'["text"]\n', "not a JSON object"),
+    "no_text": (b'{"body": "abc"}\n', "no `text`"),
+    "number": (b'{"text": 5}\n', "`text` is not a string but int"),
+    "null": (b'{"text": null}\n', "`text` is not a string but NoneType"),
+    "lone_surrogate": (b'{"text": "abc\\ud842"}\n', "lone surrogate at character 4"),
+    "separator": (work("前<終==終>後"), "contains the separator '<終==終>'"),
+    "separator_at_the_join": (work("前<終=="), "contains the separator '<終==終>'"),
+    "too_long": (work("あ" * (11 * MIB)), "longer than 32 MiB"),
+}
+BAD_LINES["separator_at_the_join"] = (work("前==終=="), "contains the separator '==終=='")
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path: Path, name: str) -> None:
+    line, problem = BAD_LINES[name]
+    separator = "==終==" if "'==終=='" in problem else "<終==終>"
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(work("良い行") + line + work("終==次の良い行"))
+    flags = ("--separator", separator)
+    result = run(source, tmp_path / "out", *flags)
+    assert_mistake(result, f"{source}: line 2: {problem}", "--skip_bad_lines")
+    assert not (tmp_path / "out").exists()
+    manifest = prepare(source, tmp_path / "out", *flags, "--skip_bad_lines")
+    assert manifest["left_out"] == {"bad line": 1}
+    assert read_back(tmp_path / "out", separator) == ["良い行", "終==次の良い行"]
+
+
+# What is wrong with a file, a folder or a flag
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", gzip.compress(b"")])
+def test_empty_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert_mistake(run(tmp_path / "a.jsonl", tmp_path / "out"), "a.jsonl", "the file is empty", "check the file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_filters_that_leave_nothing(tmp_path: Path) -> None:
+    result = run(jsonl(tmp_path / "a.jsonl", ["短い", "作品"]), tmp_path / "out", "--min_chars", 9)
+    assert_mistake(result, "all its 2 lines were left out (length: 2)", "filters")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
+def test_cut_compressed_file(tmp_path: Path, compress: Any) -> None:
+    lines = b"".join(work(hashlib.sha256(bytes([i])).hexdigest() * 20) for i in range(200))
+    packed = tmp_path / "a.jsonl.packed"
+    packed.write_bytes(compress(lines)[:-20])
+    assert_mistake(run(packed, tmp_path / "out", "--skip_bad_lines"), str(packed), "cut short", "download it again")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_input_names_the_file_that_was_meant(tmp_path: Path) -> None:
+    for name in ("dataset/aozora.jsonl.gz", "exp001/"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "exp001").mkdir()
+    (tmp_path / "dataset" / "aozora.jsonl.gz").write_bytes(b"")
+    meant = "dataset/aozora.jsonl.gz"
+    for folder, given, expected in [
+        (".", "dataset/aozora.jsonl", meant),
+        (".", "./dataset/aozora.jsonl.xz", meant),
+        (".", "dataset/aozola.jsonl.gz", meant),
+        (".", "../dataset/aozora.jsonl.gz", meant),
+        ("exp001", "dataset/aozora.jsonl.gz", f"../{meant}"),
+    ]:
+        result = run(given, tmp_path / "out", cwd=tmp_path / folder)
+        assert_mistake(result, f"--jsonl_path {Path(given)}: no such file; did you mean {expected}?")
+    assert_mistake(run("corpus.jsonl", "out", cwd=tmp_path), "corpus.jsonl: no such file", "download_aozora.py")
+    assert_mistake(run("dataset", "out", cwd=tmp_path), "--jsonl_path dataset is a folder", "name the .jsonl file")
+    assert_mistake(run("", "out", cwd=tmp_path), "--jsonl_path")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "manifest.json", "combined_0001.txt", "combined_notes.txt"])
+def test_output_folder_that_holds_something_else(tmp_path: Path, name: str) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["作品"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"format": "else"}')
+    before = contents(tmp_path / "out")
+    assert_mistake(run(source, tmp_path / "out"), f"--output_dir {tmp_path / 'out'} holds", name, "new or empty folder")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_hidden_file_is_not_something_else(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".gitkeep").write_text("")
+    prepare(jsonl(tmp_path / "a.jsonl", ["作品"]), tmp_path / "out")
+    assert (tmp_path / "out" / ".gitkeep").exists()
+
+
+def test_output_path_that_is_a_file(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["作品"])
+    before = source.read_bytes()
+    for output in (source, source / "below"):
+        assert_mistake(run(source, output), f"--output_dir {output}", "is a file; name a folder")
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--max_size_mb", "0"), ("--max_size_mb 0 ", "such as 25")),
+        (("--max_size_mb", "-1"), ("--max_size_mb -1 ", "such as 25")),
+        (("--max_size_mb", "nan"), ("--max_size_mb nan ", "such as 25")),
+        (("--max_size_mb", "inf"), ("--max_size_mb inf ", "such as 25")),
+        (("--max_size_mb", "0.00001"), ("--max_size_mb 1e-05 ", "such as 25")),
+        (("--max_size_mb", "large"), ("--max_size_mb", "'large'", "--help")),
+        (("--separator", ""), ("--separator is empty", "<|endoftext|>")),
+        (("--separator", b"\xff"), ("--separator", "not valid text")),
+        (("--max_chars", "0"), ("--max_chars 0 ", "--min_chars")),
+        (("--min_chars", "9", "--max_chars", "8"), ("--max_chars 8 ", "--min_chars")),
+        (("--max_size", "9"), ("--max_size", "--help")),
+    ],
+)
+def test_wrong_flags(tmp_path: Path, flags: tuple[str, ...], words: tuple[str, ...]) -> None:
+    source = jsonl(tmp_path / "a.jsonl", ["作品"])
+    result = subprocess.run([*command(source, tmp_path / "out"), *flags], capture_output=True, text=True)
+    assert_mistake(result, *words)
+    assert not (tmp_path / "out").exists()
+
+
+# What is left when it cannot finish
+
+
+def large_jsonl(path: Path) -> Path:
+    """About 40 MB, with one work of 12 MB in it."""
+    paragraph = "　" + "".join(f"{i}番目の窓に灯がともり、" for i in range(40)) + "夜が来た。\n"
+    n_bytes = len(paragraph.encode())
+    with open(path, "wb") as file:
+        for i in range(28_000_000 // (30 * n_bytes)):
+            file.write(work(f"第{i}話\n" + paragraph * 30, 文字遣い種別="新字新仮名"))
+        file.write(work(paragraph * (12_000_000 // n_bytes)))
+    return path
+
+
+def limit_files_to_1_mib() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
+
+
+def test_a_file_that_cannot_grow_leaves_nothing_new_and_the_old_result(tmp_path: Path) -> None:
+    small = jsonl(tmp_path / "small.jsonl", ["作品"])
+    large = jsonl(tmp_path / "large.jsonl", ["港の灯が、ひとつ消えた。\n" * 1000] * 50)
+    result = run(large, tmp_path / "out", preexec_fn=limit_files_to_1_mib)
+    assert_mistake(result, f"{tmp_path / 'out'}: file too large", "ulimit -f")
+    assert not (tmp_path / "out").exists()
+    prepare(small, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert_mistake(run(large, tmp_path / "out", preexec_fn=limit_files_to_1_mib), "file too large")
+    assert contents(tmp_path / "out") == before
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """On a file system of 2 MiB in a mount namespace of its own, where the machine allows one."""
+    (tmp_path / "disk").mkdir()
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+    mount = f"mount -t tmpfs -o size=2m none '{tmp_path}/disk'; "
+    if not shutil.which("unshare") or subprocess.run([*namespace, mount], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here; test_a_file_that_cannot_grow covers the same road")
+    large = jsonl(tmp_path / "large.jsonl", ["港の灯が、ひとつ消えた。\n" * 1000] * 100)
+    script = mount + '"$@" || code=$?; ls -A "$0"; exit $code'
+    arguments = command(large, tmp_path / "disk" / "out", "--max_size_mb", 1)
+    result = subprocess.run([*namespace, script, tmp_path / "disk", *arguments], capture_output=True, text=True)
+    assert_mistake(result, f"{tmp_path / 'disk' / 'out'}: no space left on device", "make room on the disk")
+
+
+def test_a_failed_run_keeps_the_old_result(tmp_path: Path) -> None:
+    prepare(jsonl(tmp_path / "old.jsonl", ["古い作品"] * 9), tmp_path / "out", "--max_size_mb", 60 / MIB)
+    before = contents(tmp_path / "out")
+    new = jsonl(tmp_path / "new.jsonl", ["新しい作品"] * 9)
+    new.write_bytes(new.read_bytes() + b"broken\n")
+    assert_mistake(run(new, tmp_path / "out", "--max_size_mb", 60 / MIB), "line 10: not JSON")
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_stopped_in_the_middle_leaves_nothing_that_looks_finished(tmp_path: Path, kind: signal.Signals) -> None:
+    source = large_jsonl(tmp_path / "a.jsonl")
+    arguments = command(source, tmp_path / "out", "--max_size_mb", 1)
+    process = subprocess.Popen(
+        arguments, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    assert process.stderr
+    assert process.stderr.readline().startswith("shard 1: ")
+    process.send_signal(kind)
+    _, errors = process.communicate()
+    if kind == signal.SIGINT:
+        assert process.returncode == 2
+        assert errors.splitlines()[-1].startswith("error: interrupted")
+        assert not (tmp_path / "out").exists()
+    else:
+        assert process.returncode == -signal.SIGKILL
+        assert [*contents(tmp_path / "out")] == [".partial"]
+    prepare(source, tmp_path / "out", "--max_size_mb", 1)
+    prepare(source, tmp_path / "other", "--max_size_mb", 1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "other")
+
+
+@pytest.mark.parametrize("n_moved", [0, 1, 2, 3])
+def test_a_kill_while_the_shards_are_moved_into_place(tmp_path: Path, n_moved: int) -> None:
+    """The manifest comes last; the next run replaces what a killed one left."""
+    prepare(jsonl(tmp_path / "old.jsonl", ["古い作品"] * 9), tmp_path / "out", "--max_size_mb", 30 / MIB)
+    source = jsonl(tmp_path / "a.jsonl", ["ひ" * 15, "ふ" * 15, "み" * 15])
+    arguments = command(source, tmp_path / "out", "--max_size_mb", 60 / MIB)
+    killed_at = (
+        "import os, runpy, signal, sys\n"
+        f"sys.argv, moves, replace = sys.argv[1:], iter(range({n_moved})), os.replace\n"
+        "os.replace = lambda a, b: replace(a, b) if next(moves, None) is not None else os.kill(os.getpid(), 9)\n"
+        "sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", killed_at, *arguments[1:]], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert sorted(contents(tmp_path / "out")) == [".partial", *(f"combined_{i + 1:04d}.txt" for i in range(n_moved))]
+    prepare(source, tmp_path / "out", "--max_size_mb", 60 / MIB)
+    assert read_back(tmp_path / "out") == ["ひ" * 15, "ふ" * 15, "み" * 15]
+    assert len(contents(tmp_path / "out")) == 4
+
+
+def test_memory_stays_under_300_mb(tmp_path: Path) -> None:
+    """Of the command alone: a small process between counts only its own children, and no test run before."""
+    source = large_jsonl(tmp_path / "a.jsonl")
+    assert source.stat().st_size > 38_000_000
+    between = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], check=True, capture_output=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    )
+    arguments = command(source, tmp_path / "out")
+    result = subprocess.run([sys.executable, "-c", between, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    peak_bytes = int(result.stdout) * (1 if sys.platform == "darwin" else 1024)
+    assert peak_bytes < 300_000_000
