@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# From a fresh machine to generated Japanese: environment, sample corpus, training, text.
+#
+#     ./quickstart.sh                         all of it; a second run starts at once
+#     ./quickstart.sh --install_only FILE     only the environment, from a requirements file (run_tests.sh uses it)
+set -euo pipefail
+cd "$(dirname "$0")"
+
+find_python() { # a Python of 3.10 or newer, with venv
+  local candidate
+  for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
+    if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.10 or newer with venv was found; install one (on Debian or Ubuntu: apt install python3 python3-venv)" >&2
+  exit 2
+}
+
+make_environment() { # $1: a requirements file
+  local stamp=".venv/installed_from_${1//\//_}"
+  if cat requirements.txt "$1" constraints.txt | cmp -s - "$stamp"; then
+    return
+  fi
+  local python
+  python=$(find_python)
+  echo "making the environment .venv (some minutes, once)"
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" -c constraints.txt || {
+    echo "error: the packages of $1 could not be installed; see pip's lines above, then run this again" >&2
+    exit 2
+  }
+  cat requirements.txt "$1" constraints.txt >"$stamp"
+}
+
+run() { # say a command, then do it
+  printf '\n$ %s\n' "$*"
+  "$@"
+}
+
+if [ "${1:-}" = --install_only ]; then
+  make_environment "$2"
+  exit
+fi
+if [ $# -gt 0 ]; then
+  echo "error: quickstart.sh knows no $1; run it without arguments" >&2
+  exit 2
+fi
+make_environment requirements.txt
+export PATH="$PWD/.venv/bin:$PATH"
+
+run python dataset/prepare_aozora_jsonl.py --jsonl_path dataset/sample/sample.jsonl --output_dir dataset/sample_001
+run python pretokenize.py --data_dir dataset/sample_001 --output_dir dataset/sample_001_pretok \
+  --tokenizer sentencepiece --tokenizer_path dataset/sample/tokenizer
+run python pretraining.py --data_dir dataset/sample_001 --use_pretokenized --output_dir quickstart_run \
+  --tokenizer sentencepiece --tokenizer_path dataset/sample/tokenizer \
+  --model_size tiny --lr 2e-3 --n_epochs 40 --drop_rate 0.1 --batch_size 8 --print_sample_iter 400 --device cpu
+run python inference.py --exp_dir quickstart_run --prompt "雨の匂いが" --max_new_tokens 200 --temperature 0.8 --top_k 40
+echo
+echo "The loss curve: quickstart_run/loss_curve.png"

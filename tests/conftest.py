@@ -1,0 +1,68 @@
+"""What the tests share: commands as real processes, and a small corpus of the repository's own sample."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # real texts and rinna's tokenizer, where a checkout has them
+SAMPLE = ROOT / "dataset" / "sample" / "sample.jsonl"
+SAMPLE_TOKENIZER = ROOT / "dataset" / "sample" / "tokenizer"
+SEPARATOR = "<|endoftext|>"
+
+Run = Callable[..., subprocess.CompletedProcess]
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    """The command line that runs a script of the repository, from any folder."""
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """Variables of a command: no network, one thread, so that two tests run side by side."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+
+
+def run_command(script: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a script to its end and return it, whatever its exit code, with output as text."""
+    return subprocess.run(
+        command(script, *arguments), cwd=cwd, env=environment(), capture_output=True, encoding="utf-8", timeout=300
+    )
+
+
+def assert_user_error(result: subprocess.CompletedProcess, *parts: str) -> None:
+    """A user's mistake: exit code 2, one line that begins with error:, no traceback, and it names `parts`."""
+    assert result.returncode == 2, result
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == errors[0], result.stderr
+    assert "Traceback" not in result.stderr
+    for part in parts:
+        assert part in errors[0], errors[0]
+
+
+def write_jsonl(path: Path, texts: list[str], **meta: str) -> Path:
+    """A JSONL of works, in the dataset's form."""
+    path.write_text("".join(json.dumps({"text": t, "meta": meta}, ensure_ascii=False) + "\n" for t in texts), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def sample_works() -> list[str]:
+    return [json.loads(line)["text"] for line in SAMPLE.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text shards of the sample, small enough that works are cut between them."""
+    folder = tmp_path_factory.mktemp("sample") / "001"
+    result = run_command(
+        "dataset/prepare_aozora_jsonl.py", "--jsonl_path", SAMPLE, "--output_dir", folder, "--max_size_mb", 0.05
+    )
+    assert result.returncode == 0, result.stderr
+    return folder

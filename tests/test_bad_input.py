@@ -1,0 +1,171 @@
+"""What users get wrong, given to the real commands: one line that names the value and the remedy, exit code 2.
+
+The mistakes that concern dataset/prepare_aozora_jsonl.py stand in test_prepare.py.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import (
+    SAMPLE,
+    SAMPLE_TOKENIZER,
+    SEPARATOR,
+    assert_user_error,
+    command,
+    environment,
+    run_command,
+)
+
+TOKENIZER = ("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER)
+TINY = ("--n_layers", 1, "--emb_dim", 16, "--n_heads", 1, "--context_length", 16, "--batch_size", 2, "--max_steps", 2)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A folder of plain text shards."""
+    folder = tmp_path / "001"
+    folder.mkdir()
+    works = [json.loads(line)["text"] for line in SAMPLE.read_text("utf-8").splitlines()[:4]]
+    (folder / "combined_0001.txt").write_text("".join(work + SEPARATOR for work in works), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -> Path:
+    """A trained experiment folder (of two steps)."""
+    folder = tmp_path_factory.mktemp("exp")
+    output = folder / "model_checkpoints"
+    result = run_command("pretraining.py", *TOKENIZER, "--data_dir", sample_shards, "--output_dir", output, *TINY)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def pretrain(shards: Path | str, output: Path, *more: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    arguments = (*TOKENIZER, *TINY, "--data_dir", shards, "--output_dir", output, *more)
+    return run_command("pretraining.py", *arguments, **({"cwd": cwd} if cwd else {}))
+
+
+def test_unknown_tokenizer(tmp_path: Path, shards: Path) -> None:
+    assert_user_error(pretrain(shards, tmp_path / "out", "--tokenizer", "mecab"), "mecab")
+    assert_user_error(pretrain(shards, tmp_path / "out", "--tokenizer", "hf", "--hf_name", "no/such-thing"), "no/such-thing")
+    assert_user_error(pretrain(shards, tmp_path / "out", "--tokenizer", "tiktoken", "--tiktoken_name", "gpt9"), "gpt9")
+    missing = pretrain(shards, tmp_path / "out", "--tokenizer_path", tmp_path / "no.model")
+    assert_user_error(missing, "no.model")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_folder_without_shards(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert_user_error(pretrain(tmp_path / "empty", tmp_path / "out"), "empty", "prepare_aozora_jsonl.py")
+    result = run_command("pretokenize.py", *TOKENIZER, "--data_dir", tmp_path / "empty", "--output_dir", tmp_path / "tok")
+    assert_user_error(result, "empty", "prepare_aozora_jsonl.py")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+
+def test_missing_data_folder_names_the_one_probably_meant(tmp_path: Path, shards: Path) -> None:
+    (tmp_path / "exp001").mkdir()
+    seen_from_experiment = pretrain("001", tmp_path / "out", cwd=tmp_path / "exp001")
+    assert_user_error(seen_from_experiment, "--data_dir 001", "did you mean ../001?")
+    assert_user_error(pretrain("../001", tmp_path / "out", cwd=tmp_path), "did you mean 001?")
+    assert_user_error(pretrain(tmp_path / "01", tmp_path / "out"), f"did you mean {tmp_path / '001'}?")
+
+
+def test_fewer_tokens_than_a_context(tmp_path: Path, shards: Path) -> None:
+    assert_user_error(pretrain(shards, tmp_path / "out", "--context_length", 100_000), "100000", "--context_length")
+
+
+def test_batch_larger_than_the_data(tmp_path: Path, shards: Path) -> None:
+    assert_user_error(pretrain(shards, tmp_path / "out", "--batch_size", 9_999), "9999", "--batch_size")
+
+
+def test_dimensions_that_do_not_fit(tmp_path: Path, shards: Path) -> None:
+    assert_user_error(pretrain(shards, tmp_path / "out", "--n_heads", 3), "emb_dim 16", "n_heads 3")
+    assert_user_error(pretrain(shards, tmp_path / "out", "--drop_rate", 1), "drop_rate", "1")
+    assert_user_error(pretrain(shards, tmp_path / "out", "--batch_size", 0), "--batch_size 0")
+    assert_user_error(pretrain(shards, tmp_path / "out", "--lr", "nan"), "--lr nan")
+    assert_user_error(pretrain(shards, tmp_path / "out", "--device", "cuda:99"), "cuda:99")
+
+
+def test_folders_that_hold_something_else(tmp_path: Path, shards: Path) -> None:
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "cat.jpg").write_bytes(b"cat")
+    (other / "notes.json").write_text("[1]")
+    assert_user_error(pretrain(shards, tmp_path / "out", "--use_pretokenized", "--pretokenized_dir", other), "photos")
+    result = run_command("pretokenize.py", *TOKENIZER, "--data_dir", shards, "--output_dir", other)
+    assert_user_error(result, "photos", "cat.jpg")
+    assert sorted(path.name for path in other.iterdir()) == ["cat.jpg", "notes.json"]
+    assert_user_error(pretrain(shards, other / "cat.jpg"), "cat.jpg")
+    assert_user_error(pretrain(shards, tmp_path / "out", "--pretokenized_dir", tmp_path / "tok"), "--use_pretokenized")
+
+
+def limit_file_size() -> None:
+    """In the child: no file over 100 kB, as on a full disk (writing fails with an OSError)."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_full_disk_while_tokenizing_and_saving(tmp_path: Path, shards: Path) -> None:
+    shutil.copy(SAMPLE, tmp_path / "sample.jsonl")
+    large = tmp_path / "large"
+    large.mkdir()
+    (large / "a.txt").write_text(SAMPLE.read_text("utf-8").replace("\n", SEPARATOR), "utf-8")
+    arguments = (*TOKENIZER, "--data_dir", large, "--output_dir", tmp_path / "tokens")
+    tokenize = command("pretokenize.py", *arguments)
+    result = subprocess.run(tokenize, env=environment(), capture_output=True, encoding="utf-8", preexec_fn=limit_file_size)
+    assert_user_error(result, "train_a.npy")
+    assert not list((tmp_path / "tokens").glob("*"))
+    assert run_command("pretokenize.py", *arguments).returncode == 0
+
+    train = command("pretraining.py", *TOKENIZER, *TINY, "--emb_dim", 64, "--data_dir", shards, "--output_dir", tmp_path / "out")
+    result = subprocess.run(train, env=environment(), capture_output=True, encoding="utf-8", preexec_fn=limit_file_size)
+    assert_user_error(result, "make room")
+    assert not list((tmp_path / "out").glob("*step_*"))
+    assert subprocess.run(train, env=environment(), capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_output_folder_without_permission(tmp_path: Path, shards: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert_user_error(pretrain(shards, tmp_path / "closed" / "out"), "closed", "permissions")
+
+
+def infer(exp_dir: Path, prompt: str, *more: object) -> subprocess.CompletedProcess:
+    return run_command("inference.py", "--exp_dir", exp_dir, "--prompt", prompt, *more)
+
+
+def test_experiment_without_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "exp002").mkdir()
+    assert_user_error(infer(tmp_path / "exp002", "雨"), "exp002", "holds no checkpoint")
+    assert_user_error(infer(tmp_path / "exp02", "雨"), "did you mean", "exp002")
+
+
+def test_prompts_that_cannot_be(experiment: Path) -> None:
+    assert_user_error(infer(experiment, ""), "--prompt ''")
+    assert_user_error(infer(experiment, "雨が降る。" * 20), "--prompt", "16", "shorter")
+    assert_user_error(infer(experiment, "雨", "--max_new_tokens", 0), "--max_new_tokens 0")
+    assert_user_error(infer(experiment, "雨", "--temperature", -1), "--temperature -1")
+    assert_user_error(infer(experiment, "雨", "--top_k", 0), "--top_k 0")
+    not_utf8 = [*command("inference.py", "--exp_dir", experiment, "--prompt"), b"\xff\xfe"]
+    assert_user_error(subprocess.run(not_utf8, env=environment(), capture_output=True, encoding="utf-8"), "UTF-8")
+
+
+def test_damaged_checkpoint(tmp_path: Path, experiment: Path) -> None:
+    for file, content in (("model.safetensors", b"\x00" * 50), ("state.json", b"{"), ("tokenizer/spiece.model", b"")):
+        copy = Path(shutil.copytree(experiment, tmp_path / file.replace("/", "_")))
+        (path,) = copy.glob(f"model_checkpoints/step_*/{file}")
+        path.write_bytes(content)
+        assert_user_error(infer(copy, "雨"), "step_00000002")
+
+
+def test_checkpoint_that_is_a_pickle_is_not_opened(tmp_path: Path, experiment: Path) -> None:
+    """A pickle that would create a file, in place of the weights."""
+    copy = Path(shutil.copytree(experiment, tmp_path / "exp"))
+    (path,) = copy.glob("model_checkpoints/step_*/model.safetensors")
+    path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
+    assert_user_error(infer(copy, "雨"), "model.safetensors")
+    assert not (tmp_path / "owned").exists()
