@@ -114,7 +114,8 @@ class Source:
         self.path = path
         self.n_bytes = path.stat().st_size
         self._raw = open(path, "rb", buffering=MIB)
-        head = self._raw.peek(8)
+        head = self._raw.read(8)
+        self._raw.seek(0)
         opened = next((opener for magic, opener in MAGIC.items() if head.startswith(magic)), None)
         self._file = cast(BinaryIO, opened(self._raw, "rb") if opened else self._raw)
 

@@ -1,5 +1,6 @@
 """dataset/prepare_aozora_jsonl.py, as a user runs it: every test starts the real command."""
 
+import fcntl
 import gzip
 import hashlib
 import json
@@ -9,16 +10,17 @@ import pty
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SEPARATOR, assert_user_error, command, write_jsonl
 
-SCRIPT = Path(__file__).resolve().parent.parent / "dataset" / "prepare_aozora_jsonl.py"
 MIB = 1024 * 1024
-SEPARATOR = "<|endoftext|>"
 PIECES = [
     "　雨はやんだ。\n「もう行くの」\n",
     "坂の上に𠮟る声。",
@@ -32,34 +34,20 @@ def work(text: Any, **meta: str) -> bytes:
     return json.dumps({"text": text, "footnote": "", "meta": meta}, ensure_ascii=False).encode() + b"\n"
 
 
-def jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_bytes(b"".join(map(work, texts)))
-    return path
-
-
-def command(source: Path | str, output: Path | str, *flags: str | float) -> list[str]:
-    return [sys.executable, str(SCRIPT), "--jsonl_path", str(source), "--output_dir", str(output), *map(str, flags)]
+def prepare_command(source: Path | str, output: Path | str, *flags: str | float) -> list[str]:
+    return command("dataset/prepare_aozora_jsonl.py", "--jsonl_path", source, "--output_dir", output, *flags)
 
 
 def run(source: Path | str, output: Path | str, *flags: str | float, **how: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(source, output, *flags), capture_output=True, text=True, encoding="utf-8", **how)
+    return subprocess.run(
+        prepare_command(source, output, *flags), capture_output=True, text=True, encoding="utf-8", **how
+    )
 
 
 def prepare(source: Path, output: Path, *flags: str | float) -> dict[str, Any]:
     result = run(source, output, *flags)
     assert result.returncode == 0, result.stderr
     return json.loads((output / "manifest.json").read_bytes())
-
-
-def assert_mistake(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """One line with these words in it, exit code 2, and nothing on standard output."""
-    problem = [line for line in result.stderr.splitlines() if not line.startswith("shard ")]  # progress
-    assert result.returncode == 2, result.stderr
-    assert len(problem) == 1, result.stderr
-    assert problem[0].startswith("error: ")
-    assert not result.stdout
-    for word in words:
-        assert word in problem[0]
 
 
 def read_back(output: Path, separator: str = SEPARATOR) -> list[str]:
@@ -80,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_works_come_back_byte_for_byte(tmp_path: Path) -> None:
     texts = ["".join(PIECES[(i * j) % 5] for j in range(1, i + 2)) for i in range(60)]
-    manifest = prepare(jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", "--max_size_mb", 1024 / MIB)
+    manifest = prepare(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", "--max_size_mb", 1024 / MIB)
     assert len(manifest["shards"]) > 5
     assert read_back(tmp_path / "out") == texts
 
@@ -91,17 +79,17 @@ def test_works_of_every_length_around_a_shard_come_back(tmp_path: Path) -> None:
         ["字" * n for n in range(1, 80)] + ["字" * n + "\n" for n in range(1, 30)] + ["a" * n for n in range(40, 70)]
     )
     texts += ["字。" * n for n in range(1, 20)] + ["𠮟" + "a" * n + "𠮟" * 20 for n in range(5)]
-    manifest = prepare(jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", "--max_size_mb", limit / MIB)
+    manifest = prepare(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", "--max_size_mb", limit / MIB)
     assert read_back(tmp_path / "out") == texts
     assert all(0 < shard["bytes"] <= limit for shard in manifest["shards"])
-    assert all(shard["characters"] > 0 for shard in manifest["shards"])
-    for shard in manifest["shards"]:
-        (tmp_path / "out" / shard["file"]).read_text(encoding="utf-8")  # no character is cut in two
+    for shard in manifest["shards"]:  # which can be decoded alone: no character is cut in two
+        text = (tmp_path / "out" / shard["file"]).read_text(encoding="utf-8").replace(SEPARATOR, "")
+        assert shard["characters"] == len(text) > 0
 
 
 def test_separators_count_towards_the_limit(tmp_path: Path) -> None:
     text = "あ" * 100
-    source = jsonl(tmp_path / "a.jsonl", [text] * 6)
+    source = write_jsonl(tmp_path / "a.jsonl", [text] * 6)
     both = 2 * (len(text.encode()) + len(SEPARATOR))
     manifest = prepare(source, tmp_path / "fits", "--max_size_mb", both / MIB)
     assert [shard["works"] for shard in manifest["shards"]] == [2, 2, 2]
@@ -112,7 +100,7 @@ def test_separators_count_towards_the_limit(tmp_path: Path) -> None:
 
 def test_a_work_larger_than_a_shard_is_cut_after_a_paragraph(tmp_path: Path) -> None:
     large = "".join(f"　第{i}の段落。まだ続く。\n" for i in range(100))
-    source = jsonl(tmp_path / "a.jsonl", ["前の作品", large, "次の作品"])
+    source = write_jsonl(tmp_path / "a.jsonl", ["前の作品", large, "次の作品"])
     manifest = prepare(source, tmp_path / "out", "--max_size_mb", 1000 / MIB)
     shards = [(tmp_path / "out" / shard["file"]).read_text(encoding="utf-8") for shard in manifest["shards"]]
     assert shards[0] == "前の作品" + SEPARATOR  # whole works are not pulled apart for it
@@ -126,7 +114,7 @@ def test_a_work_larger_than_a_shard_is_cut_after_a_paragraph(tmp_path: Path) -> 
 
 def test_manifest_tells_what_the_shards_hold(tmp_path: Path) -> None:
     texts = ["朝の𠮟り声。\n" * 9, "夕方", "夜" * 50]
-    source = jsonl(tmp_path / "a.jsonl", texts)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
     manifest = prepare(source, tmp_path / "out", "--max_size_mb", 200 / MIB, "--separator", "<終>")
     for shard in manifest["shards"]:
         content = (tmp_path / "out" / shard["file"]).read_bytes()
@@ -139,7 +127,7 @@ def test_manifest_tells_what_the_shards_hold(tmp_path: Path) -> None:
     assert manifest["characters"] == sum(map(len, texts))
     assert manifest["bytes"] == sum(len(f"{text}<終>".encode()) for text in texts)
     assert manifest["source"] == {"file": "a.jsonl", "bytes": source.stat().st_size, "lines": 3}
-    assert manifest["options"] == {
+    options = {
         "max_size_mb": 200 / MIB,
         "separator": "<終>",
         "orthography": None,
@@ -148,11 +136,14 @@ def test_manifest_tells_what_the_shards_hold(tmp_path: Path) -> None:
         "max_chars": None,
         "skip_bad_lines": False,
     }
+    assert manifest["options"] == options
     assert manifest["left_out"] == {}
+    manifest = prepare(source, tmp_path / "by_default")
+    assert manifest["options"] == {**options, "max_size_mb": 25, "separator": "<|endoftext|>"}
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
-    source = jsonl(tmp_path / "a.jsonl", [piece * 30 for piece in PIECES])
+    source = write_jsonl(tmp_path / "a.jsonl", [piece * 30 for piece in PIECES])
     flags = ("--max_size_mb", 700 / MIB)
     prepare(source, tmp_path / "first", *flags)
     first = contents(tmp_path / "first")
@@ -166,7 +157,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "packed.jsonl"])
 def test_compressed_input_is_read_like_plain_input(tmp_path: Path, name: str) -> None:
-    plain = jsonl(tmp_path / "a.jsonl", [piece * 30 for piece in PIECES])
+    plain = write_jsonl(tmp_path / "a.jsonl", [piece * 30 for piece in PIECES])
     compress = lzma.compress if name.endswith(".xz") else gzip.compress
     (tmp_path / name).write_bytes(compress(plain.read_bytes()))
     prepare(plain, tmp_path / "plain", "--max_size_mb", 700 / MIB)
@@ -206,16 +197,17 @@ def test_filters_leave_out_and_count(tmp_path: Path) -> None:
 
 
 def test_progress_is_plain_lines_in_a_file_and_a_bar_on_a_terminal(tmp_path: Path) -> None:
-    source = jsonl(tmp_path / "a.jsonl", ["静かな朝。\n" * 50] * 5)
+    source = write_jsonl(tmp_path / "a.jsonl", ["静かな朝。\n" * 50] * 5)
     source.write_bytes(source.read_bytes() + b"broken\n")
     flags = ("--max_size_mb", 1000 / MIB)
-    in_file = run(source, tmp_path / "out", *flags).stderr
+    in_file = subprocess.run(prepare_command(source, tmp_path / "out", *flags), stderr=subprocess.PIPE).stderr.decode()
     assert "\r" not in in_file
     assert "shard 4: " in in_file
     assert " MiB/s, " in in_file
     assert " s left\n" in in_file
     ours, theirs = pty.openpty()
-    subprocess.run(command(source, tmp_path / "out", *flags), stderr=theirs)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # rows, columns
+    subprocess.run(prepare_command(source, tmp_path / "out", *flags), stderr=theirs)
     on_terminal = os.read(ours, 100_000).decode()
     assert "prepare:" in on_terminal
     assert "shard 4" not in on_terminal
@@ -232,27 +224,25 @@ BAD_LINES = {
     "no_text": (b'{"body": "abc"}\n', "no `text`"),
     "number": (b'{"text": 5}\n', "`text` is not a string but int"),
     "null": (b'{"text": null}\n', "`text` is not a string but NoneType"),
-    "lone_surrogate": (b'{"text": "abc\\ud842"}\n', "lone surrogate at character 4"),
-    "separator": (work("前<終==終>後"), "contains the separator '<終==終>'"),
-    "separator_at_the_join": (work("前<終=="), "contains the separator '<終==終>'"),
+    "lone_surrogate": (b'{"text": "abc\\ud842"}\n', "`text` has a lone surrogate at character 4"),
+    "separator": (work("前==終==後"), "`text` contains the separator '==終=='"),
+    "separator_at_the_join": (work("前==終"), "`text` contains the separator '==終=='"),
     "too_long": (work("あ" * (11 * MIB)), "longer than 32 MiB"),
 }
-BAD_LINES["separator_at_the_join"] = (work("前==終=="), "contains the separator '==終=='")
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path: Path, name: str) -> None:
     line, problem = BAD_LINES[name]
-    separator = "==終==" if "'==終=='" in problem else "<終==終>"
     source = tmp_path / "a.jsonl"
     source.write_bytes(work("良い行") + line + work("終==次の良い行"))
-    flags = ("--separator", separator)
+    flags = ("--separator", "==終==")
     result = run(source, tmp_path / "out", *flags)
-    assert_mistake(result, f"{source}: line 2: {problem}", "--skip_bad_lines")
+    assert_user_error(result, f"{source}: line 2: {problem}", "--skip_bad_lines")
     assert not (tmp_path / "out").exists()
     manifest = prepare(source, tmp_path / "out", *flags, "--skip_bad_lines")
     assert manifest["left_out"] == {"bad line": 1}
-    assert read_back(tmp_path / "out", separator) == ["良い行", "終==次の良い行"]
+    assert read_back(tmp_path / "out", "==終==") == ["良い行", "終==次の良い行"]
 
 
 # What is wrong with a file, a folder or a flag
@@ -261,13 +251,13 @@ def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path: Path, name: str) -
 @pytest.mark.parametrize("content", [b"", b"\n \n", gzip.compress(b"")])
 def test_empty_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
-    assert_mistake(run(tmp_path / "a.jsonl", tmp_path / "out"), "a.jsonl", "the file is empty", "check the file")
+    assert_user_error(run(tmp_path / "a.jsonl", tmp_path / "out"), "a.jsonl", "the file is empty", "check the file")
     assert not (tmp_path / "out").exists()
 
 
 def test_filters_that_leave_nothing(tmp_path: Path) -> None:
-    result = run(jsonl(tmp_path / "a.jsonl", ["短い", "作品"]), tmp_path / "out", "--min_chars", 9)
-    assert_mistake(result, "all its 2 lines were left out (length: 2)", "filters")
+    result = run(write_jsonl(tmp_path / "a.jsonl", ["短い", "作品"]), tmp_path / "out", "--min_chars", 9)
+    assert_user_error(result, "all its 2 lines were left out (length: 2)", "filters")
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
@@ -275,7 +265,7 @@ def test_cut_compressed_file(tmp_path: Path, compress: Any) -> None:
     lines = b"".join(work(hashlib.sha256(bytes([i])).hexdigest() * 20) for i in range(200))
     packed = tmp_path / "a.jsonl.packed"
     packed.write_bytes(compress(lines)[:-20])
-    assert_mistake(run(packed, tmp_path / "out", "--skip_bad_lines"), str(packed), "cut short", "download it again")
+    assert_user_error(run(packed, tmp_path / "out", "--skip_bad_lines"), str(packed), "cut short", "download it again")
     assert not (tmp_path / "out").exists()
 
 
@@ -293,35 +283,37 @@ def test_missing_input_names_the_file_that_was_meant(tmp_path: Path) -> None:
         ("exp001", "dataset/aozora.jsonl.gz", f"../{meant}"),
     ]:
         result = run(given, tmp_path / "out", cwd=tmp_path / folder)
-        assert_mistake(result, f"--jsonl_path {Path(given)}: no such file; did you mean {expected}?")
-    assert_mistake(run("corpus.jsonl", "out", cwd=tmp_path), "corpus.jsonl: no such file", "download_aozora.py")
-    assert_mistake(run("dataset", "out", cwd=tmp_path), "--jsonl_path dataset is a folder", "name the .jsonl file")
-    assert_mistake(run("", "out", cwd=tmp_path), "--jsonl_path")
+        assert_user_error(result, f"--jsonl_path {Path(given)}: no such file; did you mean {expected}?")
+    assert_user_error(run("corpus.jsonl", "out", cwd=tmp_path), "corpus.jsonl: no such file", "download_aozora.py")
+    assert_user_error(run("dataset", "out", cwd=tmp_path), "--jsonl_path dataset is a folder", "name the .jsonl file")
+    assert_user_error(run("", "out", cwd=tmp_path), "--jsonl_path")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "manifest.json", "combined_0001.txt", "combined_notes.txt"])
 def test_output_folder_that_holds_something_else(tmp_path: Path, name: str) -> None:
-    source = jsonl(tmp_path / "a.jsonl", ["作品"])
+    source = write_jsonl(tmp_path / "a.jsonl", ["作品"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text('{"format": "else"}')
     before = contents(tmp_path / "out")
-    assert_mistake(run(source, tmp_path / "out"), f"--output_dir {tmp_path / 'out'} holds", name, "new or empty folder")
+    assert_user_error(
+        run(source, tmp_path / "out"), f"--output_dir {tmp_path / 'out'} holds", name, "new or empty folder"
+    )
     assert contents(tmp_path / "out") == before
 
 
 def test_a_hidden_file_is_not_something_else(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".gitkeep").write_text("")
-    prepare(jsonl(tmp_path / "a.jsonl", ["作品"]), tmp_path / "out")
+    prepare(write_jsonl(tmp_path / "a.jsonl", ["作品"]), tmp_path / "out")
     assert (tmp_path / "out" / ".gitkeep").exists()
 
 
 def test_output_path_that_is_a_file(tmp_path: Path) -> None:
-    source = jsonl(tmp_path / "a.jsonl", ["作品"])
+    source = write_jsonl(tmp_path / "a.jsonl", ["作品"])
     before = source.read_bytes()
     for output in (source, source / "below"):
-        assert_mistake(run(source, output), f"--output_dir {output}", "is a file; name a folder")
+        assert_user_error(run(source, output), f"--output_dir {output}", "is a file; name a folder")
     assert source.read_bytes() == before
 
 
@@ -342,9 +334,9 @@ def test_output_path_that_is_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_flags(tmp_path: Path, flags: tuple[str, ...], words: tuple[str, ...]) -> None:
-    source = jsonl(tmp_path / "a.jsonl", ["作品"])
-    result = subprocess.run([*command(source, tmp_path / "out"), *flags], capture_output=True, text=True)
-    assert_mistake(result, *words)
+    source = write_jsonl(tmp_path / "a.jsonl", ["作品"])
+    result = subprocess.run([*prepare_command(source, tmp_path / "out"), *flags], capture_output=True, text=True)
+    assert_user_error(result, *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -367,14 +359,14 @@ def limit_files_to_1_mib() -> None:
 
 
 def test_a_file_that_cannot_grow_leaves_nothing_new_and_the_old_result(tmp_path: Path) -> None:
-    small = jsonl(tmp_path / "small.jsonl", ["作品"])
-    large = jsonl(tmp_path / "large.jsonl", ["港の灯が、ひとつ消えた。\n" * 1000] * 50)
+    small = write_jsonl(tmp_path / "small.jsonl", ["作品"])
+    large = write_jsonl(tmp_path / "large.jsonl", ["港の灯が、ひとつ消えた。\n" * 1000] * 50)
     result = run(large, tmp_path / "out", preexec_fn=limit_files_to_1_mib)
-    assert_mistake(result, f"{tmp_path / 'out'}: file too large", "ulimit -f")
+    assert_user_error(result, f"{tmp_path / 'out'}: file too large", "ulimit -f")
     assert not (tmp_path / "out").exists()
     prepare(small, tmp_path / "out")
     before = contents(tmp_path / "out")
-    assert_mistake(run(large, tmp_path / "out", preexec_fn=limit_files_to_1_mib), "file too large")
+    assert_user_error(run(large, tmp_path / "out", preexec_fn=limit_files_to_1_mib), "file too large")
     assert contents(tmp_path / "out") == before
 
 
@@ -385,29 +377,32 @@ def test_full_disk(tmp_path: Path) -> None:
     mount = f"mount -t tmpfs -o size=2m none '{tmp_path}/disk'; "
     if not shutil.which("unshare") or subprocess.run([*namespace, mount], capture_output=True).returncode:
         pytest.skip("no mount namespaces here; test_a_file_that_cannot_grow covers the same road")
-    large = jsonl(tmp_path / "large.jsonl", ["港の灯が、ひとつ消えた。\n" * 1000] * 100)
+    large = write_jsonl(tmp_path / "large.jsonl", ["港の灯が、ひとつ消えた。\n" * 1000] * 100)
     script = mount + '"$@" || code=$?; ls -A "$0"; exit $code'
-    arguments = command(large, tmp_path / "disk" / "out", "--max_size_mb", 1)
+    arguments = prepare_command(large, tmp_path / "disk" / "out", "--max_size_mb", 1)
     result = subprocess.run([*namespace, script, tmp_path / "disk", *arguments], capture_output=True, text=True)
-    assert_mistake(result, f"{tmp_path / 'disk' / 'out'}: no space left on device", "make room on the disk")
+    assert_user_error(result, f"{tmp_path / 'disk' / 'out'}: no space left on device", "make room on the disk")
+    assert not result.stdout  # nothing is left on it
 
 
 def test_a_failed_run_keeps_the_old_result(tmp_path: Path) -> None:
-    prepare(jsonl(tmp_path / "old.jsonl", ["古い作品"] * 9), tmp_path / "out", "--max_size_mb", 60 / MIB)
+    prepare(write_jsonl(tmp_path / "old.jsonl", ["古い作品"] * 9), tmp_path / "out", "--max_size_mb", 60 / MIB)
     before = contents(tmp_path / "out")
-    new = jsonl(tmp_path / "new.jsonl", ["新しい作品"] * 9)
+    new = write_jsonl(tmp_path / "new.jsonl", ["新しい作品"] * 9)
     new.write_bytes(new.read_bytes() + b"broken\n")
-    assert_mistake(run(new, tmp_path / "out", "--max_size_mb", 60 / MIB), "line 10: not JSON")
+    assert_user_error(run(new, tmp_path / "out", "--max_size_mb", 60 / MIB), "line 10: not JSON")
     assert contents(tmp_path / "out") == before
+
+
+def heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs the tests in its background has them ignored
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_stopped_in_the_middle_leaves_nothing_that_looks_finished(tmp_path: Path, kind: signal.Signals) -> None:
     source = large_jsonl(tmp_path / "a.jsonl")
-    arguments = command(source, tmp_path / "out", "--max_size_mb", 1)
-    process = subprocess.Popen(
-        arguments, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    )
+    arguments = prepare_command(source, tmp_path / "out", "--max_size_mb", 1)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)  # noqa: PLW1509
     assert process.stderr
     assert process.stderr.readline().startswith("shard 1: ")
     process.send_signal(kind)
@@ -425,21 +420,27 @@ def test_a_run_stopped_in_the_middle_leaves_nothing_that_looks_finished(tmp_path
 
 
 @pytest.mark.parametrize("n_moved", [0, 1, 2, 3])
-def test_a_kill_while_the_shards_are_moved_into_place(tmp_path: Path, n_moved: int) -> None:
+@pytest.mark.parametrize("stop", ["os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 2)"])
+def test_a_stop_while_the_shards_are_moved_into_place(tmp_path: Path, n_moved: int, stop: str) -> None:
     """The manifest comes last; the next run replaces what a killed one left."""
-    prepare(jsonl(tmp_path / "old.jsonl", ["古い作品"] * 9), tmp_path / "out", "--max_size_mb", 30 / MIB)
-    source = jsonl(tmp_path / "a.jsonl", ["ひ" * 15, "ふ" * 15, "み" * 15])
-    arguments = command(source, tmp_path / "out", "--max_size_mb", 60 / MIB)
-    killed_at = (
+    prepare(write_jsonl(tmp_path / "old.jsonl", ["古い作品"] * 9), tmp_path / "out", "--max_size_mb", 30 / MIB)
+    source = write_jsonl(tmp_path / "a.jsonl", ["ひ" * 15, "ふ" * 15, "み" * 15])
+    arguments = prepare_command(source, tmp_path / "out", "--max_size_mb", 60 / MIB)
+    stopped = (
         "import os, runpy, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.argv, moves, replace = sys.argv[1:], iter(range({n_moved})), os.replace\n"
-        "os.replace = lambda a, b: replace(a, b) if next(moves, None) is not None else os.kill(os.getpid(), 9)\n"
+        f"os.replace = lambda a, b: replace(a, b) if next(moves, None) is not None else {stop}\n"
         "sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    result = subprocess.run([sys.executable, "-c", killed_at, *arguments[1:]], capture_output=True, text=True)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    assert sorted(contents(tmp_path / "out")) == [".partial", *(f"combined_{i + 1:04d}.txt" for i in range(n_moved))]
+    result = subprocess.run([sys.executable, "-c", stopped, *arguments[1:]], capture_output=True, text=True)
+    if "9" in stop:
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert sorted(contents(tmp_path / "out")) == [".partial", *(f"combined_000{i + 1}.txt" for i in range(n_moved))]
+    else:
+        assert_user_error(result, "interrupted")
+        assert not contents(tmp_path / "out")
     prepare(source, tmp_path / "out", "--max_size_mb", 60 / MIB)
     assert read_back(tmp_path / "out") == ["ひ" * 15, "ふ" * 15, "み" * 15]
     assert len(contents(tmp_path / "out")) == 4
@@ -454,7 +455,7 @@ def test_memory_stays_under_300_mb(tmp_path: Path) -> None:
         "subprocess.run(sys.argv[1:], check=True, capture_output=True)\n"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
     )
-    arguments = command(source, tmp_path / "out")
+    arguments = prepare_command(source, tmp_path / "out")
     result = subprocess.run([sys.executable, "-c", between, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     peak_bytes = int(result.stdout) * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,126 @@
+"""Fetch the Japanese texts that the README trains on: aozorabunko-dedupe-clean.jsonl, into this folder.
+
+They are the dataset globis-university/aozorabunko-clean of the Hugging Face hub (CC BY 4.0) at one fixed revision.
+A download that was cut off goes on where it stopped; size and sha256 have to be those that the hub tells.
+`--help` and every error give the address for fetching the file by hand.
+"""
+
+import gzip
+import hashlib
+import io
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from _script import Parser, UserError, run_script
+
+REPOSITORY = "globis-university/aozorabunko-clean"
+REVISION = "42a9c9c0f1d67e6a5554d9bea4201973dc9b049c"
+ARCHIVE = "aozorabunko-dedupe-clean.jsonl.gz"
+URL = f"https://huggingface.co/datasets/{REPOSITORY}/resolve/{REVISION}/{ARCHIVE}"
+BY_HAND = f"fetch {URL} by hand and unpack it there with gunzip -k"
+MB = 1_000_000
+
+
+class ReportingFile(io.BufferedWriter):
+    """The file under way. Where no terminal shows the hub's bar, it tells of every tenth in a plain line."""
+
+    def __init__(self, path: Path, n_bytes: int) -> None:
+        super().__init__(open(path, "ab", buffering=0))
+        self.n_bytes, self.n_before, self.start = n_bytes, self.tell(), time.monotonic()
+
+    def write(self, chunk: Any) -> int:
+        before = self.tell()
+        super().write(chunk)
+        if before * 10 // self.n_bytes < self.tell() * 10 // self.n_bytes and not sys.stderr.isatty():
+            rate = max(self.tell() - self.n_before, 1) / max(time.monotonic() - self.start, 1e-9)
+            left_s = (self.n_bytes - self.tell()) / rate
+            line = f"{self.tell() / MB:.0f} of {self.n_bytes / MB:.0f} MB, {rate / MB:.1f} MB/s, {left_s:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
+        return len(chunk)
+
+
+def download(archive: Path) -> None:
+    """Put the hub's file at `archive`, or check the one that lies there."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # we tell what went wrong, once
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import HTTPError
+    except ImportError:
+        raise UserError(f"huggingface_hub is not installed; pip install -r requirements.txt, or {BY_HAND}")
+    url = hf_hub_url(REPOSITORY, ARCHIVE, repo_type="dataset", revision=REVISION)  # of HF_ENDPOINT, if that is set
+    path = archive if archive.exists() else archive.with_name(f"{ARCHIVE}.partial")
+    try:
+        told = get_hf_file_metadata(url)  # its etag is the sha256, as with every large file
+        if told.size is None or not re.fullmatch("[0-9a-f]{64}", told.etag or ""):
+            raise UserError(f"{url}: no size and sha256 to check the file with; unset HF_ENDPOINT, or {BY_HAND}")
+        if path != archive:
+            append(url, path, told.size)
+    except KeyboardInterrupt:
+        raise UserError("interrupted; run this again, which goes on where it stopped")
+    except (HTTPError, OSError) as error:
+        if getattr(error, "errno", None):
+            raise  # of the disk, not of the network
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        again = "check the network and run this again, which goes on where it stopped"
+        raise UserError(f"{url}: {reason}; {again}, or {BY_HAND}")
+    size, sha256 = path.stat().st_size, sha256_of(path)
+    if (size, sha256) != (told.size, told.etag):
+        path.unlink()
+        expected = f"the hub tells of {told.size} bytes and {told.etag}"
+        raise UserError(f"{path}: {size} bytes with sha256 {sha256}, but {expected}; removed, run this again")
+    path.replace(archive)
+
+
+def append(url: str, partial: Path, n_bytes: int) -> None:
+    """Fetch what `partial` lacks. Not by hf_hub_download: that of 2.4 throws an unfinished file away."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    with ReportingFile(partial, n_bytes) as file:
+        if file.tell() < n_bytes:
+            http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=n_bytes)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(MB):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def unpack(archive: Path, target: Path) -> None:
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        with gzip.open(archive) as source, open(partial, "wb") as file:
+            shutil.copyfileobj(source, file, MB)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = Parser(f"Fetch the texts of Aozora Bunko from the Hugging Face hub. Or {BY_HAND}.")
+    parser.add_argument("--output_dir", default=str(Path(__file__).resolve().parent), help="where (dataset/)")
+    folder = Path(parser.parse_args().output_dir)
+    archive, target = folder / ARCHIVE, folder / ARCHIVE.removesuffix(".gz")
+    if target.exists():
+        print(f"{target} is there already; nothing to do")
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    download(archive)
+    unpack(archive, target)
+    print(f"{target}: {target.stat().st_size} bytes; prepare_aozora_jsonl.py reads it")
+
+
+if __name__ == "__main__":
+    run_script(main)
