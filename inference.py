@@ -29,7 +29,9 @@ class InferenceConfig:
     max_new_tokens: int = setting(200, "most tokens to write", at_least=1)
     temperature: float = setting(0.8, "0 takes the likeliest token; higher is bolder", at_least=0)
     top_k: int | None = setting(None, "draw from the k likeliest tokens only", at_least=1)
-    seed: int | None = setting(None, "the same seed gives the same text (default: another text each time)", at_least=0)
+    seed: int | None = setting(
+        None, "the same seed gives the same text (default: another text each time)", at_least=0, at_most=2**63 - 1
+    )
     checkpoint: Literal["newest", "best"] = setting("newest", "best: the one with the lowest validation loss")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
 

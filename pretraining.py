@@ -69,7 +69,7 @@ class PretrainingConfig(TokenizerSettings):
     warmup_steps: int | None = setting(
         None, "steps of linear warmup (default: 5 % of the run, at most 1000)", at_least=0
     )
-    weight_decay: float = setting(0.1, "AdamW's decay of matrices", at_least=0)
+    weight_decay: float = setting(0.1, "decay of matrices (adamw only)", at_least=0)
     grad_clip: float = setting(1.0, "gradients are scaled down to at most this norm", more_than=0)
 
     eval_freq: int = setting(100, "report losses every so many steps", at_least=1)
@@ -81,7 +81,9 @@ class PretrainingConfig(TokenizerSettings):
         "auto", "auto: go on from the newest checkpoint; none: refuse if there is one"
     )
 
-    seed: int = setting(123, "of the weights, the order of the data, dropout and samples", at_least=0)
+    seed: int = setting(
+        123, "of the weights, the order of the data, dropout and samples", at_least=0, at_most=2**63 - 1
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products (auto: bfloat16 on CUDA)")
     compile: bool = setting(False, "torch.compile the model; where that fails, go on without")
@@ -146,16 +148,12 @@ def main(config: PretrainingConfig) -> None:
         if is_save or n_done % config.eval_freq == 0:
             train_loss = torch.stack(losses).sum().item() * config.grad_accum_steps / len(losses)
             losses.clear()
-            check_finite(train_loss, grad_norm, n_done, output_dir)
             val_loss = mean_loss(model, forward, validation, device, dtype)
-            values = {
-                "train_loss": train_loss,
-                "val_loss": val_loss,
-                "lr": rate_of(step),
-                "grad_norm": grad_norm.item(),
-            }
+            values = dict(train_loss=train_loss, val_loss=val_loss, lr=rate_of(step), grad_norm=grad_norm.item())
+            check_finite(values, n_done, output_dir)
             log.report(n_done, step // batches.steps_per_epoch + 1, **values)
         if n_done % config.print_sample_iter == 0 or n_done == total_steps:
+            check_finite({"grad_norm": grad_norm.item()}, n_done, output_dir)
             log.say(f"sample after step {n_done}: {sample_text(config, model, tokenizer)}")
         if is_save:
             progress = Progress(n_done, min(progress.best_val_loss, val_loss), log.elapsed_s)
@@ -247,7 +245,9 @@ def choose_schedule(config: PretrainingConfig, total_steps: int) -> Callable[[in
     """step (from 0) -> learning rate."""
     peak = config.lr or DEFAULT_LR[config.optimizer]
     final = peak / 10 if config.min_lr is None else config.min_lr
-    warmup_steps = min(total_steps // 20, 1000) if config.warmup_steps is None else config.warmup_steps
+    warmup_steps = (
+        min(total_steps // 20, 1000) if config.warmup_steps is None else min(config.warmup_steps, total_steps)
+    )
     return lambda step: learning_rate(step, peak=peak, final=final, warmup_steps=warmup_steps, total_steps=total_steps)
 
 
@@ -278,9 +278,15 @@ def resume(
                 " give the settings of that run, or another --output_dir"
             )
     training = checkpoints.read_tensors(found[-1], checkpoints.TRAINING_FILE, torch.device("cpu"))
-    model.load_state_dict(checkpoints.read_tensors(found[-1], checkpoints.MODEL_FILE, device))
-    load_optimizer_tensors(model, optimizer, training)
-    devices.set_random_states(training, device)
+    weights = checkpoints.read_tensors(found[-1], checkpoints.MODEL_FILE, device)
+    try:
+        model.load_state_dict(weights)
+        load_optimizer_tensors(model, optimizer, training)
+        devices.set_random_states(training, device)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{found[-1]} is damaged ({error}); remove it to go on from an older checkpoint, if there is one"
+        )
     print(f"going on from {found[-1]}")
     return Progress(state["step"], state["best_val_loss"], state["elapsed_s"])
 
@@ -319,13 +325,14 @@ def announce(
     )
 
 
-def check_finite(train_loss: float, grad_norm: torch.Tensor, step: int, output_dir: Path) -> None:
+def check_finite(values: dict[str, float], step: int, output_dir: Path) -> None:
     """Stop a run that has broken down, before anything is saved of it. Raises UserError."""
-    if not (math.isfinite(train_loss) and torch.isfinite(grad_norm)):
-        raise UserError(
-            f"at step {step} the training loss is {train_loss} and the gradient norm {grad_norm.item()}; lower --lr or"
-            f" raise --warmup_steps and run the command again: it goes on from the newest checkpoint in {output_dir}, if any"
-        )
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} is {value} at step {step}; run the command again with a lower --lr or a higher --warmup_steps:"
+                f" it goes on from the newest checkpoint in {output_dir}, if there is one"
+            )
 
 
 def sample_text(config: PretrainingConfig, model: GPTModel, tokenizer: Tokenizer) -> str:

@@ -9,6 +9,7 @@ A folder is written under a temporary name, synced, and renamed: what has its pr
 the one with the lowest validation loss are kept. Nothing here is a pickle, so a stranger's checkpoint runs no code.
 """
 
+import math
 import os
 import re
 import shutil
@@ -37,7 +38,8 @@ def save_checkpoint(
     """Write `step_…` (of state["step"]) and clear away checkpoints that are neither newest nor best."""
     folder = output_dir / f"step_{state['step']:08d}"
     partial = output_dir / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in output_dir.glob(".step_*.partial"):  # of a run that was killed while it wrote or removed one
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         (partial / "tokenizer").mkdir(parents=True)
         for name, content in tokenizer.items():
@@ -49,7 +51,7 @@ def save_checkpoint(
         sync_folder(partial / "tokenizer")
         write_json(partial / STATE_FILE, {"format": FORMAT, "version": VERSION, **state})
         if folder.exists():  # the same step, saved again
-            shutil.rmtree(folder)
+            _remove(folder)
         os.replace(partial, folder)
         sync_folder(output_dir)
     except SafetensorError as error:  # its way to say that the disk is full
@@ -70,12 +72,21 @@ def _sync(path: Path) -> None:
 def find_checkpoints(output_dir: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest step first."""
     found = output_dir.glob("step_*") if output_dir.is_dir() else iter(())
-    return sorted(path for path in found if re.fullmatch(r"step_\d{8,}", path.name) and (path / STATE_FILE).is_file())
+    whole = [path for path in found if re.fullmatch(r"step_\d{8,}", path.name) and (path / STATE_FILE).is_file()]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def best_checkpoint(checkpoints: list[Path]) -> Path:
-    """The one with the lowest validation loss; of equals the newest."""
-    return min(reversed(checkpoints), key=lambda folder: read_state(folder)["val_loss"])
+    """The one with the lowest validation loss; one that has none that can be read comes last, of equals the newest first."""
+
+    def val_loss(folder: Path) -> float:
+        try:
+            loss = float(read_state(folder)["val_loss"])
+        except (UserError, KeyError, TypeError, ValueError):
+            return math.inf
+        return math.inf if math.isnan(loss) else loss
+
+    return min(reversed(checkpoints), key=val_loss)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -101,6 +112,10 @@ def _prune(output_dir: Path) -> None:
     checkpoints = find_checkpoints(output_dir)
     kept = {checkpoints[-1], best_checkpoint(checkpoints)}
     for folder in set(checkpoints) - kept:
-        doomed = folder.with_name(f".{folder.name}.partial")  # never a half-deleted folder under a proper name
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    doomed = folder.with_name(f".{folder.name}.old.partial")  # never a half-deleted folder under a proper name
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)

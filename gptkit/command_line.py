@@ -84,7 +84,7 @@ def _check_bounds(field: dataclasses.Field[Any], value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     bounds = field.metadata
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"--{field.name} {value} is not a finite number")
     if bounds["at_least"] is not None and value < bounds["at_least"]:
         raise UserError(f"--{field.name} {value} is too small; it must be at least {bounds['at_least']}")
@@ -97,22 +97,33 @@ def _check_bounds(field: dataclasses.Field[Any], value: Any) -> None:
 def run_command(config_class: type[Config], main: Callable[[Config], int | None]) -> NoReturn:
     """Parse the command line, call main, and leave: with main's code, or with one line and code 2."""
     try:
-        sys.exit(main(parse(config_class)) or 0)
+        code = main(parse(config_class)) or 0
+        print(end="", flush=True)  # a full disk shows here, where it can be told, and not while the interpreter ends
+        sys.exit(code)
     except UserError as error:
         message = str(error)
     except BrokenPipeError:  # whoever read our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _flush_or_drop_output()
         sys.exit(1)
     except OSError as error:
         remedy = _OS_REMEDIES.get(error.errno or 0)
         if remedy is None:
             raise
         message = f"{error.filename or 'writing'}: {os.strerror(error.errno or 0).lower()}; {remedy}"
+        _flush_or_drop_output()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
+
+
+def _flush_or_drop_output() -> None:
+    """Write what standard output still holds; what cannot be written is dropped, or the interpreter's end trips on it."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _OS_REMEDIES = {
@@ -122,6 +133,8 @@ _OS_REMEDIES = {
     errno.EACCES: "check who owns it and its permissions",
     errno.EPERM: "check who owns it and its permissions",
     errno.EROFS: "choose a folder that can be written to",
+    errno.ENOTDIR: "a part of this path is a file; choose another",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 

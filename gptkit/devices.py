@@ -15,18 +15,18 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
-    kind = name.partition(":")[0]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is not a device; give auto, cpu, cuda, cuda:N or mps")
+    kind = device.type
     if not available.get(kind, False):
         raise ValueError(
             f"--device {name} is not on this machine; it has {', '.join(k for k, v in available.items() if v)}"
         )
-    if (
-        kind == "cuda"
-        and torch.device(name).index is not None
-        and torch.device(name).index >= torch.cuda.device_count()
-    ):
+    if kind == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ValueError(f"--device {name} is not on this machine; it has {torch.cuda.device_count()} CUDA device(s)")
-    return torch.device(name)
+    return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -13,11 +13,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(content)
+            file.flush()  # else Python still holds it, and what is synced is an empty file
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not know which file it was
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

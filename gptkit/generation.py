@@ -16,10 +16,11 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int | None, generato
     """
     if temperature == 0:
         return int(logits.argmax())
+    candidates = torch.arange(len(logits))
     if top_k is not None and top_k < len(logits):
-        values, ids = logits.topk(top_k)
-        return int(ids[torch.multinomial(torch.softmax(values / temperature, dim=-1), 1, generator=generator)])
-    return int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator))
+        logits, candidates = logits.topk(top_k)
+    scaled = (logits - logits.max()).double() / temperature  # the likeliest at 0: no temperature overflows
+    return int(candidates[torch.multinomial(torch.softmax(scaled, dim=-1), 1, generator=generator)])
 
 
 def generate(

@@ -40,7 +40,25 @@ def build_optimizer(model: nn.Module, name: OptimizerName, lr: float, weight_dec
     projected = [parameter for parameter in matrices if id(parameter) in linear]
     plain = [parameter for parameter in matrices if id(parameter) not in linear] + vectors
     groups = [{"params": projected, **GALORE}, {"params": plain}]
-    return GaLoreAdamW(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0, no_deprecation_warning=True)
+    optimizer = GaLoreAdamW(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0, no_deprecation_warning=True)
+    for parameter in projected:
+        optimizer.state[parameter]["projector"] = _projector(optimizer.param_groups[0])
+    return optimizer
+
+
+def _projector(group: Mapping[str, Any]) -> Any:
+    """GaLore's projector with its basis laid out row by row, as a file gives it back.
+
+    The SVD's result is laid out by columns, and a product over another layout rounds otherwise: a resumed run would
+    drift from one that was never stopped.
+    """
+    from galore_torch.galore_projector import GaLoreProjector
+
+    class RowMajorProjector(GaLoreProjector):  # type: ignore[misc]
+        def get_orthogonal_matrix(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return super().get_orthogonal_matrix(*args, **kwargs).contiguous()
+
+    return RowMajorProjector(**{key: group[key] for key in GALORE})
 
 
 def _parameters_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[nn.Parameter, dict]]:
@@ -71,9 +89,6 @@ def load_optimizer_tensors(
         step = tensors[f"step.{name}"]
         state["step"] = int(step) if galore else step.to(parameter.device)
         if "rank" in group:
-            from galore_torch.galore_projector import GaLoreProjector
-
-            settings = {key: group[key] for key in ("rank", "update_proj_gap", "scale", "proj_type")}
-            state["projector"] = GaLoreProjector(**settings)
+            state["projector"] = _projector(group)
             state["projector"].ortho_matrix = tensors[f"projector.{name}"].to(parameter.device)
         optimizer.state[parameter] = state

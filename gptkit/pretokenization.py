@@ -8,7 +8,10 @@ all of them, and a reader trusts only a folder that has it.
 Validation takes the works whose hash is below a threshold: a work stays on its side however the text is resharded.
 """
 
+import codecs
 import hashlib
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +33,7 @@ TEXT_FORMAT, TOKEN_FORMAT = "gptkit-text-shards", "gptkit-token-shards"
 DEFAULT_SEPARATOR = "<|endoftext|>"
 SPLITS = ("train", "val")
 COUNTS = ("documents", "tokens", "characters", "unknown_tokens")
+WRITTEN_HERE = re.compile(rf"(?:{'|'.join(SPLITS)})_.*\.npy|\..*\.(?:npy|json)\.partial")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class TextShards:
     paths: list[Path]
     continues: list[bool]
     separator: str
+    by_hand: bool = False  # no manifest: files that people put there
 
 
 def find_text_shards(data_dir: Path) -> TextShards:
@@ -65,16 +70,21 @@ def find_text_shards(data_dir: Path) -> TextShards:
             raise UserError(f"{data_dir} lacks {missing[0]}, which its manifest names; prepare the folder again")
     else:
         paths = sorted(data_dir.glob("*.txt"))
-        found = TextShards(paths, [False] * len(paths), DEFAULT_SEPARATOR)
+        found = TextShards(paths, [False] * len(paths), DEFAULT_SEPARATOR, by_hand=True)
     if not found.paths or not found.separator:
         raise UserError(f"{data_dir} holds no text shards (*.txt); dataset/prepare_aozora_jsonl.py makes them")
     return found
 
 
 def works_of_shard(text: TextShards, index: int) -> Iterator[str]:
-    """The works that begin in shard `index`, in order; the last one read on into the next shards where it goes on."""
+    """The works that begin in shard `index`, in order; the last one read on into the next shards where it goes on.
+
+    Of files that people put there, a byte-order mark and the \\r of a line's end are no part of the text.
+    """
     separator = text.separator.encode()
     content = text.paths[index].read_bytes()
+    if text.by_hand:
+        content = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
     if index > 0 and text.continues[index - 1]:  # the first piece belongs to an earlier shard
         content = content.partition(separator)[2]
         if not content:
@@ -208,11 +218,13 @@ def pretokenize(data_dir: Path, output: Path, tokenizer: "Tokenizer", val_fracti
 
 
 def _refuse_foreign_folder(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; name a folder for the token shards")
-    if not output.is_dir():
+    there = next(path for path in (output, *output.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"{output}: {there} is a file; name a folder for the token shards")
+    if there != output:
         return
-    other = sorted(path.name for path in output.iterdir() if not _is_ours(path))
+    # Other hidden files come from a file browser, and may stay.
+    other = sorted(path.name for path in output.iterdir() if not _is_ours(path) and not path.name.startswith("."))
     if other:
         raise UserError(f"{output} holds something else ({other[0]}); name a new or empty folder for the token shards")
 
@@ -221,8 +233,8 @@ def _is_ours(path: Path) -> bool:
     """Whether a file in a token folder was written here (and may be replaced or removed)."""
     if path.suffix == ".json":
         record = _read_record(path) or {}
-        return record.get("format") == TOKEN_FORMAT or "threshold" in record
-    return path.name.startswith(tuple(f"{split}_" for split in SPLITS)) or path.name.endswith(".partial")
+        return record.get("format") == TOKEN_FORMAT or {"threshold", *SPLITS} <= record.keys()
+    return path.is_file() and WRITTEN_HERE.fullmatch(path.name) is not None
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
@@ -238,12 +250,14 @@ def _write_manifest(
     output: Path, tokenizer: "Tokenizer", text: TextShards, val_fraction: float, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Clear away shards of text that is gone, then write manifest.json and return it."""
-    named = {f"{path.stem}.json" for path in text.paths} | {
+    named = {"manifest.json", *(f"{path.stem}.json" for path in text.paths)} | {
         record[split]["file"] for record in records for split in SPLITS
     }
-    for old in output.iterdir():
-        if old.name not in named:
-            old.unlink()
+    stale = [path for path in output.iterdir() if path.name not in named and _is_ours(path)]
+    if stale:
+        (output / "manifest.json").unlink(missing_ok=True)  # it may name them
+    for path in stale:
+        path.unlink()
     manifest = {
         "format": TOKEN_FORMAT,
         "version": 1,

@@ -70,7 +70,7 @@ class Tokenizer:
         return self.backend.special_ids - {self.end_of_text_id}
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with no special token added. A lone surrogate in it raises UnicodeEncodeError."""
+        """The ids of a text, which UTF-8 must be able to hold, with no special token added."""
         if self.lower_case:
             text = text.lower()
         if self.newline_id is None:
@@ -84,7 +84,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; end-of-text and other special tokens stand for nothing."""
-        shown = [i for i in ids if i not in self.backend.special_ids]
+        hidden = self.backend.special_ids | {self.end_of_text_id}
+        shown = [i for i in ids if i not in hidden]
         if self.newline_id is None:
             return self.backend.decode(shown)
         lines: list[list[int]] = [[]]
@@ -217,6 +218,8 @@ def load_hf(name: str) -> Tokenizer:
 def _hf_folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise UserError(f"--hf_name {name} is a file; name the folder that holds it (or --tokenizer sentencepiece)")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         near = likely_path(Path(name))
         raise UserError(f"--hf_name {name}: no such folder" + (f"; did you mean {near}?" if near else ""))

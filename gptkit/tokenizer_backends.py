@@ -7,6 +7,7 @@ never read out of text. What files to fetch, end-of-text, newlines and lower cas
 import base64
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 
@@ -38,6 +39,8 @@ class SentencePieceBackend:
     def __init__(self, model: bytes) -> None:
         import sentencepiece
 
+        if not model:  # the library takes it for none given
+            raise ValueError("not a SentencePiece model (it is empty)")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -65,7 +68,8 @@ class SentencePieceBackend:
         return self._processor.encode(list(lines), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode(list(ids))
+        # Inside the library "▁" stands for a space; where it is no piece but bytes, it is not turned back.
+        return self._processor.decode(list(ids)).replace("▁", " ")
 
     def files(self) -> dict[str, bytes]:
         return {self.FILE: self._model}
@@ -94,9 +98,9 @@ class TokenizersBackend:
         unknown = model.get("unk_token")
         self.unknown_id: int | None = model.get("unk_id") if unknown is None else vocabulary.get(unknown)
         added = self._tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special) | (
-            frozenset() if self.unknown_id is None else {self.unknown_id}
-        )
+        unknown_ids = frozenset() if self.unknown_id is None else frozenset({self.unknown_id})
+        self.special_ids = frozenset(i for i, token in added.items() if token.special) | unknown_ids
+        self._never_read = self.special_ids - unknown_ids
 
     def id_of(self, piece: str) -> int | None:
         return self._tokenizer.token_to_id(piece)
@@ -105,7 +109,21 @@ class TokenizersBackend:
         return [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
 
     def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in self._tokenizer.encode_batch(list(lines), add_special_tokens=False)]
+        encoded = self._tokenizer.encode_batch(list(lines), add_special_tokens=False)
+        return [
+            found.ids if self._never_read.isdisjoint(found.ids) else self._encode_apart(line, found)
+            for line, found in zip(lines, encoded, strict=True)
+        ]
+
+    def _encode_apart(self, line: str, found: Any) -> list[int]:
+        """The ids of a line in which a Unigram model, whose pieces they are too, has read special tokens.
+
+        The line is cut after the first character of each.
+        """
+        cuts = [start + 1 for i, (start, _) in zip(found.ids, found.offsets, strict=True) if i in self._never_read]
+        parts = [line[start:end] for start, end in pairwise([0, *cuts, len(line)])]
+        encoded = self._tokenizer.encode_batch(parts, add_special_tokens=False)
+        return [i for part in encoded for i in part.ids if i not in self._never_read]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

@@ -52,7 +52,9 @@ def pretrain(shards: Path | str, output: Path, *more: object, cwd: Path | None =
 
 def test_unknown_tokenizer(tmp_path: Path, shards: Path) -> None:
     assert_user_error(pretrain(shards, tmp_path / "out", "--tokenizer", "mecab"), "mecab")
-    assert_user_error(pretrain(shards, tmp_path / "out", "--tokenizer", "hf", "--hf_name", "no/such-thing"), "no/such-thing")
+    assert_user_error(
+        pretrain(shards, tmp_path / "out", "--tokenizer", "hf", "--hf_name", "no/such-thing"), "no/such-thing"
+    )
     assert_user_error(pretrain(shards, tmp_path / "out", "--tokenizer", "tiktoken", "--tiktoken_name", "gpt9"), "gpt9")
     missing = pretrain(shards, tmp_path / "out", "--tokenizer_path", tmp_path / "no.model")
     assert_user_error(missing, "no.model")
@@ -62,7 +64,9 @@ def test_unknown_tokenizer(tmp_path: Path, shards: Path) -> None:
 def test_data_folder_without_shards(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert_user_error(pretrain(tmp_path / "empty", tmp_path / "out"), "empty", "prepare_aozora_jsonl.py")
-    result = run_command("pretokenize.py", *TOKENIZER, "--data_dir", tmp_path / "empty", "--output_dir", tmp_path / "tok")
+    result = run_command(
+        "pretokenize.py", *TOKENIZER, "--data_dir", tmp_path / "empty", "--output_dir", tmp_path / "tok"
+    )
     assert_user_error(result, "empty", "prepare_aozora_jsonl.py")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
 
@@ -116,12 +120,16 @@ def test_full_disk_while_tokenizing_and_saving(tmp_path: Path, shards: Path) -> 
     (large / "a.txt").write_text(SAMPLE.read_text("utf-8").replace("\n", SEPARATOR), "utf-8")
     arguments = (*TOKENIZER, "--data_dir", large, "--output_dir", tmp_path / "tokens")
     tokenize = command("pretokenize.py", *arguments)
-    result = subprocess.run(tokenize, env=environment(), capture_output=True, encoding="utf-8", preexec_fn=limit_file_size)
+    result = subprocess.run(
+        tokenize, env=environment(), capture_output=True, encoding="utf-8", preexec_fn=limit_file_size
+    )
     assert_user_error(result, "train_a.npy")
     assert not list((tmp_path / "tokens").glob("*"))
     assert run_command("pretokenize.py", *arguments).returncode == 0
 
-    train = command("pretraining.py", *TOKENIZER, *TINY, "--emb_dim", 64, "--data_dir", shards, "--output_dir", tmp_path / "out")
+    train = command(
+        "pretraining.py", *TOKENIZER, *TINY, "--emb_dim", 64, "--data_dir", shards, "--output_dir", tmp_path / "out"
+    )
     result = subprocess.run(train, env=environment(), capture_output=True, encoding="utf-8", preexec_fn=limit_file_size)
     assert_user_error(result, "make room")
     assert not list((tmp_path / "out").glob("*step_*"))

@@ -1,0 +1,204 @@
+"""gpt_model.py: against transformers' GPT-2, known parameter counts, and what a causal model must not do."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gpt_model import PRESETS, CausalSelfAttention, GPTConfig, GPTModel
+from gptkit.losses import next_token_loss
+
+VOCAB, CONTEXT = 97, 24  # 97 ids are padded to 128 rows
+
+
+def tiny_config(**changes: float) -> GPTConfig:
+    return GPTConfig(
+        **{"vocab_size": VOCAB, "context_length": CONTEXT, "emb_dim": 48, "n_layers": 3, "n_heads": 4} | changes
+    )
+
+
+def random_model(seed: int = 0, **changes: float) -> GPTModel:
+    """A tiny model, in evaluation mode, whose weights are all random: a norm or a bias in the wrong place shows."""
+    torch.manual_seed(seed)
+    model = GPTModel(tiny_config(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * 0.3
+    return model
+
+
+def random_ids(n_sequences: int = 2, n_tokens: int = CONTEXT, seed: int = 1) -> torch.Tensor:
+    return torch.randint(VOCAB, (n_sequences, n_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def hugging_face_twin(model: GPTModel) -> nn.Module:
+    """transformers' GPT2LMHeadModel with the weights of `model`, without the rows that pad the vocabulary."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = model.config
+    twin = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.context_length,
+            n_embd=config.emb_dim,
+            n_layer=config.n_layers,
+            n_head=config.n_heads,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    ).eval()
+
+    def norm(prefix: str, module: nn.LayerNorm) -> dict[str, torch.Tensor]:
+        return {f"{prefix}.weight": module.weight, f"{prefix}.bias": module.bias}
+
+    def conv1d(prefix: str, module: nn.Linear) -> dict[str, torch.Tensor]:  # GPT-2's weights are (inputs, outputs)
+        bias = torch.zeros(module.out_features) if module.bias is None else module.bias
+        return {f"{prefix}.weight": module.weight.t(), f"{prefix}.bias": bias}
+
+    weights = {"wte.weight": model.tok_emb.weight[: config.vocab_size], "wpe.weight": model.pos_emb.weight}
+    weights |= norm("ln_f", model.final_norm)
+    for i, block in enumerate(model.trf_blocks):
+        weights |= norm(f"h.{i}.ln_1", block.norm1) | norm(f"h.{i}.ln_2", block.norm2)
+        weights |= conv1d(f"h.{i}.attn.c_attn", block.att.qkv) | conv1d(f"h.{i}.attn.c_proj", block.att.out_proj)
+        weights |= conv1d(f"h.{i}.mlp.c_fc", block.ff.up_proj) | conv1d(f"h.{i}.mlp.c_proj", block.ff.out_proj)
+    twin.transformer.load_state_dict(weights)
+    return twin
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}, {"vocab_multiple": 1}, {"n_heads": 1}], ids=str)
+def test_logits_equal_transformers(changes: dict[str, float]) -> None:
+    model, ids = random_model(**changes), random_ids()
+    with torch.no_grad():
+        ours, theirs = model(ids), hugging_face_twin(model)(ids).logits
+    assert ours.shape == (2, CONTEXT, model.config.padded_vocab_size)
+    assert theirs.std() > 1  # so that 1e-4 says something
+    assert (ours[..., :VOCAB] - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_ids_have_no_probability_and_no_gradient(dtype: torch.dtype) -> None:
+    model, ids = random_model(), random_ids(4, CONTEXT + 1)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits = model(ids[:, :-1])
+        loss = next_token_loss(logits, ids[:, 1:])
+    loss.backward()
+    assert logits.dtype == dtype
+    assert loss.isfinite()
+    probabilities = logits.float().softmax(dim=-1)
+    assert (probabilities[..., VOCAB:] == 0).all()
+    assert (probabilities[..., :VOCAB].sum(dim=-1) - 1).abs().max() < 1e-5
+    gradient = model.tok_emb.weight.grad
+    assert (gradient[VOCAB:] == 0).all()
+    assert (gradient[:VOCAB].abs().sum(dim=1) > 0).all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("position", [1, 11, CONTEXT - 1])
+def test_a_token_changes_no_earlier_logits(position: int) -> None:
+    model, ids = random_model(), random_ids()
+    changed = ids.clone()
+    changed[:, position] = (ids[:, position] + 1) % VOCAB
+    with torch.no_grad():
+        difference = (model(ids) - model(changed))[..., :VOCAB].abs().amax(dim=(0, 2))  # (T,)
+    assert (difference[:position] < 1e-5).all()
+    assert (difference[position:] > 1e-2).all()
+
+
+def test_logits_of_a_text_begin_with_those_of_its_beginning() -> None:
+    model, ids = random_model(), random_ids()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids)[:, :7], model(ids[:, :7]), atol=1e-4, rtol=0)
+
+
+def test_input_and_output_share_one_embedding() -> None:
+    model, ids = random_model(), random_ids()
+    assert sum(parameter.shape[0] == model.config.padded_vocab_size for parameter in model.parameters()) == 1
+    unused = next(i for i in range(VOCAB) if i not in ids)
+    with torch.no_grad():
+        before = model(ids)
+        model.tok_emb.weight[unused] *= 2  # as an input it is not used, as an output it writes twice the logit
+        after = model(ids)
+    before[..., unused] *= 2
+    torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize(
+    ("size", "published"),
+    [("124M", 124_439_808), ("355M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+)
+def test_parameters_of_gpt2(size: str, published: int) -> None:
+    """The counts of OpenAI's released weights; padding adds whole rows of the embedding and nothing else."""
+    with torch.device("meta"):
+        padded = GPTModel(GPTConfig(50257, **PRESETS[size]))
+        plain = GPTModel(GPTConfig(50257, **PRESETS[size], vocab_multiple=1))
+    assert plain.n_parameters() == published
+    assert padded.config.padded_vocab_size == 50304
+    assert padded.n_parameters() == published + (50304 - 50257) * PRESETS[size]["emb_dim"]
+
+
+def test_qkv_bias_is_three_widths_a_block() -> None:
+    with_bias, without = random_model(), random_model(qkv_bias=False)
+    assert with_bias.n_parameters() - without.n_parameters() == 3 * 3 * 48
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_presets_are_valid(size: str) -> None:
+    assert GPTConfig(1000, **PRESETS[size]).padded_vocab_size == 1024
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"context_length": 0}, "context_length is 0"),
+        ({"emb_dim": -48}, "emb_dim is -48"),
+        ({"n_layers": 0}, "n_layers is 0"),
+        ({"n_heads": 0}, "n_heads is 0"),
+        ({"n_heads": 5}, "emb_dim 48 is not a multiple of n_heads 5"),
+        ({"drop_rate": 1.0}, "drop_rate is 1.0"),
+        ({"drop_rate": -0.1}, "drop_rate is -0.1"),
+        ({"drop_rate": math.nan}, "drop_rate is nan"),
+        ({"vocab_multiple": 0}, "vocab_multiple is 0"),
+    ],
+    ids=str,
+)
+def test_impossible_dimensions_are_refused(changes: dict[str, float], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        tiny_config(**changes)
+
+
+def test_a_text_longer_than_the_context_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"{CONTEXT + 1} tokens do not fit the context of {CONTEXT}"):
+        random_model()(random_ids(1, CONTEXT + 1))
+
+
+def test_dropout_in_training_only() -> None:
+    plain, dropping, ids = random_model(), random_model(drop_rate=0.5), random_ids()
+    with torch.no_grad():
+        assert torch.equal(dropping(ids), plain(ids))
+        dropping.train()
+        assert not torch.allclose(dropping(ids), dropping(ids))
+        plain.train()
+        assert torch.equal(plain(ids), plain(ids))
+
+
+def test_dropout_reaches_embeddings_attention_and_shortcuts() -> None:
+    model = random_model(drop_rate=0.5).train()
+    assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [0.5] * (1 + 3)
+    attention, x = CausalSelfAttention(tiny_config(drop_rate=0.5)), torch.randn(2, CONTEXT, 48)
+    assert not torch.allclose(attention(x), attention(x))
+    attention.eval()
+    assert torch.equal(attention(x), attention(x))
+
+
+def test_initial_weights_are_those_of_gpt2() -> None:
+    torch.manual_seed(0)
+    model = GPTModel(tiny_config(emb_dim=128, n_layers=8))
+    deviations = {name: parameter.std().item() for name, parameter in model.named_parameters() if parameter.dim() == 2}
+    for name, deviation in deviations.items():
+        assert deviation == pytest.approx(0.02 / 4 if name.endswith("out_proj.weight") else 0.02, rel=0.1), name
+    ids = random_ids(8, CONTEXT + 1)
+    loss = next_token_loss(model(ids[:, :-1]), ids[:, 1:])
+    assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.1)  # it knows nothing yet
