@@ -108,7 +108,7 @@ def main(config: PretrainingConfig) -> None:
     batches = TrainingBatches(
         tokens["train"], model_config.context_length, config.batch_size, config.grad_accum_steps, config.seed
     )
-    total_steps = count_steps(config, batches)
+    total_steps = count_steps(config, batches, len(tokens["val"]))
     validation = validation_batches(tokens["val"], model_config.context_length, config.batch_size, config.eval_iter)
 
     torch.manual_seed(config.seed)
@@ -225,9 +225,13 @@ def choose_model_config(config: PretrainingConfig, vocab_size: int) -> GPTConfig
         raise UserError(str(error))
 
 
-def count_steps(config: PretrainingConfig, batches: TrainingBatches) -> int:
+def count_steps(config: PretrainingConfig, batches: TrainingBatches, n_validation_tokens: int) -> int:
     """Optimizer steps of the whole run. Raises UserError where the data does not fill one step."""
     n_tokens, needed = len(batches.tokens), batches.tokens_per_step + 1
+    if n_validation_tokens < 2:
+        raise UserError(
+            f"{n_validation_tokens} validation token(s) predict nothing; give more text or a larger --val_fraction"
+        )
     if n_tokens < batches.context_length + 1:
         raise UserError(
             f"{n_tokens} training tokens are fewer than a context of {batches.context_length} and one more;"

@@ -160,7 +160,7 @@ def survey(corpus: Corpus) -> list[Work]:
         raise UserError(f"{corpus.files[0].parent} holds no text, only blank files; give text in --data_dir")
     threshold = max(int(HELD_OUT_SHARE * 2**64), hashes[0] + 1)
     if hashes[-1] < threshold:  # all are low; hold out one, or none where there is only one
-        threshold = hashes[0] + 1
+        threshold = hashes[0] + (len(hashes) > 1)
     for work in works:
         work.is_held_out = work.hash < threshold and not work.is_blank
     return works
@@ -209,12 +209,12 @@ def training_lines(lines: list[str], characters: set[str]) -> Iterator[str]:
 
 def run_trainer(lines: list[str], vocab_size: int, model_type: str) -> bytes:
     """The model. Raises RuntimeError, as the library does."""
-    import sentencepiece
-
     model = io.BytesIO()
     # The library does not listen to Ctrl-C; nothing is on the disk yet, so the signal may end us at once.
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
+        import sentencepiece
+
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=training_lines(lines, characters_with_a_piece(lines, vocab_size)),
             model_writer=model,

@@ -53,6 +53,11 @@ class SentencePieceBackend:
             i for i in range(self.vocab_size) if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
         )
 
+        # Inside the library "▁" stands for a space. A real one is given as its bytes, where both have their pieces.
+        self._space_is_piece = self.id_of("▁") is not None
+        mark = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
+        self._mark = mark if self._space_is_piece and self.unknown_id not in mark else None
+
     def id_of(self, piece: str) -> int | None:
         found = self._processor.piece_to_id(piece)
         return found if self._processor.id_to_piece(found) == piece else None
@@ -65,11 +70,16 @@ class SentencePieceBackend:
         return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
 
     def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
-        return self._processor.encode(list(lines), num_threads=1)
+        encoded = self._processor.encode(list(lines), num_threads=1)
+        for row, line in enumerate(lines):
+            if self._mark and "▁" in line:
+                first, *others = self._processor.encode(line.split("▁"), num_threads=1)
+                encoded[row] = first + [i for ids in others for i in (*self._mark, *ids)]
+        return encoded
 
     def decode(self, ids: Sequence[int]) -> str:
-        # Inside the library "▁" stands for a space; where it is no piece but bytes, it is not turned back.
-        return self._processor.decode(list(ids)).replace("▁", " ")
+        text: str = self._processor.decode(list(ids))
+        return text if self._space_is_piece else text.replace("▁", " ")  # a space that had to become bytes
 
     def files(self) -> dict[str, bytes]:
         return {self.FILE: self._model}
