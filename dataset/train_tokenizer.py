@@ -211,7 +211,7 @@ def run_trainer(lines: list[str], vocab_size: int, model_type: str) -> bytes:
     """The model. Raises RuntimeError, as the library does."""
     model = io.BytesIO()
     # The library does not listen to Ctrl-C; nothing is on the disk yet, so the signal may end us at once.
-    on_interrupt = signal.getsignal(signal.SIGINT)
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         import sentencepiece
 
