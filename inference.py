@@ -68,7 +68,7 @@ def main(config: InferenceConfig) -> None:
             generator=generator,
         )
     )
-    print(config.prompt + continuation(tokenizer, prompt, new))
+    print(config.prompt + tokenizer.decode_continuation(prompt, new))
     print(f"{len(new)} tokens, {len(new) / (time.monotonic() - start):.1f} tokens/s", file=sys.stderr)
 
 
@@ -111,11 +111,6 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:
     if n_unknown:
         print(f"note: {n_unknown} of the prompt's {len(ids)} tokens are unknown to the tokenizer", file=sys.stderr)
     return [tokenizer.end_of_text_id, *ids]
-
-
-def continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
-    """The text of the new ids, decoded together with the prompt's: what a byte or a space means depends on its left."""
-    return tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :]
 
 
 if __name__ == "__main__":

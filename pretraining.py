@@ -173,7 +173,8 @@ def choose_device_and_dtype(config: PretrainingConfig) -> tuple[torch.device, to
         device = devices.choose_device(config.device)
     except ValueError as error:
         raise UserError(str(error))
-    torch.set_float32_matmul_precision("high")  # TF32 for what float32 products are left on CUDA
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what float32 products are left
     return device, devices.choose_dtype(config.dtype, device)
 
 
@@ -353,7 +354,7 @@ def sample_text(config: PretrainingConfig, model: GPTModel, tokenizer: Tokenizer
         banned_ids=tokenizer.never_written,
         generator=torch.Generator().manual_seed(config.seed),
     )
-    return config.start_context + tokenizer.decode(ids)
+    return config.start_context + tokenizer.decode_continuation(prompt, list(ids))
 
 
 def closing_words(output_dir: Path, progress: Progress, total_steps: int) -> str:

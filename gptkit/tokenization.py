@@ -96,6 +96,10 @@ class Tokenizer:
                 lines[-1].append(i)
         return "\n".join(self.backend.decode(line) for line in lines)
 
+    def decode_continuation(self, before: list[int], ids: list[int]) -> str:
+        """The text of `ids` as they stand after `before`: what a byte or a space means depends on its left."""
+        return self.decode(before + ids)[len(self.decode(before)) :]
+
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits that are the same just where the tokenizer gives the same ids: its files, settings, and ids."""
