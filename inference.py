@@ -75,6 +75,8 @@ def main(config: InferenceConfig) -> None:
 def choose_checkpoint(config: InferenceConfig) -> Path:
     """The checkpoint folder meant: in exp_dir itself, or in one folder below it. Raises UserError."""
     exp_dir = existing_path(config.exp_dir, "--exp_dir")
+    if (exp_dir / checkpoints.STATE_FILE).is_file():  # one checkpoint, by name
+        return exp_dir
     runs = {folder: checkpoints.find_checkpoints(folder) for folder in [exp_dir, *sorted(exp_dir.glob("*/"))]}
     runs = {folder: found for folder, found in runs.items() if found}
     if not runs:

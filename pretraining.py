@@ -17,18 +17,27 @@ import torch
 
 from gpt_model import PRESETS, GPTConfig, GPTModel
 from gptkit import checkpoints, devices
-from gptkit.batches import TrainingBatches, validation_batches
+from gptkit.batches import TrainingBatches, check_size, validation_batches
 from gptkit.command_line import UserError, existing_path, run_command, setting
-from gptkit.compilation import compile_and_try
+from gptkit.compilation import compile_and_try, memory_told
 from gptkit.evaluation import mean_loss
-from gptkit.files import write_json
+from gptkit.files import lock_folder, read_json, write_json
 from gptkit.generation import generate
 from gptkit.losses import next_token_loss
-from gptkit.optimizers import DEFAULT_LR, OptimizerName, build_optimizer, load_optimizer_tensors, optimizer_tensors
+from gptkit.optimizers import (
+    DEFAULT_LR,
+    OptimizerName,
+    build_optimizer,
+    import_galore,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 from gptkit.pretokenization import describe_tokens, load_manifest, open_tokens, pretokenize
-from gptkit.run_log import RunLog, draw_loss_curve, format_duration, read_metrics
+from gptkit.run_log import RunLog, draw_loss_curve, format_duration
 from gptkit.schedules import learning_rate
 from gptkit.tokenization import Tokenizer, TokenizerSettings, load_tokenizer
+
+RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +50,9 @@ class PretrainingConfig(TokenizerSettings):
     pretokenized_dir: str | None = setting(
         None, "with --use_pretokenized: folder of token shards (default: DATA_DIR_pretok)"
     )
-    val_fraction: float = setting(0.01, "share of the works kept for validation", more_than=0, at_most=0.5)
+    val_fraction: float = setting(
+        0.01, "share of the works kept for validation, chosen by a hash", more_than=0, at_most=0.5
+    )
 
     model_size: Literal["tiny", "mini", "124M", "355M", "774M", "1558M"] = setting("124M", "dimensions to start from")
     context_length: int | None = setting(None, "tokens the model sees at once (default: of --model_size)", at_least=1)
@@ -56,12 +67,12 @@ class PretrainingConfig(TokenizerSettings):
         None, "end the run, and its schedule, after at most these optimizer steps", at_least=1
     )
     max_minutes: float | None = setting(
-        None, "save and stop after these minutes; the same command goes on", more_than=0
+        None, "save and stop after these minutes of training; the same command goes on", more_than=0
     )
     batch_size: int = setting(16, "sequences a micro-step", at_least=1)
     grad_accum_steps: int = setting(1, "micro-steps whose gradients are summed for one optimizer step", at_least=1)
 
-    optimizer: OptimizerName = setting("adamw", "galore_adamw needs galore-torch")
+    optimizer: OptimizerName = setting("adamw", "AdamW, or GaLore (which needs galore-torch)")
     lr: float | None = setting(None, "peak learning rate (default: 6e-4; with galore_adamw 5e-3)", more_than=0)
     min_lr: float | None = setting(
         None, "learning rate at the end of the cosine (default: a tenth of --lr)", at_least=0
@@ -102,27 +113,31 @@ def main(config: PretrainingConfig) -> None:
     device, dtype = choose_device_and_dtype(config)
     output_dir = check_output_dir(config)
     tokenizer = load_tokenizer(config)
-    folder, manifest = find_tokens(config, tokenizer)
-    tokens = open_tokens(folder, manifest)
     model_config = choose_model_config(config, tokenizer.vocab_size)
+    identity = run_identity(config, model_config, tokenizer)
+    refuse_another_run(output_dir, identity)
+    folder, manifest = find_tokens(config, tokenizer)
+    identity["tokens"] = manifest["fingerprint"]
+    refuse_another_run(output_dir, identity)
+    tokens = open_tokens(folder, manifest)
     batches = TrainingBatches(
         tokens["train"], model_config.context_length, config.batch_size, config.grad_accum_steps, config.seed
     )
-    total_steps = count_steps(config, batches, len(tokens["val"]))
+    check_size(batches, len(tokens["val"]))
+    total_steps = min(config.n_epochs * batches.steps_per_epoch, config.max_steps or sys.maxsize)
     validation = validation_batches(tokens["val"], model_config.context_length, config.batch_size, config.eval_iter)
 
     torch.manual_seed(config.seed)
     model = GPTModel(model_config).to(device)
     rate_of = choose_schedule(config, total_steps)
     optimizer = build_optimizer(model, config.optimizer, rate_of(0), config.weight_decay)
-    identity = run_identity(config, model_config, tokenizer, manifest)
-    progress = resume(output_dir, model, optimizer, identity, device)
+    progress = resume(output_dir, model, optimizer, device)
     if progress.step >= total_steps:
         print(
             f"{output_dir}: the run is finished, step {progress.step} of {total_steps}; more: --n_epochs, --max_steps"
         )
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
+    hold(output_dir)
     forward, micro_step_s = compile_and_try(model, config.compile, batches.micro_batch(progress.step, 0), device, dtype)
     announce(config, model, batches, manifest, progress, total_steps, micro_step_s, device, dtype)
 
@@ -158,9 +173,10 @@ def main(config: PretrainingConfig) -> None:
         if is_save:
             progress = Progress(n_done, min(progress.best_val_loss, val_loss), log.elapsed_s)
             state = {**dataclasses.asdict(progress), "val_loss": val_loss, "identity": identity}
+            state["settings"] = dataclasses.asdict(config)
             training = optimizer_tensors(model, optimizer) | devices.random_states(device)
             checkpoints.save_checkpoint(output_dir, state, model.state_dict(), training, tokenizer.files())
-            draw_loss_curve(read_metrics(log.metrics_path), log.curve_path)
+            draw_loss_curve(log.metrics_path, log.curve_path)
         if is_last:
             break
     log.close()
@@ -181,36 +197,58 @@ def choose_device_and_dtype(config: PretrainingConfig) -> tuple[torch.device, to
 def check_output_dir(config: PretrainingConfig) -> Path:
     """The output folder, which is not made before everything else is known to be right. Raises UserError."""
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file; name a folder")
+    if not config.output_dir or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"--output_dir {config.output_dir!r} is no folder; name one")
     if config.pretokenized_dir and not config.use_pretokenized:
         raise UserError(
             f"--pretokenized_dir {config.pretokenized_dir} is given without --use_pretokenized; add that flag"
         )
+    if config.optimizer == "galore_adamw":
+        import_galore()
+    if config.min_lr is not None and config.min_lr > choose_peak(config):
+        raise UserError(f"--min_lr {config.min_lr} is above the peak, --lr {choose_peak(config)}; give a smaller one")
+    try:
+        config.start_context.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--start_context {config.start_context!a} is not valid text; give it in UTF-8")
     if config.resume == "none" and checkpoints.find_checkpoints(folder):
         raise UserError(f"--output_dir {folder} holds a run already; name another folder, or go on with --resume auto")
+    written = [name for name in (RUN_FILE, "metrics.jsonl", "loss_curve.png") if (folder / name).exists()]
+    try:
+        ours = not written or read_json(folder / RUN_FILE)["format"] == RUN_FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"--output_dir {folder} holds something else ({written[0]}); name a new or empty folder")
     return folder
+
+
+def hold(output_dir: Path) -> None:
+    """Make the output folder and keep other runs out of it. Raises UserError where one is at work there."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock_folder(output_dir)
+    except BlockingIOError as holder:
+        raise UserError(
+            f"--output_dir {output_dir} is in use by another run, {holder}; wait for it or name another folder"
+        )
 
 
 def find_tokens(config: PretrainingConfig, tokenizer: Tokenizer) -> tuple[Path, dict[str, Any]]:
     """The folder of token shards, made or made anew where it does not match, and its manifest. Raises UserError."""
     folder = Path(config.output_dir) / "tokens"
     if config.use_pretokenized:
-        folder = Path(config.pretokenized_dir or f"{config.data_dir.rstrip('/')}_pretok")
+        data_dir = Path(config.data_dir) if Path(config.data_dir).name else Path(config.data_dir).resolve()
+        folder = Path(config.pretokenized_dir or data_dir.with_name(f"{data_dir.name}_pretok"))
     if config.use_pretokenized and not Path(config.data_dir).exists() and (folder / "manifest.json").exists():
-        manifest = load_manifest(folder)
-        made_by = manifest["tokenizer"]
-        if made_by["fingerprint"] != tokenizer.fingerprint:
-            raise UserError(
-                f"{folder} was made by another tokenizer ({made_by['name']}); run pretokenize.py with {tokenizer.name}"
-            )
+        manifest = load_manifest(folder, tokenizer)
         print(
             f"--data_dir {config.data_dir} is not here: the token shards in {folder} are taken as they are",
             file=sys.stderr,
         )
     else:
-        data_dir = existing_path(config.data_dir, "--data_dir")
-        manifest = pretokenize(data_dir, folder, tokenizer, config.val_fraction)
+        text = existing_path(config.data_dir, "--data_dir")
+        manifest = pretokenize(text, folder, tokenizer, config.val_fraction)
     return folder, manifest
 
 
@@ -226,74 +264,61 @@ def choose_model_config(config: PretrainingConfig, vocab_size: int) -> GPTConfig
         raise UserError(str(error))
 
 
-def count_steps(config: PretrainingConfig, batches: TrainingBatches, n_validation_tokens: int) -> int:
-    """Optimizer steps of the whole run. Raises UserError where the data does not fill one step."""
-    n_tokens, needed = len(batches.tokens), batches.tokens_per_step + 1
-    if n_validation_tokens < 2:
-        raise UserError(
-            f"{n_validation_tokens} validation token(s) predict nothing; give more text or a larger --val_fraction"
-        )
-    if n_tokens < batches.context_length + 1:
-        raise UserError(
-            f"{n_tokens} training tokens are fewer than a context of {batches.context_length} and one more;"
-            " give more text or a smaller --context_length"
-        )
-    if n_tokens < needed:
-        raise UserError(
-            f"a step of {batches.sequences_per_step} sequences x {batches.context_length} tokens needs {needed} training tokens"
-            f" and there are {n_tokens}; give a smaller --batch_size, --grad_accum_steps or --context_length, or more text"
-        )
-    return min(config.n_epochs * batches.steps_per_epoch, config.max_steps or sys.maxsize)
+def choose_peak(config: PretrainingConfig) -> float:
+    return config.lr or DEFAULT_LR[config.optimizer]
 
 
 def choose_schedule(config: PretrainingConfig, total_steps: int) -> Callable[[int], float]:
     """step (from 0) -> learning rate."""
-    peak = config.lr or DEFAULT_LR[config.optimizer]
+    peak = choose_peak(config)
     final = peak / 10 if config.min_lr is None else config.min_lr
-    warmup_steps = (
-        min(total_steps // 20, 1000) if config.warmup_steps is None else min(config.warmup_steps, total_steps)
-    )
+    wanted = min(total_steps // 20, 1000) if config.warmup_steps is None else config.warmup_steps
+    warmup_steps = min(wanted, total_steps)
     return lambda step: learning_rate(step, peak=peak, final=final, warmup_steps=warmup_steps, total_steps=total_steps)
 
 
-def run_identity(
-    config: PretrainingConfig, model_config: GPTConfig, tokenizer: Tokenizer, manifest: dict[str, Any]
-) -> dict[str, Any]:
-    """What must stay the same for a checkpoint to go on as one run."""
-    return {
-        "model": dataclasses.asdict(model_config),
-        "tokenizer": tokenizer.fingerprint,
-        "tokens": manifest["fingerprint"],
-        **{name: getattr(config, name) for name in ("optimizer", "batch_size", "grad_accum_steps", "seed")},
-    }
+def run_identity(config: PretrainingConfig, model_config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What must stay the same for a checkpoint to go on as one run; the fingerprint of the tokens comes to it."""
+    named = ("optimizer", "batch_size", "grad_accum_steps", "seed", "val_fraction")
+    identity = {"model": dataclasses.asdict(model_config), "tokenizer": tokenizer.fingerprint}
+    return identity | {name: getattr(config, name) for name in named}
 
 
-def resume(
-    output_dir: Path, model: GPTModel, optimizer: torch.optim.Optimizer, identity: dict[str, Any], device: torch.device
-) -> Progress:
+def refuse_another_run(output_dir: Path, identity: dict[str, Any]) -> None:
+    """Raise UserError where the newest checkpoint belongs to a run of another identity."""
+    found = checkpoints.find_checkpoints(output_dir)
+    before = checkpoints.read_state(found[-1]).get("identity") if found else identity
+    flags = {"model": "model (--model_size and the dimensions)", "tokens": "text (--data_dir)"}
+    for name, value in identity.items():
+        known = before.get(name) if isinstance(before, dict) else None
+        if known != value:
+            change = f" ({known}, now {value})" if name not in ("model", "tokenizer", "tokens") else ""
+            raise UserError(
+                f"{found[-1]} is from a run with another {flags.get(name, '--' + name)}{change};"
+                " give the settings of that run, or another --output_dir"
+            )
+
+
+def resume(output_dir: Path, model: GPTModel, optimizer: torch.optim.Optimizer, device: torch.device) -> Progress:
     """Load the newest checkpoint, if there is one, into model, optimizer and random streams. Raises UserError."""
     found = checkpoints.find_checkpoints(output_dir)
     if not found:
         return Progress()
     state = checkpoints.read_state(found[-1])
-    for name, value in identity.items():
-        if state["identity"].get(name) != value:
-            raise UserError(
-                f"{found[-1]} is from a run with another {name} ({state['identity'].get(name)}, now {value});"
-                " give the settings of that run, or another --output_dir"
-            )
     training = checkpoints.read_tensors(found[-1], checkpoints.TRAINING_FILE, torch.device("cpu"))
     weights = checkpoints.read_tensors(found[-1], checkpoints.MODEL_FILE, device)
     try:
+        progress = Progress(int(state["step"]), float(state["best_val_loss"]), float(state["elapsed_s"]))
         model.load_state_dict(weights)
         load_optimizer_tensors(model, optimizer, training)
         devices.set_random_states(training, device)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{found[-1]} is damaged ({error}); remove it to go on from an older checkpoint, if there is one"
+            f"{found[-1]} is damaged ({reason}); remove it to go on from an older checkpoint, if there is one"
         )
     print(f"going on from {found[-1]}")
-    return Progress(state["step"], state["best_val_loss"], state["elapsed_s"])
+    return progress
 
 
 def announce(
@@ -323,11 +348,8 @@ def announce(
         f"time: about {estimate} for the steps, by the {micro_step_s:.2f} s of one micro-step; evaluation comes on top",
         flush=True,
     )
-    settings = dataclasses.asdict(config)
-    write_json(
-        Path(config.output_dir) / "config.json",
-        {"settings": settings, "model": dataclasses.asdict(model.config), "tokens": describe_tokens(manifest)},
-    )
+    run = {"format": RUN_FORMAT, "settings": dataclasses.asdict(config), "model": dataclasses.asdict(model.config)}
+    write_json(Path(config.output_dir) / RUN_FILE, {**run, "tokens": describe_tokens(manifest)})
 
 
 def check_finite(values: dict[str, float], step: int, output_dir: Path) -> None:
@@ -361,10 +383,16 @@ def closing_words(output_dir: Path, progress: Progress, total_steps: int) -> str
     if progress.step < total_steps:
         return f"stopped at step {progress.step} of {total_steps} and saved in {output_dir}; the same command goes on"
     return (
-        f"finished {total_steps} steps in {format_duration(progress.elapsed_s)}, best validation loss"
-        f" {progress.best_val_loss:.4f}; the loss curve is {output_dir / 'loss_curve.png'}"
+        f"finished {total_steps} steps in {format_duration(progress.elapsed_s)}, best validation loss of a"
+        f" checkpoint {progress.best_val_loss:.4f}; the loss curve is {output_dir / 'loss_curve.png'}"
     )
 
 
+def run(config: PretrainingConfig) -> None:
+    """main, with a lack of memory told in one line."""
+    with memory_told(config.batch_size):
+        main(config)
+
+
 if __name__ == "__main__":
-    run_command(PretrainingConfig, main)
+    run_command(PretrainingConfig, run)

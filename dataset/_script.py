@@ -5,6 +5,7 @@
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -31,14 +32,23 @@ _OS_REMEDIES = {
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
     errno.EACCES: "check its permissions",
     errno.EROFS: "choose a folder that can be written to",
+    errno.ENOTDIR: "a part of this path is a file; choose another",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Call main and leave: with code 0, or with one line and code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the locale cannot show Japanese, the work goes on
     try:
         main()
+        print(end="", flush=True)
         sys.exit(0)
+    except BrokenPipeError:  # whoever read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         message = str(error)
     except OSError as error:
@@ -50,5 +60,5 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         )
     except KeyboardInterrupt:
         message = "interrupted; nothing was kept, run the same command again"
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)

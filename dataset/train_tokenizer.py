@@ -35,7 +35,7 @@ CHUNK = 1 << 20  # characters read at once: what bounds memory on a text of any 
 MAX_LINE = 4096  # a longer line is cut for training: beyond 65,535 characters the trainer's positions overflow
 HELD_OUT_SHARE = 1 / 50
 N_FIXED_PIECES = 3 + 1 + 256 + 1  # unknown, end of text, padding; newline; bytes; the space
-MIN_VOCAB_SIZE = 300
+MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 300, 1_000_000
 RESERVED = "▁▅\0"  # no pieces: the library's own space, a sign for which it drops the line, and what no piece can hold
 
 
@@ -65,6 +65,8 @@ def check(options: argparse.Namespace) -> None:
             f"--vocab_size {options.vocab_size} is too small: {N_FIXED_PIECES} are taken by bytes and special pieces;"
             f" give {MIN_VOCAB_SIZE} or more"
         )
+    if options.vocab_size > MAX_VOCAB_SIZE:
+        raise UserError(f"--vocab_size {options.vocab_size} is too large; give {MAX_VOCAB_SIZE} or less, such as 16000")
     if options.max_chars < 1:
         raise UserError(f"--max_chars {options.max_chars} leaves no text to train on; give more, such as 5000000")
     output = Path(options.output_dir)
@@ -98,6 +100,8 @@ def find_corpus(folder: Path) -> Corpus:
         if missing:
             raise UserError(f"{folder} lacks {missing[0]}, which its manifest names; prepare the folder again")
     else:
+        if (folder / ".partial").exists():
+            raise UserError(f"{folder} is what a preparation left that was stopped; prepare the folder again")
         files = sorted(path for path in folder.glob("*.txt") if path.is_file())
         corpus = Corpus(files, [False] * len(files), DEFAULT_SEPARATOR, by_hand=True)
     if not corpus.files or not corpus.separator:

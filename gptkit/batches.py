@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gptkit.command_line import UserError
 from gptkit.token_shards import TokenStream
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T) int64
@@ -59,6 +60,25 @@ class TrainingBatches:
         first = (step_in_epoch * self.grad_accum_steps + micro_step) * self.batch_size
         order = epoch_order(n_windows(self.tokens, self.context_length), self.seed, epoch)
         return _batch_of_windows(self.tokens, order[first : first + self.batch_size].tolist(), self.context_length)
+
+
+def check_size(batches: TrainingBatches, n_validation_tokens: int) -> None:
+    """Raise UserError where the data does not fill one step, or the validation text is too short."""
+    n_tokens, needed = len(batches.tokens), batches.tokens_per_step + 1
+    if n_validation_tokens < 2:
+        raise UserError(
+            f"{n_validation_tokens} validation token(s) predict nothing; give more text or a larger --val_fraction"
+        )
+    if n_tokens < batches.context_length + 1:
+        raise UserError(
+            f"{n_tokens} training tokens are fewer than a context of {batches.context_length} and one more;"
+            " give more text or a smaller --context_length"
+        )
+    if n_tokens < needed:
+        raise UserError(
+            f"a step of {batches.sequences_per_step} sequences x {batches.context_length} tokens needs {needed} training tokens"
+            f" and there are {n_tokens}; give a smaller --batch_size, --grad_accum_steps or --context_length, or more text"
+        )
 
 
 def validation_batches(tokens: TokenStream, context_length: int, batch_size: int, n_batches: int) -> list[Batch]:

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import io
 import math
 import os
 import sys
@@ -40,6 +41,8 @@ def setting(
 
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if "expected one argument" in message:
+            message += "; a value that begins with - is given as --flag=value"
         raise UserError(f"{message} (--help lists the flags)")
 
 
@@ -96,6 +99,9 @@ def _check_bounds(field: dataclasses.Field[Any], value: Any) -> None:
 
 def run_command(config_class: type[Config], main: Callable[[Config], int | None]) -> NoReturn:
     """Parse the command line, call main, and leave: with main's code, or with one line and code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the locale cannot show Japanese, a run goes on
     try:
         code = main(parse(config_class)) or 0
         print(end="", flush=True)  # a full disk shows here, where it can be told, and not while the interpreter ends
@@ -114,7 +120,7 @@ def run_command(config_class: type[Config], main: Callable[[Config], int | None]
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
 
 

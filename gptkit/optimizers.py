@@ -20,6 +20,15 @@ DEFAULT_LR: dict[OptimizerName, float] = {"adamw": 6e-4, "galore_adamw": 5e-3}
 GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 
 
+def import_galore() -> Any:
+    """The optional package galore_torch. Raises UserError where it is not installed."""
+    try:
+        import galore_torch
+    except ImportError as error:
+        raise UserError(f"--optimizer galore_adamw needs galore-torch ({error}); pip install galore-torch")
+    return galore_torch
+
+
 def build_optimizer(model: nn.Module, name: OptimizerName, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """An optimizer that decays matrices only; biases and norms have no decay.
 
@@ -32,10 +41,7 @@ def build_optimizer(model: nn.Module, name: OptimizerName, lr: float, weight_dec
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         fused = matrices[0].device.type in ("cuda", "cpu")
         return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=fused)
-    try:
-        from galore_torch import GaLoreAdamW
-    except ImportError as error:
-        raise UserError(f"--optimizer galore_adamw needs galore-torch ({error}); pip install galore-torch")
+    GaLoreAdamW = import_galore().GaLoreAdamW
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     projected = [parameter for parameter in matrices if id(parameter) in linear]
     plain = [parameter for parameter in matrices if id(parameter) not in linear] + vectors
@@ -56,7 +62,10 @@ def _projector(group: Mapping[str, Any]) -> Any:
 
     class RowMajorProjector(GaLoreProjector):  # type: ignore[misc]
         def get_orthogonal_matrix(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return super().get_orthogonal_matrix(*args, **kwargs).contiguous()
+            try:
+                return super().get_orthogonal_matrix(*args, **kwargs).contiguous()
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                raise UserError("GaLore met a gradient that is not finite; run again with a lower --lr")
 
     return RowMajorProjector(**{key: group[key] for key in GALORE})
 

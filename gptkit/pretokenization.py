@@ -43,6 +43,7 @@ class TextShards:
     paths: list[Path]
     continues: list[bool]
     separator: str
+    sha256: list[str | None]  # as the manifest has it; None: no manifest
     by_hand: bool = False  # no manifest: files that people put there
 
 
@@ -60,8 +61,9 @@ def find_text_shards(data_dir: Path) -> TextShards:
                 [data_dir / Path(shard["file"]).name for shard in shards],
                 [bool(shard["continues"]) for shard in shards],
                 str(manifest["separator"]),
+                [shard.get("sha256") for shard in shards],
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{data_dir / 'manifest.json'} describes no text shards ({error!r}); prepare the folder again"
             )
@@ -69,8 +71,10 @@ def find_text_shards(data_dir: Path) -> TextShards:
         if missing:
             raise UserError(f"{data_dir} lacks {missing[0]}, which its manifest names; prepare the folder again")
     else:
-        paths = sorted(data_dir.glob("*.txt"))
-        found = TextShards(paths, [False] * len(paths), DEFAULT_SEPARATOR, by_hand=True)
+        if (data_dir / ".partial").exists():
+            raise UserError(f"{data_dir} is what a preparation left that was stopped; prepare the folder again")
+        paths = sorted(path for path in data_dir.glob("*.txt") if path.is_file())
+        found = TextShards(paths, [False] * len(paths), DEFAULT_SEPARATOR, [None] * len(paths), by_hand=True)
     if not found.paths or not found.separator:
         raise UserError(f"{data_dir} holds no text shards (*.txt); dataset/prepare_aozora_jsonl.py makes them")
     return found
@@ -164,10 +168,18 @@ def _difference(old: dict[str, Any] | None, sources: dict[str, Any], output: Pat
         return "the tokenizer changed"
     if old.get("threshold") != sources["threshold"]:
         return "the choice of validation works changed"
+    return _damage(old, output)
+
+
+def _damage(record: dict[str, Any], folder: Path) -> str | None:
+    """What is wrong with the token shards of a record (None: nothing)."""
     for split in SPLITS:
-        path = output / Path(old[split]["file"]).name
-        if not path.is_file() or sha256_of(path) != old[split]["sha256"]:
-            return f"{path.name} is missing or damaged"
+        try:
+            path = folder / Path(record[split]["file"]).name
+            if not path.is_file() or sha256_of(path) != record[split]["sha256"]:
+                return f"{path.name} is missing or damaged"
+        except (KeyError, TypeError):
+            return "its record is damaged"
     return None
 
 
@@ -178,8 +190,11 @@ def pretokenize(data_dir: Path, output: Path, tokenizer: "Tokenizer", val_fracti
     """
     text = find_text_shards(data_dir)
     _refuse_foreign_folder(output)
-    threshold = validation_threshold(text, val_fraction)
     hashes = {path: sha256_of(path) for path in text.paths}
+    for path, sha256 in zip(text.paths, text.sha256, strict=True):
+        if sha256 not in (None, hashes[path]):
+            print(f"warning: {path} was edited or cut short since it was prepared; taken as it is", file=sys.stderr)
+    threshold = validation_threshold(text, val_fraction)
     output.mkdir(parents=True, exist_ok=True)
     n_bytes = sum(path.stat().st_size for path in text.paths)
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="pretokenize", disable=not sys.stderr.isatty())
@@ -278,15 +293,25 @@ def _write_manifest(
         ).hexdigest(),
         "shards": records,
     }
-    write_json(output / "manifest.json", manifest)
+    if _read_record(output / "manifest.json") != manifest:  # a folder that matches may be one that cannot be written
+        write_json(output / "manifest.json", manifest)
     return manifest
 
 
-def load_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished token folder. Raises UserError."""
+def load_manifest(folder: Path, tokenizer: "Tokenizer") -> dict[str, Any]:
+    """The manifest of a finished token folder whose text is not at hand. Raises UserError."""
     manifest = _read_record(folder / "manifest.json")
     if manifest is None or manifest.get("format") != TOKEN_FORMAT or manifest.get("version") != 1:
         raise UserError(f"{folder} holds no finished token shards; pretokenize.py makes them")
+    try:
+        made_by = manifest["tokenizer"]
+        if made_by["fingerprint"] != tokenizer.fingerprint:
+            raise UserError(f"{folder} was made by another tokenizer, {made_by['name']}, and not {tokenizer.name}")
+        damage = next(filter(None, (_damage(record, folder) for record in manifest["shards"])), None)
+    except (KeyError, TypeError) as error:
+        damage = f"its manifest.json is damaged ({error!r})"
+    if damage:
+        raise UserError(f"{folder}: {damage}; run pretokenize.py again, or bring the folder again")
     return manifest
 
 

@@ -85,15 +85,17 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line that a crash cut short is left out. No file: no objects."""
+    """The reports in a metrics.jsonl; a line that is none, as a crash leaves it, is left out. No file: no reports."""
     if not path.exists():
         return []
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
     return records
 
 
@@ -107,8 +109,15 @@ def keep_metrics_until(path: Path, step: int) -> None:
         os.replace(partial, path)
 
 
-def draw_loss_curve(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Training and validation loss (nats a token) over tokens, as a PNG."""
+def draw_loss_curve(metrics_path: Path, path: Path) -> None:
+    """Training and validation loss (nats a token) over tokens, as a PNG. A picture that fails is a warning."""
+    try:
+        _draw_loss_curve(read_metrics(metrics_path), path)
+    except Exception as error:  # whatever a drawing library raises, it must not end a run
+        print(f"warning: {path} could not be drawn ({error})", file=sys.stderr)
+
+
+def _draw_loss_curve(metrics: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

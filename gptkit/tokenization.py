@@ -139,6 +139,8 @@ def load_saved(folder: Path) -> Tokenizer:
 
 def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
     """The tokenizer that the settings name. Raises UserError."""
+    if settings.tokenizer_path is not None and settings.tokenizer != "sentencepiece":
+        raise UserError(f"--tokenizer_path {settings.tokenizer_path} needs --tokenizer sentencepiece beside it")
     if settings.tokenizer == "hf":
         return load_hf(settings.hf_name)
     if settings.tokenizer == "tiktoken":
@@ -226,7 +228,8 @@ def _hf_folder(name: str) -> Path:
         raise UserError(f"--hf_name {name} is a file; name the folder that holds it (or --tokenizer sentencepiece)")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         near = likely_path(Path(name))
-        raise UserError(f"--hf_name {name}: no such folder" + (f"; did you mean {near}?" if near else ""))
+        remedy = f"did you mean {near}?" if near else "give a folder that holds a tokenizer, or a name on the hub"
+        raise UserError(f"--hf_name {name}: no such folder; {remedy}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 

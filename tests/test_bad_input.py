@@ -52,10 +52,13 @@ def pretrain(shards: Path | str, output: Path, *more: object, cwd: Path | None =
 
 def test_unknown_tokenizer(tmp_path: Path, shards: Path) -> None:
     assert_user_error(pretrain(shards, tmp_path / "out", "--tokenizer", "mecab"), "mecab")
-    assert_user_error(
-        pretrain(shards, tmp_path / "out", "--tokenizer", "hf", "--hf_name", "no/such-thing"), "no/such-thing"
-    )
-    assert_user_error(pretrain(shards, tmp_path / "out", "--tokenizer", "tiktoken", "--tiktoken_name", "gpt9"), "gpt9")
+    data = ("--data_dir", shards, "--output_dir", tmp_path / "out")
+    hub = run_command("pretraining.py", *data, "--tokenizer", "hf", "--hf_name", "no/such-thing")
+    assert_user_error(hub, "no/such-thing")
+    tiktoken = run_command("pretraining.py", *data, "--tokenizer", "tiktoken", "--tiktoken_name", "gpt9")
+    assert_user_error(tiktoken, "gpt9")
+    alone = run_command("pretraining.py", *data, "--tokenizer_path", SAMPLE_TOKENIZER)
+    assert_user_error(alone, "--tokenizer_path", "--tokenizer sentencepiece")
     missing = pretrain(shards, tmp_path / "out", "--tokenizer_path", tmp_path / "no.model")
     assert_user_error(missing, "no.model")
     assert not (tmp_path / "out").exists()
@@ -105,6 +108,9 @@ def test_folders_that_hold_something_else(tmp_path: Path, shards: Path) -> None:
     assert_user_error(result, "photos", "cat.jpg")
     assert sorted(path.name for path in other.iterdir()) == ["cat.jpg", "notes.json"]
     assert_user_error(pretrain(shards, other / "cat.jpg"), "cat.jpg")
+    (other / "config.json").write_text('{"theme": "dark"}')
+    assert_user_error(pretrain(shards, other), "photos", "config.json")
+    assert (other / "config.json").read_text() == '{"theme": "dark"}'
     assert_user_error(pretrain(shards, tmp_path / "out", "--pretokenized_dir", tmp_path / "tok"), "--use_pretokenized")
 
 
