@@ -60,5 +60,5 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         )
     except KeyboardInterrupt:
         message = "interrupted; nothing was kept, run the same command again"
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"error: {' '.join(map(str.strip, message.splitlines()))}", file=sys.stderr)
     sys.exit(2)

@@ -3,7 +3,7 @@
     model.safetensors      the weights
     training.safetensors   the optimizer's state and the random states
     tokenizer/             the tokenizer's files
-    state.json             step, losses, model dimensions, settings; written last
+    state.json             step, losses, what the run is (model dimensions and fingerprints), its settings; written last
 
 A folder is written under a temporary name, synced, and renamed: what has its proper name is whole. The newest and
 the one with the lowest validation loss are kept. Nothing here is a pickle, so a stranger's checkpoint runs no code.

@@ -120,7 +120,7 @@ def run_command(config_class: type[Config], main: Callable[[Config], int | None]
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"error: {' '.join(map(str.strip, message.splitlines()))}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
 
 

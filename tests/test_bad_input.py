@@ -8,9 +8,11 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import (
     SAMPLE,
     SAMPLE_TOKENIZER,
@@ -20,6 +22,8 @@ from conftest import (
     environment,
     run_command,
 )
+
+from gptkit.files import lock_folder
 
 TOKENIZER = ("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER)
 TINY = ("--n_layers", 1, "--emb_dim", 16, "--n_heads", 1, "--context_length", 16, "--batch_size", 2, "--max_steps", 2)
@@ -115,8 +119,26 @@ def test_folders_that_hold_something_else(tmp_path: Path, shards: Path) -> None:
 
 
 def limit_file_size() -> None:
-    """In the child: no file over 100 kB, as on a full disk (writing fails with an OSError)."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    """In the child: no file over 50 kB, as on a full disk (writing fails with an OSError)."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+
+def limit_memory() -> None:
+    """In the child: 3 GB of addresses, of which the libraries take some."""
+    resource.setrlimit(resource.RLIMIT_AS, (3_000_000_000, 3_000_000_000))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to RLIMIT_AS")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="CUDA's libraries alone take more addresses")
+def test_too_little_memory(tmp_path: Path, shards: Path) -> None:
+    """For the optimizer's state, which comes after the trial, and for the model itself."""
+    small = ("--data_dir", shards, "--context_length", 16, "--batch_size", 2, "--max_steps", 2)
+    for size in (("--emb_dim", 2048, "--n_layers", 4, "--n_heads", 8), ("--model_size", "1558M")):
+        train = command("pretraining.py", *TOKENIZER, *small, *size, "--output_dir", tmp_path / "out")
+        result = subprocess.run(
+            train, env=environment(), capture_output=True, encoding="utf-8", preexec_fn=limit_memory
+        )
+        assert_user_error(result, "out of memory", "--batch_size 2", "--model_size")
 
 
 def test_full_disk_while_tokenizing_and_saving(tmp_path: Path, shards: Path) -> None:
@@ -146,6 +168,32 @@ def test_full_disk_while_tokenizing_and_saving(tmp_path: Path, shards: Path) -> 
 def test_output_folder_without_permission(tmp_path: Path, shards: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
     assert_user_error(pretrain(shards, tmp_path / "closed" / "out"), "closed", "permissions")
+
+
+def test_second_run_in_a_folder_in_use(tmp_path: Path, shards: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    descriptor = lock_folder(output)
+    assert_user_error(pretrain(shards, output), "in use by another run", f"process {os.getpid()} on ")
+    os.close(descriptor)
+    assert pretrain(shards, output).returncode == 0
+
+
+def test_locale_that_cannot_show_japanese(tmp_path: Path, shards: Path) -> None:
+    arguments = (*TOKENIZER, *TINY, "--data_dir", shards, "--output_dir", tmp_path / "out", "--print_sample_iter", 1)
+    ascii_only = environment() | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    train = command("pretraining.py", *arguments)
+    result = subprocess.run(train, env=ascii_only, capture_output=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    assert "sample after step 2: \\u543e" in result.stdout
+
+
+def test_settings_that_contradict(tmp_path: Path, shards: Path) -> None:
+    assert_user_error(pretrain(shards, tmp_path / "out", "--min_lr", 1), "--min_lr 1.0", "--lr")
+    broken = [*command("pretraining.py", *TOKENIZER, "--data_dir", shards, "--start_context"), b"\xff"]
+    assert_user_error(
+        subprocess.run(broken, env=environment(), capture_output=True, encoding="utf-8"), "--start_context"
+    )
 
 
 def infer(exp_dir: Path, prompt: str, *more: object) -> subprocess.CompletedProcess:

@@ -9,7 +9,7 @@ from conftest import SAMPLE_TOKENIZER, run_command
 
 from gpt_model import GPTConfig, GPTModel
 from gptkit.command_line import UserError
-from gptkit.compilation import compile_and_try
+from gptkit.compilation import compile_and_try, memory_told
 
 CPU = torch.device("cpu")
 
@@ -47,15 +47,20 @@ def test_failure_to_compile_is_a_warning(monkeypatch: pytest.MonkeyPatch, capsys
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 @pytest.mark.parametrize("compile", [False, True])
-def test_out_of_memory_names_a_batch_to_try(monkeypatch: pytest.MonkeyPatch, compile: bool, error: Exception) -> None:
+def test_out_of_memory_is_no_failure_to_compile(
+    monkeypatch: pytest.MonkeyPatch, compile: bool, error: Exception
+) -> None:
     def too_large(self: GPTModel, ids: torch.Tensor) -> torch.Tensor:
         raise error
 
     monkeypatch.setattr(GPTModel, "forward", too_large)
     monkeypatch.setattr(torch, "compile", lambda model: model)
     model, batch = model_and_batch()
-    with pytest.raises(UserError, match="--batch_size 3: give 1 and twice the --grad_accum_steps"):
+    with pytest.raises(type(error)):
         compile_and_try(model, compile, batch, CPU, torch.float32)
+    message = "--batch_size 3: give 1 and twice the --grad_accum_steps"
+    with pytest.raises(UserError, match=message), memory_told(3):
+        raise error
 
 
 def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

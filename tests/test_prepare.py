@@ -248,7 +248,7 @@ def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path: Path, name: str) -
 # What is wrong with a file, a folder or a flag
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n", gzip.compress(b"")])
+@pytest.mark.parametrize("content", [b"", b"\n \n", gzip.compress(b"", mtime=0)])
 def test_empty_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     assert_user_error(run(tmp_path / "a.jsonl", tmp_path / "out"), "a.jsonl", "the file is empty", "check the file")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -199,7 +200,7 @@ def test_every_work_comes_through_once_with_one_end_of_text(
         assert manifest[split]["documents"] == len(works)
         assert manifest[split]["characters"] == sum(map(len, works))
         assert manifest[split]["tokens"] == sum(map(len, works)) + len(works)
-    streams = open_tokens(tmp_path / "out", load_manifest(tmp_path / "out"))
+    streams = open_tokens(tmp_path / "out", load_manifest(tmp_path / "out", LOSSLESS))
     assert [len(streams["train"]), len(streams["val"])] == [manifest[split]["tokens"] for split in ("train", "val")]
     n_ends = sum(np.count_nonzero(s.read(0, len(s)) == LOSSLESS.end_of_text_id) for s in streams.values())
     assert n_ends == len(sample_works)
@@ -244,7 +245,7 @@ def test_unknown_tokens_are_counted_in_each_split(tmp_path: Path) -> None:
 def test_the_manifest_says_what_the_tokens_were_made_with(tmp_path: Path, sample_shards: Path) -> None:
     pretokenize(sample_shards, tmp_path / "out", TWO_BYTES, 0.2)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_bytes())
-    assert load_manifest(tmp_path / "out") == manifest
+    assert load_manifest(tmp_path / "out", TWO_BYTES) == manifest
     assert manifest["tokenizer"] == {
         "name": "two bytes",
         "fingerprint": TWO_BYTES.fingerprint,
@@ -471,7 +472,7 @@ def test_an_interrupted_change_leaves_no_manifest(
         with pytest.raises(KeyboardInterrupt):
             tokenize(chained, capsys, tokenizer=TWO_BYTES)
     with pytest.raises(UserError, match="holds no finished token shards"):
-        load_manifest(out)
+        load_manifest(out, TWO_BYTES)
     tokenize(chained, capsys, tokenizer=TWO_BYTES)
     assert_as_if_made_at_once(chained, tokenizer=TWO_BYTES)
 
@@ -491,7 +492,7 @@ def test_interrupted_clearing_leaves_no_manifest(
     with pytest.raises(KeyboardInterrupt):
         tokenize(chained, capsys)
     with pytest.raises(UserError, match="holds no finished token shards"):
-        load_manifest(chained.parent / "out")
+        load_manifest(chained.parent / "out", LOSSLESS)
 
 
 def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -682,9 +683,52 @@ def test_too_few_works_are_told(tmp_path: Path, works: list[str], val_fraction: 
     assert not (tmp_path / "out").exists()
 
 
+def test_tokens_without_their_text_are_checked(chained: Path) -> None:
+    out = chained.parent / "out"
+    manifest = pretokenize(chained, out, LOSSLESS, 0.3)
+    assert load_manifest(out, LOSSLESS) == manifest
+    with pytest.raises(UserError, match="made by another tokenizer"):
+        load_manifest(out, TWO_BYTES)
+    path = out / f"train_{SECOND}.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{path.name} is missing or damaged"):
+        load_manifest(out, LOSSLESS)
+    del manifest["tokenizer"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        load_manifest(out, LOSSLESS)
+
+
+def test_a_preparation_that_was_stopped_is_refused(chained: Path) -> None:
+    (chained / "manifest.json").unlink()
+    (chained / ".partial").mkdir()
+    with pytest.raises(UserError, match="prepare the folder again"):
+        pretokenize(chained, chained.parent / "out", LOSSLESS, 0.3)
+
+
+def test_text_that_is_not_what_its_manifest_says_is_told(
+    tmp_path: Path, sample_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(shutil.copytree(sample_shards, tmp_path / "text"))
+    path = min(text.glob("*.txt"))
+    path.write_bytes(path.read_bytes().replace("。".encode(), "、".encode(), 1))
+    pretokenize(text, tmp_path / "out", LOSSLESS, 0.3)
+    assert f"warning: {path} was edited or cut short since it was prepared" in capsys.readouterr().err
+
+
+def test_a_matching_folder_is_not_written(tmp_path: Path, sample_shards: Path) -> None:
+    """It may lie where nothing can be written."""
+    pretokenize(sample_shards, tmp_path / "out", LOSSLESS, 0.3)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    pretokenize(sample_shards, tmp_path / "out", LOSSLESS, 0.3)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_a_reader_refuses_what_is_unfinished_or_not_what_the_manifest_says(chained: Path) -> None:
     with pytest.raises(UserError, match=r"holds no finished token shards; pretokenize\.py makes them"):
-        load_manifest(chained)
+        load_manifest(chained, LOSSLESS)
     out = chained.parent / "out"
     manifest = pretokenize(chained, out, LOSSLESS, 0.3)
     path = out / f"train_{SECOND}.npy"

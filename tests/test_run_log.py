@@ -196,11 +196,13 @@ def png_size(path: Path) -> tuple[int, int]:
 def test_the_loss_curve_is_a_picture(n_reports: int, tmp_path: Path) -> None:
     path = tmp_path / "loss_curve.png"
     path.write_text("an older one")
-    draw_loss_curve([json.loads(line) for line in metrics_of(*range(1, n_reports + 1)).splitlines()], path)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(metrics_of(*range(1, n_reports + 1)))
+    draw_loss_curve(metrics, path)
     width, height = png_size(path)
     assert 500 < height < width < 2000
     assert path.stat().st_size > 5000
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [path, metrics]
 
 
 def test_the_loss_curve_shows_both_losses(tmp_path: Path) -> None:
@@ -208,9 +210,17 @@ def test_the_loss_curve_shows_both_losses(tmp_path: Path) -> None:
     pictures = set()
     for train_loss, val_loss in ((1.0, 2.0), (1.0, 3.0), (0.5, 2.0), (1.0, math.nan)):
         records = [
-            {"tokens": 100, "train_loss": 4.0, "val_loss": 4.0},
-            {"tokens": 200, "train_loss": train_loss, "val_loss": val_loss},
+            {"step": 1, "tokens": 100, "train_loss": 4.0, "val_loss": 4.0},
+            {"step": 2, "tokens": 200, "train_loss": train_loss, "val_loss": val_loss},
         ]
-        draw_loss_curve(records, tmp_path / "loss_curve.png")
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss_curve.png")
         pictures.add((tmp_path / "loss_curve.png").read_bytes())
     assert len(pictures) == 4
+
+
+def test_a_picture_that_fails_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")  # a report without losses
+    draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss_curve.png")
+    assert "could not be drawn" in capsys.readouterr().err
+    assert not (tmp_path / "loss_curve.png").exists()
