@@ -11,7 +11,7 @@ from typing import Any
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Put `content` at `path` so that a reader, or a crash, sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # of this process: another may write it too
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -9,6 +9,7 @@ Validation takes the works whose hash is below a threshold: a work stays on its 
 """
 
 import codecs
+import functools
 import hashlib
 import os
 import re
@@ -23,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gptkit.command_line import UserError
+from gptkit.engines import EngineError, EngineName, run_tasks
 from gptkit.files import read_json, sha256_of, write_atomically, write_json
 from gptkit.token_shards import TokenStream, open_token_shard, token_dtype, token_shard_bytes
 
@@ -33,7 +35,7 @@ TEXT_FORMAT, TOKEN_FORMAT = "gptkit-text-shards", "gptkit-token-shards"
 DEFAULT_SEPARATOR = "<|endoftext|>"
 SPLITS = ("train", "val")
 COUNTS = ("documents", "tokens", "characters", "unknown_tokens")
-WRITTEN_HERE = re.compile(rf"(?:{'|'.join(SPLITS)})_.*\.npy|\..*\.(?:npy|json)\.partial")
+WRITTEN_HERE = re.compile(rf"(?:{'|'.join(SPLITS)})_.*\.npy|\..*\.(?:npy|json)(?:\.\d+)?\.partial")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ def works_of_shard(text: TextShards, index: int) -> Iterator[str]:
 
     Of files that people put there, a byte-order mark and the \\r of a line's end are no part of the text.
     """
+    return (work.decode() for work in _works_as_bytes(text, index))
+
+
+def _works_as_bytes(text: TextShards, index: int) -> Iterator[bytes]:
+    """works_of_shard, each found to be UTF-8 but still encoded."""
     separator = text.separator.encode()
     content = text.paths[index].read_bytes()
     if text.by_hand:
@@ -100,11 +107,11 @@ def works_of_shard(text: TextShards, index: int) -> Iterator[str]:
             break
     for work in content.split(separator):
         try:
-            decoded = work.decode()
+            blank = not work.decode().strip()
         except UnicodeDecodeError as error:
             raise UserError(f"{text.paths[index]}: not UTF-8 ({error.reason}); convert the file to UTF-8")
-        if decoded.strip():
-            yield decoded
+        if not blank:
+            yield work
 
 
 def _shards_read_with(text: TextShards, index: int) -> list[Path]:
@@ -115,8 +122,8 @@ def _shards_read_with(text: TextShards, index: int) -> list[Path]:
     return text.paths[index : last + 1]
 
 
-def _hash(work: str) -> int:
-    return int.from_bytes(hashlib.sha256(work.encode()).digest()[:8], "big")
+def _hash(work: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(work).digest()[:8], "big")
 
 
 def validation_threshold(text: TextShards, val_fraction: float) -> int:
@@ -124,7 +131,7 @@ def validation_threshold(text: TextShards, val_fraction: float) -> int:
 
     Raises UserError where no work is left to train on.
     """
-    hashes = sorted(_hash(work) for index in range(len(text.paths)) for work in works_of_shard(text, index))
+    hashes = sorted(_hash(work) for index in range(len(text.paths)) for work in _works_as_bytes(text, index))
     if len(set(hashes)) < 2:
         raise UserError(
             f"{text.paths[0].parent} holds {len(set(hashes))} work(s); at least 2 are needed, one for validation"
@@ -143,7 +150,7 @@ def tokenize_shard(
     counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
     dtype = token_dtype(tokenizer.vocab_size)
     for work in works_of_shard(text, index):
-        split = "val" if _hash(work) < threshold else "train"
+        split = "val" if _hash(work.encode()) < threshold else "train"
         ids = np.array([*tokenizer.encode(work), tokenizer.end_of_text_id], dtype=dtype)
         parts[split].append(ids)
         n_unknown = 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
@@ -183,12 +190,20 @@ def _damage(record: dict[str, Any], folder: Path) -> str | None:
     return None
 
 
-def pretokenize(data_dir: Path, output: Path, tokenizer: "Tokenizer", val_fraction: float) -> dict[str, Any]:
+def pretokenize(
+    data_dir: Path,
+    output: Path,
+    tokenizer: "Tokenizer",
+    val_fraction: float,
+    engine: EngineName = "local",
+    num_workers: int = 1,
+) -> dict[str, Any]:
     """Make `output` hold the tokens of data_dir's text, redoing only what does not match; return its manifest.
 
-    Says on standard error what was made anew, why, and what was reused. Raises UserError.
+    The bytes do not depend on engine and workers. Says on standard error what was made anew, why, and what was
+    reused. Raises UserError.
     """
-    text = find_text_shards(data_dir)
+    text = find_text_shards(data_dir.resolve())
     _refuse_foreign_folder(output)
     hashes = {path: sha256_of(path) for path in text.paths}
     for path, sha256 in zip(text.paths, text.sha256, strict=True):
@@ -196,40 +211,60 @@ def pretokenize(data_dir: Path, output: Path, tokenizer: "Tokenizer", val_fracti
             print(f"warning: {path} was edited or cut short since it was prepared; taken as it is", file=sys.stderr)
     threshold = validation_threshold(text, val_fraction)
     output.mkdir(parents=True, exist_ok=True)
-    n_bytes = sum(path.stat().st_size for path in text.paths)
-    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="pretokenize", disable=not sys.stderr.isatty())
-    records, n_reused, done_bytes, start = [], 0, 0, time.monotonic()
-    for index, path in enumerate(text.paths):
-        sources: dict[str, Any] = {
-            "separator": text.separator,
-            "text": [hashes[shard] for shard in _shards_read_with(text, index)]
-            + [index > 0 and text.continues[index - 1]],
-            "tokenizer": tokenizer.fingerprint,
-            "threshold": threshold,
-        }
-        record = _read_record(output / f"{path.stem}.json")
-        why = _difference(record, sources, output)
-        if record is None or why:
-            (output / "manifest.json").unlink(missing_ok=True)  # from here on the folder is not whole
-            record = sources | tokenize_shard(text, index, tokenizer, threshold, output)
-            write_json(output / f"{path.stem}.json", record)
-            done_bytes += path.stat().st_size
-            rate = done_bytes / max(time.monotonic() - start, 1e-9)
-            left_s = sum(later.stat().st_size for later in text.paths[index + 1 :]) / rate
+    sources = [_sources(text, index, hashes, tokenizer, threshold) for index in range(len(text.paths))]
+    old = [_read_record(output / f"{path.stem}.json") for path in text.paths]
+    reasons = {i: why for i, record in enumerate(old) if (why := _difference(record, sources[i], output))}
+    records = {i: record for i, record in enumerate(old) if record is not None and i not in reasons}
+    if reasons:
+        (output / "manifest.json").unlink(missing_ok=True)  # from here on the folder is not whole
+    if records:
+        counted = f"{len(records)} of {len(text.paths)} token shards reused"
+        print(f"{output}: {counted}, text and tokenizer match", file=sys.stderr)
+    sizes = {i: text.paths[i].stat().st_size for i in reasons}
+    start, n_done, n_all = time.monotonic(), 0, sum(sizes.values())
+    task = functools.partial(_tokenize_one, text, tokenizer, threshold, output.resolve(), sources)
+    with tqdm(total=n_all, unit="B", unit_scale=True, desc="pretokenize", disable=not sys.stderr.isatty()) as bar:
+        for index, record in _told(run_tasks(task, list(reasons), engine, num_workers)):
+            records[index] = record
+            n_done += sizes[index]
+            rate = n_done / max(time.monotonic() - start, 1e-9)
             n_tokens = sum(record[split]["tokens"] for split in SPLITS)
             tqdm.write(
-                f"{path.name}: tokenized ({why}), {n_tokens:,} tokens, {rate / 1e6:.1f} MB/s, {left_s:.0f} s left",
+                f"{text.paths[index].name}: tokenized ({reasons[index]}), {n_tokens:,} tokens, {rate / 1e6:.1f} MB/s,"
+                f" {(n_all - n_done) / rate:.0f} s left",
                 sys.stderr,
             )
-        n_reused += not why
-        records.append(record)
-        bar.update(path.stat().st_size)
-    bar.close()
-    if n_reused:
-        print(
-            f"{output}: {n_reused} of {len(text.paths)} token shards reused, text and tokenizer match", file=sys.stderr
-        )
-    return _write_manifest(output, tokenizer, text, val_fraction, records)
+            bar.update(sizes[index])
+    return _write_manifest(output, tokenizer, text, val_fraction, [records[i] for i in range(len(text.paths))])
+
+
+def _told(results: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from results
+    except EngineError as error:
+        raise UserError(str(error))
+
+
+def _sources(
+    text: TextShards, index: int, hashes: dict[Path, str], tokenizer: "Tokenizer", threshold: int
+) -> dict[str, Any]:
+    """What the token shards of text shard `index` are made from."""
+    starts_inside = index > 0 and text.continues[index - 1]
+    return {
+        "separator": text.separator,
+        "text": [hashes[shard] for shard in _shards_read_with(text, index)] + [starts_inside],
+        "tokenizer": tokenizer.fingerprint,
+        "threshold": threshold,
+    }
+
+
+def _tokenize_one(
+    text: TextShards, tokenizer: "Tokenizer", threshold: int, output: Path, sources: list[dict[str, Any]], index: int
+) -> dict[str, Any]:
+    """Write the token shards of text shard `index`, then their record, and return it."""
+    record = sources[index] | tokenize_shard(text, index, tokenizer, threshold, output)
+    write_json(output / f"{text.paths[index].stem}.json", record)
+    return record
 
 
 def _refuse_foreign_folder(output: Path) -> None:

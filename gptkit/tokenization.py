@@ -14,9 +14,9 @@ Special tokens are never read out of text: a work that contains "</s>" is only c
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,29 +112,41 @@ class Tokenizer:
     def _settings(self) -> dict[str, Any]:
         return {"backend": self.backend.kind, "end_of_text": self.end_of_text, "lower_case": self.lower_case}
 
+    def __reduce__(self) -> Any:  # pickled as its files, for worker processes
+        return _of_pickled_files, (tuple(sorted(self.files().items())),)
+
     def files(self) -> dict[str, bytes]:
         """What a folder must hold for load_saved to give this tokenizer back, without a network."""
         description = {"format": FORMAT, "version": 1, "name": self.name} | self._settings()
         return self.backend.files() | {DESCRIPTION_FILE: json.dumps(description, ensure_ascii=False, indent=1).encode()}
 
 
+@lru_cache(maxsize=1)
+def _of_pickled_files(files: tuple[tuple[str, bytes], ...]) -> Tokenizer:
+    return _of_files(dict(files).__getitem__)
+
+
 def load_saved(folder: Path) -> Tokenizer:
     """The tokenizer whose files() were written to `folder`. Raises UserError."""
     try:
-        description = read_json(folder / DESCRIPTION_FILE)
-        if not isinstance(description, dict) or description.get("format") != FORMAT or description.get("version") != 1:
-            raise ValueError(f"{DESCRIPTION_FILE} is not one that this version reads")
-        backend: Backend
-        if description["backend"] == TiktokenBackend.kind:
-            names = (TiktokenBackend.RANKS_FILE, TiktokenBackend.SETTINGS_FILE)
-            backend = TiktokenBackend(*((folder / name).read_bytes() for name in names))
-        elif description["backend"] == TokenizersBackend.kind:
-            backend = TokenizersBackend((folder / TokenizersBackend.FILE).read_bytes())
-        else:
-            backend = SentencePieceBackend((folder / SentencePieceBackend.FILE).read_bytes())
-        return Tokenizer(backend, description["name"], description["end_of_text"], bool(description["lower_case"]))
+        return _of_files(lambda name: (folder / name).read_bytes())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no usable tokenizer ({error})")
+
+
+def _of_files(read: Callable[[str], bytes]) -> Tokenizer:
+    """The tokenizer whose files() `read` gives by name. Raises OSError, ValueError, KeyError or TypeError."""
+    description = json.loads(read(DESCRIPTION_FILE))
+    if not isinstance(description, dict) or description.get("format") != FORMAT or description.get("version") != 1:
+        raise ValueError(f"{DESCRIPTION_FILE} is not one that this version reads")
+    backend: Backend
+    if description["backend"] == TiktokenBackend.kind:
+        backend = TiktokenBackend(read(TiktokenBackend.RANKS_FILE), read(TiktokenBackend.SETTINGS_FILE))
+    elif description["backend"] == TokenizersBackend.kind:
+        backend = TokenizersBackend(read(TokenizersBackend.FILE))
+    else:
+        backend = SentencePieceBackend(read(SentencePieceBackend.FILE))
+    return Tokenizer(backend, description["name"], description["end_of_text"], bool(description["lower_case"]))
 
 
 def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:

@@ -26,6 +26,9 @@ class Backend(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def normalize(self, line: str) -> str:
+        """What its own normaliser makes of a line: what comes back of one that it knows, but for spaces at the ends."""
+
     def files(self) -> dict[str, bytes]:
         """All that is needed to make it again."""
 
@@ -80,6 +83,10 @@ class SentencePieceBackend:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode(list(ids))
         return text if self._space_is_piece else text.replace("▁", " ")  # a space that had to become bytes
+
+    def normalize(self, line: str) -> str:
+        parts = line.split("▁") if self._mark else [line]  # as encode_lines has it
+        return "▁".join(self._processor.normalize(part).replace("▁", " ") for part in parts)
 
     def files(self) -> dict[str, bytes]:
         return {self.FILE: self._model}
@@ -138,6 +145,13 @@ class TokenizersBackend:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    def normalize(self, line: str) -> str:
+        normalizer = self._tokenizer.normalizer
+        if normalizer is None:
+            return line
+        text: str = normalizer.normalize_str(line)
+        return text.replace("▁", " ") if "▁" in normalizer.normalize_str("a b") else text
+
     def files(self) -> dict[str, bytes]:
         return {self.FILE: self._content}
 
@@ -183,6 +197,9 @@ class TiktokenBackend:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids))
+
+    def normalize(self, line: str) -> str:
+        return line
 
     def files(self) -> dict[str, bytes]:
         return dict(self._files)

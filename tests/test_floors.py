@@ -17,6 +17,7 @@ FLOOR_0 = {
     "run_log",
     "command_line",
     "files",
+    "engines",
     "tokenizer_backends",
 }
 HEAVY = {"transformers", "huggingface_hub", "matplotlib", "tiktoken", "sentencepiece", "tokenizers", "galore_torch"}

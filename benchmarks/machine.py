@@ -1,0 +1,79 @@
+"""What the benchmarks share: the machine's name, running a command, reading texts, and the result file."""
+
+import json
+import lzma
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SEPARATOR = "<|endoftext|>"  # prepare_aozora_jsonl.py's default
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def script(name: str, **flags: object) -> list[str]:
+    """The command line of one of the project's scripts."""
+    return [
+        sys.executable,
+        str(ROOT / name),
+        *(part for key, value in flags.items() for part in (f"--{key}", str(value))),
+    ]
+
+
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def end_if_failed(exit_code: int, command: list[str]) -> None:
+    if exit_code:
+        sys.exit(f"error: exit code {exit_code} from {' '.join(command)}; run it alone to see why")
+
+
+def run(command: list[str]) -> tuple[float, float]:
+    """(elapsed_s, peak_mib) of one process; Linux never reports a peak below that of the process that started it."""
+    began = time.perf_counter()
+    process = start(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    elapsed_s = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
+    end_if_failed(process.returncode, command)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return elapsed_s, usage.ru_maxrss * unit / 2**20
+
+
+def read_texts(path: Path) -> list[str]:
+    """The "text" of each line of a .jsonl or .jsonl.xz file."""
+    opened = lzma.open(path, "rb") if path.suffix == ".xz" else open(path, "rb")
+    with opened as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+def write_result(name: str, result: dict[str, Any]) -> None:
+    """Print the result, with the machine, and write it to benchmarks/results/NAME.json."""
+    content = json.dumps(result | {"machine": machine()}, ensure_ascii=False, indent=1) + "\n"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(content, encoding="utf-8")
+    print(content, end="")
+    say(f"written: benchmarks/results/{name}.json")
