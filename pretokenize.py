@@ -1,41 +1,75 @@
 """Text shards -> token shards, alone: on a cheap machine, before a GPU is rented.
 
     python pretokenize.py --data_dir dataset/001 --output_dir dataset/001_pretok --tokenizer hf
+    python pretokenize.py --describe --tokenizer hf --data_dir dataset/001
 
 pretraining.py with --use_pretokenized finds what this made, and redoes only what no longer matches.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptkit.command_line import existing_path, run_command, setting
+from gptkit.command_line import UserError, existing_path, run_command, setting
 from gptkit.engines import EngineName, available_cores
-from gptkit.pretokenization import describe_tokens, pretokenize
+from gptkit.pretokenization import (
+    SELF_CHECK_CHARS,
+    describe_tokens,
+    find_text_shards,
+    pretokenize,
+    sample_works,
+    tokenize_missing,
+)
 from gptkit.tokenization import TokenizerSettings, load_tokenizer
+from gptkit.tokenizer_check import check_tokenizer, describe, refuse_problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretokenizeConfig(TokenizerSettings):
     """Text shards -> token shards, each work followed by end-of-text, some works kept for validation."""
 
-    data_dir: str = setting(help="folder of text shards (dataset/prepare_aozora_jsonl.py makes it)")
-    output_dir: str = setting(help="folder for the token shards; what still matches in it is reused")
+    data_dir: str | None = setting(None, "folder of text shards (dataset/prepare_aozora_jsonl.py makes it)")
+    output_dir: str | None = setting(None, "folder for the token shards; what still matches in it is reused")
+    describe: bool = setting(False, "only say what the tokenizer is, and with --data_dir what it does to that text")
     num_workers: int | None = setting(None, "processes side by side (default: one a core)", at_least=1)
     engine: EngineName = setting("local", "local processes, or a Ray cluster whose nodes share the file system")
+    part: str | None = setting(
+        None, "K/N, for a job array: only each N-th shard from the K-th on; run without it at the end"
+    )
     val_fraction: float = setting(
         0.01, "share of the works kept for validation, chosen by a hash", more_than=0, at_most=0.5
     )
 
 
 def main(config: PretokenizeConfig) -> None:
-    data_dir = existing_path(config.data_dir, "--data_dir")
+    data_dir = None if config.data_dir is None else existing_path(config.data_dir, "--data_dir")
+    if config.describe:
+        tokenizer = load_tokenizer(config)
+        works = None if data_dir is None else sample_works(data_dir, SELF_CHECK_CHARS)
+        print(describe(tokenizer, None if works is None else check_tokenizer(tokenizer, works)))
+        return
+    if data_dir is None or config.output_dir is None:
+        raise UserError("--data_dir and --output_dir are both needed (or --describe)")
     tokenizer = load_tokenizer(config)
+    refuse_problems(tokenizer, sample_works(data_dir, SELF_CHECK_CHARS), config.accept_problems)
     num_workers = config.num_workers or available_cores()
-    manifest = pretokenize(
-        data_dir, Path(config.output_dir), tokenizer, config.val_fraction, config.engine, num_workers
-    )
-    print(f"{config.output_dir}: {describe_tokens(manifest)}", file=sys.stderr)
+    output_dir = Path(config.output_dir)
+    if config.part is not None:
+        text, part = find_text_shards(data_dir.resolve()), read_part(config.part)
+        tokenize_missing(text, output_dir, tokenizer, config.val_fraction, config.engine, num_workers, part)
+        print(f"part {config.part} is done; the same command without --part ends the work", file=sys.stderr)
+        return
+    manifest = pretokenize(data_dir, output_dir, tokenizer, config.val_fraction, config.engine, num_workers)
+    print(f"{output_dir}: {describe_tokens(manifest)}", file=sys.stderr)
+
+
+def read_part(part: str) -> tuple[int, int]:
+    """ "K/N" as numbers, 1 <= K <= N. Raises UserError."""
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part)
+    if not match or int(match[1]) > int(match[2]):
+        raise UserError(f"--part {part} is not K/N with K from 1 to N, such as 3/8")
+    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

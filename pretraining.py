@@ -32,10 +32,18 @@ from gptkit.optimizers import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from gptkit.pretokenization import describe_tokens, load_manifest, open_tokens, pretokenize
+from gptkit.pretokenization import (
+    SELF_CHECK_CHARS,
+    describe_tokens,
+    load_manifest,
+    open_tokens,
+    pretokenize,
+    sample_works,
+)
 from gptkit.run_log import RunLog, draw_loss_curve, format_duration
 from gptkit.schedules import learning_rate
 from gptkit.tokenization import Tokenizer, TokenizerSettings, load_tokenizer
+from gptkit.tokenizer_check import refuse_problems
 
 RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"
 
@@ -248,6 +256,7 @@ def find_tokens(config: PretrainingConfig, tokenizer: Tokenizer) -> tuple[Path, 
         )
     else:
         text = existing_path(config.data_dir, "--data_dir")
+        refuse_problems(tokenizer, sample_works(text, SELF_CHECK_CHARS), config.accept_problems)
         manifest = pretokenize(text, folder, tokenizer, config.val_fraction)
     return folder, manifest
 

@@ -6,9 +6,10 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,23 +43,27 @@ def script(name: str, **flags: object) -> list[str]:
     ]
 
 
-def start(command: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start(command: list[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
 
 
-def end_if_failed(exit_code: int, command: list[str]) -> None:
+def end_if_failed(exit_code: int, command: list[str], errors: IO[bytes]) -> None:
     if exit_code:
-        sys.exit(f"error: exit code {exit_code} from {' '.join(command)}; run it alone to see why")
+        errors.seek(0)
+        sys.exit(
+            f"error: exit code {exit_code} from {' '.join(command)}\n{errors.read()[-2000:].decode(errors='replace')}"
+        )
 
 
 def run(command: list[str]) -> tuple[float, float]:
     """(elapsed_s, peak_mib) of one process; Linux never reports a peak below that of the process that started it."""
-    began = time.perf_counter()
-    process = start(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    elapsed_s = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
-    end_if_failed(process.returncode, command)
+    with tempfile.TemporaryFile() as errors:
+        began = time.perf_counter()
+        process = start(command, errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        elapsed_s = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        end_if_failed(process.returncode, command, errors)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return elapsed_s, usage.ru_maxrss * unit / 2**20
 

@@ -69,20 +69,21 @@ def peak_memory(command: list[str]) -> dict[str, Any]:
     """The peak of the main process and of each worker."""
     peaks_mib: dict[int, float] = {}
     helpers: set[int] = set()
-    process = start(command)
-    try:
-        while process.poll() is None:
-            status = status_of_all()
-            for pid in [process.pid, *descendants(process.pid, status)]:
-                if "VmHWM" in status.get(pid, {}):
-                    peak_mib = int(status[pid]["VmHWM"].split()[0]) / 1024
-                    peaks_mib[pid] = max(peaks_mib.get(pid, 0), peak_mib)
-                    if is_helper(pid):
-                        helpers.add(pid)
-            time.sleep(POLL_S)
-    finally:
-        process.terminate()  # after Ctrl-C; without effect on one that has ended
-    end_if_failed(process.returncode, command)
+    with tempfile.TemporaryFile() as errors:
+        process = start(command, errors)
+        try:
+            while process.poll() is None:
+                status = status_of_all()
+                for pid in [process.pid, *descendants(process.pid, status)]:
+                    if "VmHWM" in status.get(pid, {}):
+                        peak_mib = int(status[pid]["VmHWM"].split()[0]) / 1024
+                        peaks_mib[pid] = max(peaks_mib.get(pid, 0), peak_mib)
+                        if is_helper(pid):
+                            helpers.add(pid)
+                time.sleep(POLL_S)
+        finally:
+            process.terminate()  # after Ctrl-C; without effect on one that has ended
+        end_if_failed(process.returncode, command, errors)
     main_mib = peaks_mib.pop(process.pid)
     workers = sorted((mib for pid, mib in peaks_mib.items() if pid not in helpers), reverse=True)
     return {"main_mib": round(main_mib, 1), "workers_mib": [round(mib, 1) for mib in workers]}

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 TEXT_FORMAT, TOKEN_FORMAT = "gptkit-text-shards", "gptkit-token-shards"
 DEFAULT_SEPARATOR = "<|endoftext|>"
 SPLITS = ("train", "val")
+SELF_CHECK_CHARS = 200_000  # characters of the corpus on which a tokenizer is tried before tokens are written
 COUNTS = ("documents", "tokens", "characters", "unknown_tokens")
 WRITTEN_HERE = re.compile(rf"(?:{'|'.join(SPLITS)})_.*\.npy|\..*\.(?:npy|json)(?:\.\d+)?\.partial")
 
@@ -80,6 +81,20 @@ def find_text_shards(data_dir: Path) -> TextShards:
     if not found.paths or not found.separator:
         raise UserError(f"{data_dir} holds no text shards (*.txt); dataset/prepare_aozora_jsonl.py makes them")
     return found
+
+
+def sample_works(data_dir: Path, max_chars: int) -> list[str]:
+    """Works drawn evenly over the shards, the first ones of each, cut to about max_chars characters in all."""
+    text = find_text_shards(data_dir)
+    chosen = []
+    for index in range(len(text.paths)):
+        left = max_chars // len(text.paths)
+        for work in works_of_shard(text, index):
+            if left <= 0:
+                break
+            chosen.append(work[:left])
+            left -= len(work)
+    return chosen
 
 
 def works_of_shard(text: TextShards, index: int) -> Iterator[str]:
@@ -204,6 +219,20 @@ def pretokenize(
     reused. Raises UserError.
     """
     text = find_text_shards(data_dir.resolve())
+    records = tokenize_missing(text, output, tokenizer, val_fraction, engine, num_workers)
+    return _write_manifest(output, tokenizer, text, val_fraction, [records[i] for i in range(len(text.paths))])
+
+
+def tokenize_missing(
+    text: TextShards,
+    output: Path,
+    tokenizer: "Tokenizer",
+    val_fraction: float,
+    engine: EngineName,
+    num_workers: int,
+    part: tuple[int, int] = (1, 1),
+) -> dict[int, dict[str, Any]]:
+    """The records, by shard, that hold now; with part (k, n), of n, only each n-th shard from the k-th on is made."""
     _refuse_foreign_folder(output)
     hashes = {path: sha256_of(path) for path in text.paths}
     for path, sha256 in zip(text.paths, text.sha256, strict=True):
@@ -215,6 +244,7 @@ def pretokenize(
     old = [_read_record(output / f"{path.stem}.json") for path in text.paths]
     reasons = {i: why for i, record in enumerate(old) if (why := _difference(record, sources[i], output))}
     records = {i: record for i, record in enumerate(old) if record is not None and i not in reasons}
+    reasons = {i: why for i, why in reasons.items() if i % part[1] == part[0] - 1}
     if reasons:
         (output / "manifest.json").unlink(missing_ok=True)  # from here on the folder is not whole
     if records:
@@ -235,7 +265,7 @@ def pretokenize(
                 sys.stderr,
             )
             bar.update(sizes[index])
-    return _write_manifest(output, tokenizer, text, val_fraction, [records[i] for i in range(len(text.paths))])
+    return records
 
 
 def _told(results: Iterator[Any]) -> Iterator[Any]:

@@ -38,6 +38,7 @@ class TokenizerSettings:
     hf_name: str = setting("rinna/japanese-gpt2-small", "with hf: a folder, or a repository of the Hugging Face hub")
     tiktoken_name: str = setting("gpt2", "with tiktoken: the encoding, such as gpt2 or o200k_base")
     tokenizer_path: str | None = setting(None, "with sentencepiece: a .model file or its folder")
+    accept_problems: bool = setting(False, "go on although the tokenizer damages this text")
 
 
 class Tokenizer:

@@ -4,9 +4,12 @@ A tokenizer may change text as its own normaliser says (rinna's makes full-width
 characters. Anything else that does not come back is damage.
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from gptkit.command_line import UserError
 
 if TYPE_CHECKING:
     from gptkit.tokenization import Tokenizer
@@ -98,8 +101,9 @@ def _check_line(tokenizer: "Tokenizer", text: str) -> _Line:
     returned = back.strip(" ")
     n_unknown = _count_unknown(tokenizer, ids)
     if n_unknown:
-        return _Line(max(n_unknown, len(declared) - len(returned)), False, _excerpts(text, back))
-    return _Line(0, returned not in (declared, text.strip(" ")), _excerpts(text, back))
+        n_missing = len(declared.replace(" ", "")) - len(returned.replace(" ", ""))
+        return _Line(max(n_unknown, n_missing), False, _excerpts(text, back))
+    return _Line(0, returned != declared, _excerpts(text, back))
 
 
 def _count_unknown(tokenizer: "Tokenizer", ids: list[int]) -> int:
@@ -162,3 +166,14 @@ def describe(tokenizer: "Tokenizer", report: TokenizerReport | None) -> str:
             "characters a token": f"{report.characters_per_token:.2f}",
         }
     return "\n".join(f"{label + ':':<20}{fact}" for label, fact in facts.items())
+
+
+def refuse_problems(tokenizer: "Tokenizer", works: Iterable[str], accept: bool) -> None:
+    """Raise UserError where the tokenizer damages these works; with `accept`, only say so on standard error."""
+    found = " ".join(problems(check_tokenizer(tokenizer, works)))
+    if found and not accept:
+        raise UserError(
+            f"{tokenizer.name} damages this text. {found} Choose another tokenizer, or add --accept_problems"
+        )
+    if found:
+        print(f"warning: {tokenizer.name} damages this text. {found}", file=sys.stderr)

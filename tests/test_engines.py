@@ -1,6 +1,7 @@
 """gptkit/engines.py, and pretokenize.py on it: the bytes do not depend on the engine, and a kill costs nothing done."""
 
 import functools
+import json
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLE, SAMPLE_TOKENIZER, command, environment, run_command
+from conftest import SAMPLE, SAMPLE_TOKENIZER, assert_user_error, command, environment, run_command
 
 from gptkit.engines import EngineError, available_cores, run_tasks
 
@@ -132,3 +133,56 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+
+
+def test_parts_of_a_job_array_make_the_whole(tmp_path: Path, shards: Path) -> None:
+    assert tokenize(shards, tmp_path / "whole").returncode == 0
+    for part in ("2/3", "1/3", "3/3"):
+        result = tokenize(shards, tmp_path / "parts", "--part", part)
+        assert result.returncode == 0, result.stderr
+        assert not (tmp_path / "parts" / "manifest.json").exists()
+    last = tokenize(shards, tmp_path / "parts")
+    assert "tokenized" not in last.stderr
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    for wrong in ("0/3", "4/3", "x", "1/0"):
+        assert_user_error(tokenize(shards, tmp_path / "parts", "--part", wrong), f"--part {wrong}", "3/8")
+
+
+@pytest.fixture(scope="module")
+def foreign_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer for another language: letters, no kana, no kanji, no bytes."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("foreign")
+    draw = random.Random(1)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 8))) for _ in range(400)]
+    lines = [" ".join(draw.choices(words, k=9)) for _ in range(400)]
+    prefix = str(folder / "spiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=prefix, vocab_size=200, minloglevel=2
+    )
+    return folder / "spiece.model"
+
+
+def test_a_tokenizer_that_damages_the_text_is_refused(tmp_path: Path, shards: Path, foreign_model: Path) -> None:
+    foreign = ("--tokenizer", "sentencepiece", "--tokenizer_path", foreign_model, "--data_dir", shards)
+    for script in ("pretokenize.py", "pretraining.py"):
+        refused = run_command(script, *foreign, "--output_dir", tmp_path / "out")
+        assert_user_error(refused, "does not know", "of 10,000 characters", "--accept_problems")
+    assert not (tmp_path / "out").exists()
+    accepted = run_command("pretokenize.py", *foreign, "--output_dir", tmp_path / "out", "--accept_problems")
+    assert accepted.returncode == 0
+    assert "warning" in accepted.stderr
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_bytes())
+    assert manifest["unknown_tokens"] > 0
+
+
+def test_describe(shards: Path) -> None:
+    alone = run_command("pretokenize.py", *TOKENIZER, "--describe")
+    assert alone.returncode == 0, alone.stderr
+    assert "3,000" in alone.stdout
+    assert "lossless" not in alone.stdout
+    on_text = run_command("pretokenize.py", *TOKENIZER, "--describe", "--data_dir", shards)
+    assert on_text.stdout.startswith(alone.stdout.rstrip())
+    assert "lossless:           yes" in on_text.stdout
+    assert_user_error(run_command("pretokenize.py", *TOKENIZER, "--data_dir", shards), "--output_dir")

