@@ -30,25 +30,26 @@ def main() -> None:
         start = time.monotonic()
         subprocess.run([*tokenize, "--output_dir", str(whole)], check=True, capture_output=True)
         whole_s = time.monotonic() - start
-        draw, moments_s, n_killed_alive, n_redone, finished_after = random.Random(20), [], 0, 0, []
-        for _ in range(options.kills):
+        draw, moments_s, n_redone, finished_after = random.Random(20), [], 0, []
+        while len(moments_s) < options.kills:
             finished = {path: path.stat().st_mtime_ns for path in killed.glob("combined_*.json")}
             if len(finished) == len(list(whole.glob("combined_*.json"))):
                 for path in killed.iterdir():  # all done: begin anew, so that each kill meets work
                     path.unlink()
                 finished = {}
             process = subprocess.Popen([*tokenize, "--output_dir", str(killed)], stderr=subprocess.DEVNULL)
-            moments_s.append(round(draw.uniform(0, whole_s), 2))
-            time.sleep(moments_s[-1])
-            n_killed_alive += process.poll() is None
+            moment_s = draw.uniform(0, whole_s)
+            time.sleep(moment_s)
+            if process.poll() is not None:  # it ended before the kill
+                continue
             process.kill()
             process.wait()
             n_redone += sum(path.stat().st_mtime_ns != before for path, before in finished.items())
+            moments_s.append(round(moment_s, 2))
             finished_after.append(len(list(killed.glob("combined_*.json"))))
         subprocess.run([*tokenize, "--output_dir", str(killed)], check=True, capture_output=True)
         result = {
             "kills": options.kills,
-            "kills_that_met_a_running_process": n_killed_alive,
             "moments_s": moments_s,
             "shards": len(list(whole.glob("combined_*.json"))),
             "finished_shards_after_each_kill": finished_after,
