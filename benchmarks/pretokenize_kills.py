@@ -30,7 +30,9 @@ def main() -> None:
         start = time.monotonic()
         subprocess.run([*tokenize, "--output_dir", str(whole)], check=True, capture_output=True)
         whole_s = time.monotonic() - start
-        draw, moments_s, n_redone, finished_after = random.Random(20), [], 0, []
+        draw, n_redone = random.Random(20), 0
+        moments_s: list[float] = []
+        finished_after: list[int] = []
         while len(moments_s) < options.kills:
             finished = {path: path.stat().st_mtime_ns for path in killed.glob("combined_*.json")}
             if len(finished) == len(list(whole.glob("combined_*.json"))):
