@@ -4,20 +4,21 @@ The order in which results come is the engine's; what a task does must not depen
 are under way or waiting, so that any number of tasks takes the same memory.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 EngineName = Literal["local", "ray"]
-Result = TypeVar("Result")
+Run = Callable[[Callable[[int], Any], Sequence[int]], Iterator[tuple[int, Any]]]
 TASKS_A_WORKER = 2
 
 
@@ -30,20 +31,21 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_tasks(
-    task: Callable[[int], Result], numbers: Sequence[int], engine: EngineName, num_workers: int
-) -> Iterator[tuple[int, Result]]:
-    """Yield (number, task(number)) as they end. `task` is pickled; Ray's nodes see its files at the same paths.
+@contextlib.contextmanager
+def workers(engine: EngineName, num_workers: int) -> Iterator[Run]:
+    """A function run(task, numbers) that yields (number, task(number)) as they end; its workers serve many calls.
 
-    Raises what a task raises, and EngineError where a worker was killed or Ray is not to be had.
+    `task` is pickled; Ray's nodes see its files at the same paths, and num_workers is then the cluster's affair. Raises
+    what a task raises, and EngineError where a worker was killed or Ray is not to be had.
     """
     if engine == "ray":
-        yield from _run_on_ray(task, numbers)
-    elif min(num_workers, len(numbers)) <= 1:
-        for number in numbers:
-            yield number, task(number)
+        with _ray_cluster() as run:
+            yield run
+    elif num_workers == 1:
+        yield lambda task, numbers: ((number, task(number)) for number in numbers)
     else:
-        yield from _run_in_processes(task, numbers, min(num_workers, len(numbers)))
+        with _process_pool(num_workers) as run:
+            yield run
 
 
 def _begin_worker(parent: int) -> None:
@@ -58,32 +60,51 @@ def _begin_worker(parent: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _run_in_processes(
-    task: Callable[[int], Result], numbers: Sequence[int], num_workers: int
-) -> Iterator[tuple[int, Result]]:
-    waiting = iter(numbers)
-    under_way: dict[Future[Result], int] = {}
+def _bounded(
+    submit: Callable[[int], Any], wait_for_some: Callable[[list[Any]], Iterable[Any]], numbers: Sequence[int], most: int
+) -> Iterator[tuple[int, Any]]:
+    """(number, what `submit` gave for it) for those that have ended, with at most `most` under way."""
+    waiting, under_way = iter(numbers), dict[Any, int]()
+    while True:
+        while len(under_way) < most and (number := next(waiting, None)) is not None:
+            under_way[submit(number)] = number
+        if not under_way:
+            return
+        for ended in wait_for_some(list(under_way)):
+            yield under_way.pop(ended), ended
+
+
+@contextlib.contextmanager
+def _process_pool(num_workers: int) -> Iterator[Run]:
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads' locks
     pool = ProcessPoolExecutor(num_workers, spawn, _begin_worker, (os.getpid(),))
+
+    def first_ended(futures: list[Any]) -> Iterable[Any]:
+        return wait(futures, return_when=FIRST_COMPLETED).done
+
+    def run(task: Callable[[int], Any], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        try:
+            for number, future in _bounded(
+                lambda number: pool.submit(task, number), first_ended, numbers, TASKS_A_WORKER * num_workers
+            ):
+                yield number, future.result()
+        except BrokenProcessPool:
+            raise EngineError(
+                "a worker process was killed, perhaps for lack of memory; run again with fewer --num_workers"
+            )
+
     try:
-        while True:
-            while len(under_way) < TASKS_A_WORKER * num_workers and (number := next(waiting, None)) is not None:
-                under_way[pool.submit(task, number)] = number
-            if not under_way:
-                break
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                yield under_way.pop(future), future.result()
-    except BrokenProcessPool:
-        raise EngineError(
-            "a worker process was killed, perhaps for lack of memory; give fewer --num_workers and run again"
-        )
-    finally:
-        pool.shutdown(wait=not under_way, cancel_futures=True)
-        for worker in multiprocessing.active_children() if under_way else ():
+        yield run
+    except BaseException:  # no one waits for what is still under way
+        for worker in multiprocessing.active_children():
             worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _run_on_ray(task: Callable[[int], Result], numbers: Sequence[int]) -> Iterator[tuple[int, Result]]:
+@contextlib.contextmanager
+def _ray_cluster() -> Iterator[Run]:
     try:
         import ray
     except ImportError as error:
@@ -93,30 +114,28 @@ def _run_on_ray(task: Callable[[int], Result], numbers: Sequence[int]) -> Iterat
         ray.init(runtime_env={"env_vars": {"PYTHONPATH": root}}, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
         raise EngineError(
-            f"--engine ray: no cluster answers ({error}); start one (ray start --head), or unset RAY_ADDRESS"
+            f"--engine ray: no cluster answers ({error}); ray start --head starts one, or unset RAY_ADDRESS"
         )
-    try:
-        remote: Any = ray.remote(num_cpus=1)(task_on_ray)
+    remote: Any = ray.remote(num_cpus=1)(task_on_ray)
+
+    def run(task: Callable[[int], Any], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
         shared = ray.put(task)
-        waiting = iter(numbers)
-        under_way: dict[Any, int] = {}
-        while True:
-            n_most = TASKS_A_WORKER * max(int(ray.cluster_resources().get("CPU", 1)), 1)
-            while len(under_way) < n_most and (number := next(waiting, None)) is not None:
-                under_way[remote.remote(shared, number)] = number
-            if not under_way:
-                break
-            for done in ray.wait(list(under_way), num_returns=1)[0]:
-                number = under_way.pop(done)
-                try:
-                    result = ray.get(done)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause
-                yield number, result
+        most = TASKS_A_WORKER * max(int(ray.cluster_resources().get("CPU", 1)), 1)
+        for number, reference in _bounded(
+            lambda number: remote.remote(shared, number), lambda references: ray.wait(references)[0], numbers, most
+        ):
+            try:
+                result = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause
+            yield number, result
+
+    try:
+        yield run
     finally:
         ray.shutdown()
 
 
-def task_on_ray(task: Callable[[int], Result], number: int) -> Result:
+def task_on_ray(task: Callable[[int], Any], number: int) -> Any:
     """One task, on some node."""
     return task(number)

@@ -15,8 +15,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gptkit.command_line import UserError
-from gptkit.engines import EngineError, EngineName, run_tasks
+from gptkit.engines import EngineError, EngineName, Run, workers
 from gptkit.files import read_json, sha256_of, write_atomically, write_json
 from gptkit.token_shards import TokenStream, open_token_shard, token_dtype, token_shard_bytes
 
@@ -141,12 +142,17 @@ def _hash(work: bytes) -> int:
     return int.from_bytes(hashlib.sha256(work).digest()[:8], "big")
 
 
-def validation_threshold(text: TextShards, val_fraction: float) -> int:
+def survey_shard(text: TextShards, index: int) -> tuple[str, list[int]]:
+    """(sha256 of shard `index`, hashes of the works that begin in it). Raises UserError where it is not UTF-8."""
+    return sha256_of(text.paths[index]), [_hash(work) for work in _works_as_bytes(text, index)]
+
+
+def validation_threshold(text: TextShards, work_hashes: Iterable[int], val_fraction: float) -> int:
     """Works whose hash is below it are for validation: about val_fraction of them, and always at least one.
 
     Raises UserError where no work is left to train on.
     """
-    hashes = sorted(_hash(work) for index in range(len(text.paths)) for work in _works_as_bytes(text, index))
+    hashes = sorted(work_hashes)
     if len(set(hashes)) < 2:
         raise UserError(
             f"{text.paths[0].parent} holds {len(set(hashes))} work(s); at least 2 are needed, one for validation"
@@ -234,13 +240,31 @@ def tokenize_missing(
 ) -> dict[int, dict[str, Any]]:
     """The records, by shard, that hold now; with part (k, n), of n, only each n-th shard from the k-th on is made."""
     _refuse_foreign_folder(output)
-    hashes = {path: sha256_of(path) for path in text.paths}
-    for path, sha256 in zip(text.paths, text.sha256, strict=True):
-        if sha256 not in (None, hashes[path]):
-            print(f"warning: {path} was edited or cut short since it was prepared; taken as it is", file=sys.stderr)
-    threshold = validation_threshold(text, val_fraction)
+    try:
+        with workers(engine, min(num_workers, len(text.paths))) as run:
+            surveys = dict(run(functools.partial(survey_shard, text), range(len(text.paths))))
+            hashes = {path: surveys[i][0] for i, path in enumerate(text.paths)}
+            for path, sha256 in zip(text.paths, text.sha256, strict=True):
+                if sha256 not in (None, hashes[path]):
+                    print(f"warning: {path} was edited or cut short since it was prepared", file=sys.stderr)
+            threshold = validation_threshold(text, chain.from_iterable(s[1] for s in surveys.values()), val_fraction)
+            sources = [_sources(text, index, hashes, tokenizer, threshold) for index in range(len(text.paths))]
+            return _update(text, output, tokenizer, threshold, sources, run, part)
+    except EngineError as error:
+        raise UserError(str(error))
+
+
+def _update(
+    text: TextShards,
+    output: Path,
+    tokenizer: "Tokenizer",
+    threshold: int,
+    sources: list[dict[str, Any]],
+    run: Run,
+    part: tuple[int, int],
+) -> dict[int, dict[str, Any]]:
+    """Tokenize, by `run`, what does not match its sources; the records that hold then."""
     output.mkdir(parents=True, exist_ok=True)
-    sources = [_sources(text, index, hashes, tokenizer, threshold) for index in range(len(text.paths))]
     old = [_read_record(output / f"{path.stem}.json") for path in text.paths]
     reasons = {i: why for i, record in enumerate(old) if (why := _difference(record, sources[i], output))}
     records = {i: record for i, record in enumerate(old) if record is not None and i not in reasons}
@@ -254,7 +278,7 @@ def tokenize_missing(
     start, n_done, n_all = time.monotonic(), 0, sum(sizes.values())
     task = functools.partial(_tokenize_one, text, tokenizer, threshold, output.resolve(), sources)
     with tqdm(total=n_all, unit="B", unit_scale=True, desc="pretokenize", disable=not sys.stderr.isatty()) as bar:
-        for index, record in _told(run_tasks(task, list(reasons), engine, num_workers)):
+        for index, record in run(task, list(reasons)):
             records[index] = record
             n_done += sizes[index]
             rate = n_done / max(time.monotonic() - start, 1e-9)
@@ -266,13 +290,6 @@ def tokenize_missing(
             )
             bar.update(sizes[index])
     return records
-
-
-def _told(results: Iterator[Any]) -> Iterator[Any]:
-    try:
-        yield from results
-    except EngineError as error:
-        raise UserError(str(error))
 
 
 def _sources(

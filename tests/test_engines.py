@@ -7,14 +7,21 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SAMPLE, SAMPLE_TOKENIZER, assert_user_error, command, environment, run_command
 
-from gptkit.engines import EngineError, available_cores, run_tasks
+from gptkit.engines import EngineError, available_cores, workers
 
 TOKENIZER = ("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER)
+
+
+def run_tasks(task: Callable[[int], Any], numbers: Sequence[int], num_workers: int) -> list[tuple[int, Any]]:
+    with workers("local", num_workers) as run:
+        return list(run(task, numbers))
 
 
 def square(number: int) -> int:
@@ -41,28 +48,28 @@ def process_of(number: int) -> int:
 @pytest.mark.parametrize("num_workers", [1, 2, 99])
 def test_every_task_is_done_once(num_workers: int) -> None:
     numbers = [7, 3, 5, 4, 0, 9, 12, 20]
-    done = list(run_tasks(square, numbers, "local", num_workers))
+    done = run_tasks(square, numbers, num_workers)
     assert sorted(done) == sorted((number, number * number) for number in numbers)
-    assert list(run_tasks(square, [], "local", num_workers)) == []
+    assert run_tasks(square, [], num_workers) == []
 
 
 def test_work_is_spread_over_processes() -> None:
-    processes = {process for _, process in run_tasks(process_of, range(6), "local", 2)}
+    processes = {process for _, process in run_tasks(process_of, range(6), 2)}
     assert len(processes) == 2
     assert os.getpid() not in processes
-    assert {process for _, process in run_tasks(process_of, range(2), "local", 1)} == {os.getpid()}
+    assert {process for _, process in run_tasks(process_of, range(2), 1)} == {os.getpid()}
     assert available_cores() >= 1
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_an_error_of_a_task_comes_through(num_workers: int) -> None:
     with pytest.raises(KeyError, match="task 3"):
-        list(run_tasks(functools.partial(fail_at, 3), range(50), "local", num_workers))
+        run_tasks(functools.partial(fail_at, 3), range(50), num_workers)
 
 
 def test_a_killed_worker_is_told() -> None:
     with pytest.raises(EngineError, match="fewer --num_workers"):
-        list(run_tasks(be_killed, range(4), "local", 2))
+        run_tasks(be_killed, range(4), 2)
 
 
 @pytest.fixture
@@ -114,12 +121,13 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, sys, time\n"
-        "from gptkit.engines import run_tasks\n"
+        "from gptkit.engines import workers\n"
         "def task(number):\n"
         "    print(os.getpid(), flush=True)\n"
         "    time.sleep(60)\n"
         "if __name__ == '__main__':\n"
-        "    list(run_tasks(task, range(2), 'local', 2))\n"
+        "    with workers('local', 2) as run:\n"
+        "        list(run(task, range(2)))\n"
     )
     root = str(Path(__file__).resolve().parent.parent)
     process = subprocess.Popen(
