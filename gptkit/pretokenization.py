@@ -121,7 +121,11 @@ def _works_as_bytes(text: TextShards, index: int) -> Iterator[bytes]:
         content += rest
         if ended:
             break
-    for work in content.split(separator):
+    start = 0
+    while start < len(content):  # one work at a time: a split would hold them all a second time
+        end = content.find(separator, start)
+        end = len(content) if end < 0 else end
+        work, start = content[start:end], end + len(separator)
         try:
             blank = not work.decode().strip()
         except UnicodeDecodeError as error:

@@ -73,10 +73,10 @@ class SentencePieceBackend:
         return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
 
     def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
-        encoded = self._processor.encode(list(lines), num_threads=1)
+        encoded = [self._processor.encode(line) for line in lines]
         for row, line in enumerate(lines):
             if self._mark and "▁" in line:
-                first, *others = self._processor.encode(line.split("▁"), num_threads=1)
+                first, *others = map(self._processor.encode, line.split("▁"))
                 encoded[row] = first + [i for ids in others for i in (*self._mark, *ids)]
         return encoded
 
