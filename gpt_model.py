@@ -1,27 +1,35 @@
 """The GPT: token ids in, logits out. Imports torch only.
 
-GPT-2's architecture (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"):
-learned positions, pre-norm blocks, GELU in its tanh form, tied embeddings. Names follow Raschka's
-"Build a Large Language Model From Scratch". Loss, optimizer, sampling and files live elsewhere.
+Two architectures. "gpt2" is GPT-2's (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"):
+learned positions, layer norm, GELU in its tanh form, tied embeddings. "modern" has exactly the form of transformers'
+Qwen3ForCausalLM: RMS norm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021, "RoFormer"), norms of queries and
+keys (Henry et al. 2020), SwiGLU (Shazeer 2020), grouped-query attention (Ainslie et al. 2023), no biases, an output
+head of its own. Both have pre-norm blocks. Names follow Raschka's "Build a Large Language Model From Scratch". Loss,
+optimizer, sampling and files live elsewhere.
 
-Shapes: B batch, T time (at most context_length), C channels (emb_dim), H heads, D = C / H, V vocabulary
-(padded).
+Shapes: B batch, T time (at most context_length), C channels (emb_dim), H heads, G heads of keys and values, D = C / H,
+V vocabulary (padded).
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+Arch = Literal["gpt2", "modern"]
+RMS_NORM_EPS = 1e-6  # as Qwen3's; layer norms have GPT-2's 1e-5, torch's default
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (T, D)
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """The dimensions of a GPT.
 
-    Raises ValueError where a dimension is not positive, emb_dim is not a multiple of n_heads, or
-    drop_rate is outside [0, 1).
+    Raises ValueError where a dimension is not positive, does not divide another as it must, or drop_rate is outside
+    [0, 1).
     """
 
     vocab_size: int  # token ids the model may see and write
@@ -30,8 +38,11 @@ class GPTConfig:
     n_layers: int = 12
     n_heads: int = 12
     drop_rate: float = 0.0
-    qkv_bias: bool = True
+    qkv_bias: bool = True  # gpt2 only: a modern one has no biases
     vocab_multiple: int = 64  # the embedding has rows up to the next multiple: faster tensor-core products
+    arch: Arch = "gpt2"
+    n_kv_heads: int = 0  # modern only: heads of keys and values, each shared by a group of query heads (0: n_heads)
+    rope_base: float = 10_000.0  # modern only: RoFormer, section 3.2.2
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_layers", "n_heads", "vocab_multiple"):
@@ -41,10 +52,31 @@ class GPTConfig:
             raise ValueError(f"emb_dim {self.emb_dim} is not a multiple of n_heads {self.n_heads}")
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate is {self.drop_rate}; it must be at least 0 and below 1")
+        if self.arch == "modern" and self.head_dim % 2:
+            raise ValueError(f"emb_dim / n_heads is {self.head_dim}; with arch modern it must be even")
+        if self.n_kv_heads < 0 or self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.arch == "gpt2" and self.kv_heads != self.n_heads:
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} needs arch modern; gpt2 has as many as n_heads")
 
     @property
     def padded_vocab_size(self) -> int:
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def head_dim(self) -> int:
+        return self.emb_dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """The inner width of the feed-forward: four times emb_dim, or with three matrices in place of two 8/3 times."""
+        if self.arch == "gpt2":
+            return 4 * self.emb_dim
+        return math.ceil(self.emb_dim * 8 / 3 / 32) * 32
 
 
 # GPT-2's four sizes, and two for a laptop's CPU.
@@ -58,50 +90,79 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
+def norm_of(config: GPTConfig, width: int) -> nn.Module:
+    return nn.RMSNorm(width, eps=RMS_NORM_EPS) if config.arch == "modern" else nn.LayerNorm(width)
+
+
+def rotation(config: GPTConfig) -> Rotation:
+    """Cosines and sines of the angle of each position and channel, the two halves of a head alike: each (T, D)."""
+    frequencies = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:  # (B, T, H, D) -> (B, T, H, D)
+    """Turn channel i and channel i + D / 2 as a pair, by the angle of the position."""
+    cos, sin = (table[:, None].to(x.dtype) for table in by)  # (T, 1, D)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what stands before it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_heads = config.n_heads
-        self.drop_rate = config.drop_rate
-        self.qkv = nn.Linear(config.emb_dim, 3 * config.emb_dim, bias=config.qkv_bias)
-        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
+        self.config = config
+        modern = config.arch == "modern"
+        self.widths = [heads * config.head_dim for heads in (config.n_heads, config.kv_heads, config.kv_heads)]
+        self.qkv = nn.Linear(config.emb_dim, sum(self.widths), bias=config.qkv_bias and not modern)
+        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim, bias=not modern)
+        self.q_norm, self.k_norm = (norm_of(config, config.head_dim) if modern else nn.Identity() for _ in range(2))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
+    def forward(self, x: torch.Tensor, by: Rotation | None) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
-        q, k, v = self.qkv(x).split(C, dim=-1)  # each (B, T, C)
-        q, k, v = (t.view(B, T, self.n_heads, C // self.n_heads).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-        dropout = self.drop_rate if self.training else 0.0
-        context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, D)
+        q, k, v = (t.view(B, T, -1, self.config.head_dim) for t in self.qkv(x).split(self.widths, dim=-1))
+        if by is not None:
+            q, k = rotate(self.q_norm(q), by), rotate(self.k_norm(k), by)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
+        dropout = self.config.drop_rate if self.training else 0.0
+        grouped = self.config.kv_heads < self.config.n_heads
+        context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
         return self.out_proj(context.transpose(1, 2).reshape(B, T, C))
 
 
 class FeedForward(nn.Module):
-    """Two layers with GELU between them; the inner one is four times as wide."""
+    """Two layers with GELU between them, or (modern) SwiGLU: SiLU of one half times the other half."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.emb_dim, 4 * config.emb_dim)
-        self.out_proj = nn.Linear(4 * config.emb_dim, config.emb_dim)
+        self.modern = config.arch == "modern"
+        n_inner = 2 * config.hidden_dim if self.modern else config.hidden_dim
+        self.up_proj = nn.Linear(config.emb_dim, n_inner, bias=not self.modern)  # modern: gate, then up
+        self.out_proj = nn.Linear(config.hidden_dim, config.emb_dim, bias=not self.modern)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
-        return self.out_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        x = self.up_proj(x)
+        if self.modern:
+            gate, up = x.chunk(2, dim=-1)
+            return self.out_proj(F.silu(gate) * up)
+        return self.out_proj(F.gelu(x, approximate="tanh"))
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each behind a layer norm and beside a shortcut."""
+    """Attention and feed-forward, each behind a norm and beside a shortcut."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.emb_dim)
+        self.norm1 = norm_of(config, config.emb_dim)
         self.att = CausalSelfAttention(config)
-        self.norm2 = nn.LayerNorm(config.emb_dim)
+        self.norm2 = norm_of(config, config.emb_dim)
         self.ff = FeedForward(config)
         self.dropout = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.dropout(self.att(self.norm1(x)))
+    def forward(self, x: torch.Tensor, by: Rotation | None) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.dropout(self.att(self.norm1(x), by))
         return x + self.dropout(self.ff(self.norm2(x)))
 
 
@@ -113,11 +174,16 @@ class GPTModel(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.tok_emb = nn.Embedding(config.padded_vocab_size, config.emb_dim)  # also the output head
-        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.tok_emb = nn.Embedding(config.padded_vocab_size, config.emb_dim)  # gpt2: also the output head
+        if config.arch == "gpt2":
+            self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        else:
+            self.out_head = nn.Linear(config.emb_dim, config.padded_vocab_size, bias=False)
+            for name, table in zip(("cos", "sin"), rotation(config), strict=True):
+                self.register_buffer(name, table, persistent=False)
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
-        self.final_norm = nn.LayerNorm(config.emb_dim)
+        self.final_norm = norm_of(config, config.emb_dim)
         # A bias of the last product, not a mask after it: padding costs no second pass over the logits.
         padding_bias = torch.zeros(config.padded_vocab_size)
         padding_bias[config.vocab_size :] = -torch.inf
@@ -135,17 +201,31 @@ class GPTModel(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T) -> (B, T, V)
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The matrix of the last product: (V, C)."""
+        return self.tok_emb.weight if self.config.arch == "gpt2" else self.out_head.weight
+
+    def features(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T) -> (B, T, C)
+        """What the last product turns into logits."""
         T = ids.shape[1]
         if T > self.config.context_length:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context_length}")
-        positions = torch.arange(T, device=ids.device)
-        x = self.drop_emb(self.tok_emb(ids) + self.pos_emb(positions))  # (B, T, C)
+        x = self.tok_emb(ids)  # (B, T, C)
+        by: Rotation | None = None
+        if self.config.arch == "gpt2":
+            x = x + self.pos_emb(torch.arange(T, device=ids.device))
+        else:
+            by = self.cos[:T], self.sin[:T]
+        x = self.drop_emb(x)
         for block in self.trf_blocks:
-            x = block(x)
+            x = block(x, by)
+        return self.final_norm(x)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T) -> (B, T, V)
         bias = self.padding_bias if self.config.vocab_size < self.config.padded_vocab_size else None
-        return F.linear(self.final_norm(x), self.tok_emb.weight, bias)
+        return F.linear(self.features(ids), self.head_weight, bias)
 
     def n_parameters(self) -> int:
-        """All parameters, the tied embedding counted once."""
+        """All parameters, a tied embedding counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
