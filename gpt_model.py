@@ -13,13 +13,14 @@ V vocabulary (padded).
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-Arch = Literal["gpt2", "modern"]
+Arch = Literal["modern", "gpt2"]
+ARCHS = get_args(Arch)
 RMS_NORM_EPS = 1e-6  # as Qwen3's; layer norms have GPT-2's 1e-5, torch's default
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (T, D)
 
@@ -54,6 +55,10 @@ class GPTConfig:
             raise ValueError(f"drop_rate is {self.drop_rate}; it must be at least 0 and below 1")
         if self.arch == "modern" and self.head_dim % 2:
             raise ValueError(f"emb_dim / n_heads is {self.head_dim}; with arch modern it must be even")
+        if self.arch not in ARCHS:
+            raise ValueError(f"arch {self.arch} is unknown; there are {', '.join(ARCHS)}")
+        if self.rope_base <= 1:
+            raise ValueError(f"rope_base is {self.rope_base}; it must be more than 1")
         if self.n_kv_heads < 0 or self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.arch == "gpt2" and self.kv_heads != self.n_heads:
@@ -72,6 +77,13 @@ class GPTConfig:
         return self.n_kv_heads or self.n_heads
 
     @property
+    def n_block_parameters(self) -> int:
+        """The entries of the blocks' matrices."""
+        attention = self.emb_dim * (2 * self.emb_dim + 2 * self.kv_heads * self.head_dim)
+        feed_forward = (2 if self.arch == "gpt2" else 3) * self.emb_dim * self.hidden_dim
+        return self.n_layers * (attention + feed_forward)
+
+    @property
     def hidden_dim(self) -> int:
         """The inner width of the feed-forward: four times emb_dim, or with three matrices in place of two 8/3 times."""
         if self.arch == "gpt2":
@@ -79,19 +91,30 @@ class GPTConfig:
         return math.ceil(self.emb_dim * 8 / 3 / 32) * 32
 
 
-# GPT-2's four sizes, and two for a laptop's CPU.
+# GPT-2's four sizes, and five for less than a day of a GPU.
 PRESETS: dict[str, dict[str, int]] = {
-    "tiny": dict(context_length=128, emb_dim=128, n_layers=4, n_heads=4),
+    "nano": dict(context_length=128, emb_dim=96, n_layers=2, n_heads=2),
+    "micro": dict(context_length=128, emb_dim=128, n_layers=3, n_heads=2),
+    "tiny": dict(context_length=128, emb_dim=192, n_layers=3, n_heads=3),
     "mini": dict(context_length=256, emb_dim=256, n_layers=4, n_heads=4),
+    "midi": dict(context_length=512, emb_dim=384, n_layers=6, n_heads=6),
     "124M": dict(context_length=1024, emb_dim=768, n_layers=12, n_heads=12),
     "355M": dict(context_length=1024, emb_dim=1024, n_layers=24, n_heads=16),
     "774M": dict(context_length=1024, emb_dim=1280, n_layers=36, n_heads=20),
     "1558M": dict(context_length=1024, emb_dim=1600, n_layers=48, n_heads=25),
 }
+LADDER = ("nano", "micro", "tiny", "mini", "midi", "124M", "355M")  # what a budget chooses from
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the type of its input also under autocast, where a float32 weight would keep it from fusing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def norm_of(config: GPTConfig, width: int) -> nn.Module:
-    return nn.RMSNorm(width, eps=RMS_NORM_EPS) if config.arch == "modern" else nn.LayerNorm(width)
+    return RMSNorm(width, eps=RMS_NORM_EPS) if config.arch == "modern" else nn.LayerNorm(width)
 
 
 def rotation(config: GPTConfig) -> Rotation:
@@ -170,6 +193,8 @@ class GPTModel(nn.Module):
     """ids (B, T) int64 -> logits (B, T, padded_vocab_size); ids that only pad the vocabulary get -inf."""
 
     padding_bias: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -188,18 +213,30 @@ class GPTModel(nn.Module):
         padding_bias = torch.zeros(config.padded_vocab_size)
         padding_bias[config.vocab_size :] = -torch.inf
         self.register_buffer("padding_bias", padding_bias, persistent=False)
-        self.apply(self._initialize)
-        for name, parameter in self.named_parameters():
-            if name.endswith("out_proj.weight"):  # two a block add to the stream: GPT-2, section 2.3
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers))
+        self.apply(self._initialize_gpt2 if config.arch == "gpt2" else self._initialize_modern)
+        for name, parameter in self.named_parameters():  # two a block add to the stream
+            if name.endswith("out_proj.weight"):
+                if config.arch == "gpt2":
+                    nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers))  # GPT-2, section 2.3
+                else:
+                    nn.init.zeros_(parameter)
 
     @staticmethod
-    def _initialize(module: nn.Module) -> None:
+    def _initialize_gpt2(module: nn.Module) -> None:
         """Normal with standard deviation 0.02, as in OpenAI's GPT-2 code; biases zero."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def _initialize_modern(self, module: nn.Module) -> None:
+        """As modded-nanogpt (Jordan et al. 2024): a block begins as the identity, the head with all words alike."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        elif module is self.out_head:
+            nn.init.zeros_(self.out_head.weight)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=(2 * module.in_features) ** -0.5)
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -229,3 +266,12 @@ class GPTModel(nn.Module):
     def n_parameters(self) -> int:
         """All parameters, a tied embedding counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def n_flops_per_token(self) -> int:
+        """Floating-point operations of a training step, for each token: PaLM (Chowdhery et al. 2022), appendix B.
+
+        The embedding, which is looked up, does not count; the head does, and attention as if it were not causal.
+        """
+        config = self.config
+        n_matrix = config.n_block_parameters + config.padded_vocab_size * config.emb_dim
+        return 6 * n_matrix + 12 * config.n_layers * config.emb_dim * config.context_length

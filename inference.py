@@ -8,14 +8,12 @@ Needs the checkpoint alone: no network, no dataset. All but the text goes to sta
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
 
 from gpt_model import GPTConfig, GPTModel
 from gptkit import checkpoints, devices
-from gptkit.command_line import UserError, existing_path, run_command, setting
+from gptkit.command_line import UserError, run_command, setting
 from gptkit.generation import generate
 from gptkit.tokenization import Tokenizer, load_saved
 
@@ -32,7 +30,7 @@ class InferenceConfig:
     seed: int | None = setting(
         None, "the same seed gives the same text (default: another text each time)", at_least=0, at_most=2**63 - 1
     )
-    checkpoint: Literal["newest", "best"] = setting("newest", "best: the one with the lowest validation loss")
+    checkpoint: checkpoints.Choice = setting("newest", "best: the one with the lowest validation loss")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
 
 
@@ -41,10 +39,10 @@ def main(config: InferenceConfig) -> None:
         device = devices.choose_device(config.device)
     except ValueError as error:
         raise UserError(str(error))
-    folder = choose_checkpoint(config)
+    folder = checkpoints.choose_checkpoint(config.exp_dir, config.checkpoint)
     tokenizer = load_saved(folder / "tokenizer")
     prompt = encode_prompt(config.prompt, tokenizer)
-    model = load_model(folder, device)
+    model = checkpoints.load_model(folder, lambda model: GPTModel(GPTConfig(**model)), device)
     context_length = model.config.context_length
     if len(prompt) > context_length:
         raise UserError(f"--prompt is {len(prompt)} tokens and the model sees {context_length}; give a shorter prompt")
@@ -70,34 +68,6 @@ def main(config: InferenceConfig) -> None:
     )
     print(config.prompt + tokenizer.decode_continuation(prompt, new))
     print(f"{len(new)} tokens, {len(new) / (time.monotonic() - start):.1f} tokens/s", file=sys.stderr)
-
-
-def choose_checkpoint(config: InferenceConfig) -> Path:
-    """The checkpoint folder meant: in exp_dir itself, or in one folder below it. Raises UserError."""
-    exp_dir = existing_path(config.exp_dir, "--exp_dir")
-    if (exp_dir / checkpoints.STATE_FILE).is_file():  # one checkpoint, by name
-        return exp_dir
-    runs = {folder: checkpoints.find_checkpoints(folder) for folder in [exp_dir, *sorted(exp_dir.glob("*/"))]}
-    runs = {folder: found for folder, found in runs.items() if found}
-    if not runs:
-        raise UserError(
-            f"--exp_dir {exp_dir} holds no checkpoint (step_…); pretraining.py writes one every --save_ckpt_freq steps"
-        )
-    if len(runs) > 1:
-        raise UserError(f"--exp_dir {exp_dir} holds several runs; name one: {', '.join(map(str, runs))}")
-    (found,) = runs.values()
-    return found[-1] if config.checkpoint == "newest" else checkpoints.best_checkpoint(found)
-
-
-def load_model(folder: Path, device: torch.device) -> GPTModel:
-    """The model of a checkpoint. Raises UserError."""
-    try:
-        model = GPTModel(GPTConfig(**checkpoints.read_state(folder)["identity"]["model"]))
-        model.load_state_dict(checkpoints.read_tensors(folder, checkpoints.MODEL_FILE, torch.device("cpu")))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder} is damaged or from another version ({reason}); use another checkpoint")
-    return model.to(device)
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer) -> list[int]:

@@ -6,8 +6,10 @@ The story is main(), top to bottom. The model is gpt_model.py's; everything else
 """
 
 import dataclasses
+import itertools
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +17,15 @@ from typing import Any, Literal
 
 import torch
 
-from gpt_model import PRESETS, GPTConfig, GPTModel
-from gptkit import checkpoints, devices
+from gpt_model import LADDER, PRESETS, Arch, GPTConfig, GPTModel
+from gptkit import budget, checkpoints, devices
 from gptkit.batches import TrainingBatches, check_size, validation_batches
+from gptkit.bigrams import fit_to_bigrams
 from gptkit.command_line import UserError, existing_path, run_command, setting
-from gptkit.compilation import compile_and_try, memory_told
+from gptkit.compilation import Loss, compile_and_try, memory_told, optimizer_step_s
 from gptkit.evaluation import mean_loss
 from gptkit.files import lock_folder, read_json, write_json
 from gptkit.generation import generate
-from gptkit.losses import next_token_loss
 from gptkit.optimizers import (
     DEFAULT_LR,
     OptimizerName,
@@ -31,6 +33,7 @@ from gptkit.optimizers import (
     import_galore,
     load_optimizer_tensors,
     optimizer_tensors,
+    set_learning_rate,
 )
 from gptkit.pretokenization import (
     SELF_CHECK_CHARS,
@@ -42,10 +45,12 @@ from gptkit.pretokenization import (
 )
 from gptkit.run_log import RunLog, draw_loss_curve, format_duration
 from gptkit.schedules import learning_rate
+from gptkit.token_shards import TokenStream
 from gptkit.tokenization import Tokenizer, TokenizerSettings, load_tokenizer
 from gptkit.tokenizer_check import refuse_problems
 
 RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"
+MICRO_STEP_TOKENS = {"cpu": 4096, "cuda": 32_768}  # with a budget: the most tokens in one pass through the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,40 +67,76 @@ class PretrainingConfig(TokenizerSettings):
         0.01, "share of the works kept for validation, chosen by a hash", more_than=0, at_most=0.5
     )
 
-    model_size: Literal["tiny", "mini", "124M", "355M", "774M", "1558M"] = setting("124M", "dimensions to start from")
+    arch: Arch = setting("modern", "modern: in the form of Qwen3; gpt2: GPT-2's")
+    model_size: Literal["auto", "nano", "micro", "tiny", "mini", "124M", "355M", "774M", "1558M"] = setting(
+        "124M", "dimensions to start from; auto: the best for --budget_minutes on this machine"
+    )
     context_length: int | None = setting(None, "tokens the model sees at once (default: of --model_size)", at_least=1)
     emb_dim: int | None = setting(None, "width of the model (default: of --model_size)", at_least=1)
     n_layers: int | None = setting(None, "transformer blocks (default: of --model_size)", at_least=1)
     n_heads: int | None = setting(None, "attention heads (default: of --model_size)", at_least=1)
+    n_kv_heads: int | None = setting(
+        None, "modern: heads of keys and values, each for a group of heads (default: --n_heads)", at_least=1
+    )
     drop_rate: float = setting(0.0, "dropout", at_least=0)
-    qkv_bias: bool = setting(True, "biases in the attention's input projections")
+    qkv_bias: bool | None = setting(None, "gpt2: biases in the attention's input projections (default: yes)")
 
-    n_epochs: int = setting(1, "passes over the training tokens", at_least=1)
+    budget_minutes: float | None = setting(
+        None, "end the run, and its schedule, this long after its start, tokenizing included", more_than=0
+    )
+    n_epochs: int | None = setting(
+        None, "passes over the training tokens (default: 1; with a budget as many as it has time for)", at_least=1
+    )
+    max_tokens: int | None = setting(
+        None, "end the run, and its schedule, after at most these training tokens", at_least=1
+    )
     max_steps: int | None = setting(
         None, "end the run, and its schedule, after at most these optimizer steps", at_least=1
     )
     max_minutes: float | None = setting(
         None, "save and stop after these minutes of training; the same command goes on", more_than=0
     )
-    batch_size: int = setting(16, "sequences a micro-step", at_least=1)
-    grad_accum_steps: int = setting(1, "micro-steps whose gradients are summed for one optimizer step", at_least=1)
+    batch_size: int | None = setting(
+        None, "sequences a micro-step (default: 16; with a budget what suits its length)", at_least=1
+    )
+    grad_accum_steps: int | None = setting(
+        None, "micro-steps whose gradients are summed for one optimizer step (default: 1, as --batch_size)", at_least=1
+    )
 
-    optimizer: OptimizerName = setting("adamw", "AdamW, or GaLore (which needs galore-torch)")
-    lr: float | None = setting(None, "peak learning rate (default: 6e-4; with galore_adamw 5e-3)", more_than=0)
+    optimizer: OptimizerName = setting(
+        "muon", "Muon for the blocks' matrices beside AdamW for the rest; AdamW; GaLore (which needs galore-torch)"
+    )
+    lr: float | None = setting(
+        None,
+        "peak learning rate, with muon that of the matrices (default: 0.02; adamw 6e-4; galore_adamw 5e-3)",
+        more_than=0,
+    )
+    adam_lr: float = setting(0.01, "with muon: peak learning rate of embedding, head and norms", more_than=0)
     min_lr: float | None = setting(
-        None, "learning rate at the end of the cosine (default: a tenth of --lr)", at_least=0
+        None, "learning rate at the end of the cosine (default: a twentieth of --lr)", at_least=0
     )
     warmup_steps: int | None = setting(
-        None, "steps of linear warmup (default: 5 % of the run, at most 1000)", at_least=0
+        None, "steps of linear warmup (default: 2 % of the run with muon, else 5 %; at most 1000)", at_least=0
     )
-    weight_decay: float = setting(0.1, "decay of matrices (adamw only)", at_least=0)
+    weight_decay: float = setting(
+        0.1, "decay of matrices (with muon those of the blocks; galore_adamw has none)", at_least=0
+    )
     grad_clip: float = setting(1.0, "gradients are scaled down to at most this norm", more_than=0)
+    bigram_steps: int = setting(
+        100, "modern: steps that fit embedding and head to counts of token pairs before the run", at_least=0
+    )
 
-    eval_freq: int = setting(100, "report losses every so many steps", at_least=1)
+    eval_freq: int | None = setting(
+        None, "report losses every so many steps (default: 100; with a budget 20 times)", at_least=1
+    )
     eval_iter: int = setting(20, "batches of validation text at each report", at_least=1)
-    print_sample_iter: int = setting(100, "print a sample every so many steps", at_least=1)
+    print_sample_iter: int | None = setting(
+        None, "print a sample every so many steps (default: 100; with a budget 4 times)", at_least=1
+    )
     start_context: str = setting("吾輩は", "how the samples begin")
-    save_ckpt_freq: int = setting(500, "save a checkpoint every so many steps, and at the end", at_least=1)
+    save_ckpt_freq: int | None = setting(
+        None, "save a checkpoint every so many steps, and at the end (default: 500; with a budget 4 times)", at_least=1
+    )
     resume: Literal["auto", "none"] = setting(
         "auto", "auto: go on from the newest checkpoint; none: refuse if there is one"
     )
@@ -105,7 +146,7 @@ class PretrainingConfig(TokenizerSettings):
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products (auto: bfloat16 on CUDA)")
-    compile: bool = setting(False, "torch.compile the model; where that fails, go on without")
+    compile: bool | None = setting(None, "torch.compile the model (default: on CUDA); where that fails, go on without")
 
 
 @dataclass
@@ -117,47 +158,50 @@ class Progress:
     elapsed_s: float = 0.0
 
 
-def main(config: PretrainingConfig) -> None:
+def main(config: PretrainingConfig, began: float) -> None:
     device, dtype = choose_device_and_dtype(config)
     output_dir = check_output_dir(config)
     tokenizer = load_tokenizer(config)
-    model_config = choose_model_config(config, tokenizer.vocab_size)
-    identity = run_identity(config, model_config, tokenizer)
-    refuse_another_run(output_dir, identity)
+    refuse_another_run(output_dir, run_identity(config, tokenizer))
     folder, manifest = find_tokens(config, tokenizer)
-    identity["tokens"] = manifest["fingerprint"]
-    refuse_another_run(output_dir, identity)
     tokens = open_tokens(folder, manifest)
+    plan = choose_plan(config, tokenizer.vocab_size, len(tokens["train"]), began, device, dtype)
+    identity = run_identity(config, tokenizer) | plan.identity() | {"tokens": manifest["fingerprint"]}
+    refuse_another_run(output_dir, identity)
     batches = TrainingBatches(
-        tokens["train"], model_config.context_length, config.batch_size, config.grad_accum_steps, config.seed
+        tokens["train"], plan.model.context_length, plan.batch_size, plan.grad_accum_steps, config.seed
     )
     check_size(batches, len(tokens["val"]))
-    total_steps = min(config.n_epochs * batches.steps_per_epoch, config.max_steps or sys.maxsize)
-    validation = validation_batches(tokens["val"], model_config.context_length, config.batch_size, config.eval_iter)
+    validation = validation_batches(tokens["val"], plan.model.context_length, plan.batch_size, config.eval_iter)
 
     torch.manual_seed(config.seed)
-    model = GPTModel(model_config).to(device)
-    rate_of = choose_schedule(config, total_steps)
-    optimizer = build_optimizer(model, config.optimizer, rate_of(0), config.weight_decay)
+    model = GPTModel(plan.model).to(device)
+    optimizer = build_optimizer(model, config.optimizer, choose_peak(config), config.adam_lr, config.weight_decay)
     progress = resume(output_dir, model, optimizer, device)
-    if progress.step >= total_steps:
+    if is_finished(config, batches, progress, began):
         print(
-            f"{output_dir}: the run is finished, step {progress.step} of {total_steps}; more: --n_epochs, --max_steps"
+            f"{output_dir}: the run is finished, step {progress.step}; more: --n_epochs, --max_tokens, --max_steps"
+            " or --budget_minutes, as it was given"
         )
         return
     hold(output_dir)
-    forward, micro_step_s = compile_and_try(model, config.compile, batches.micro_batch(progress.step, 0), device, dtype)
-    announce(config, model, batches, manifest, progress, total_steps, micro_step_s, device, dtype)
+    if progress.step == 0:
+        start_from_bigrams(config, model, tokens["train"])
+    loss_of_batch, step_s = compile_and_measure(config, model, optimizer, batches, progress, device, dtype)
+    total_steps = choose_length(config, batches, progress, began, sum(step_s.values()))
+    announce(config, plan, model, batches, manifest, progress, total_steps(progress.step), step_s, device, dtype)
 
-    log = RunLog(output_dir, progress.step, total_steps, batches.tokens_per_step, progress.elapsed_s)
+    n_steps = total_steps(progress.step)
+    before_s = progress.elapsed_s + (time.monotonic() - began if config.budget_minutes else 0)
+    log = RunLog(output_dir, progress.step, n_steps, batches.tokens_per_step, before_s)
+    every = choose_intervals(config, n_steps)
     losses: list[torch.Tensor] = []  # of the steps since the last report
-    for step in range(progress.step, total_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate_of(step)
-        for micro_step in range(config.grad_accum_steps):
-            inputs, targets = (ids.to(device) for ids in batches.micro_batch(step, micro_step))  # each (B, T)
+    for step in itertools.count(progress.step):
+        set_learning_rate(optimizer, choose_rate(config, step, n_steps))
+        for micro_step in range(plan.grad_accum_steps):
+            inputs, targets = (ids.to(device, non_blocking=True) for ids in batches.micro_batch(step, micro_step))
             with devices.autocast(device, dtype):
-                loss = next_token_loss(forward(inputs), targets) / config.grad_accum_steps
+                loss = loss_of_batch(inputs, targets) / plan.grad_accum_steps
             loss.backward()
             losses.append(loss.detach())
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -165,17 +209,19 @@ def main(config: PretrainingConfig) -> None:
         optimizer.zero_grad(set_to_none=True)
 
         n_done = step + 1
-        log.step(n_done)
-        is_last = n_done == total_steps or log.session_s > 60 * (config.max_minutes or math.inf)
-        is_save = is_last or n_done % config.save_ckpt_freq == 0
-        if is_save or n_done % config.eval_freq == 0:
-            train_loss = torch.stack(losses).sum().item() * config.grad_accum_steps / len(losses)
+        n_steps = total_steps(n_done)
+        log.step(n_done, n_steps)
+        is_last = n_done >= n_steps or log.session_s > 60 * (config.max_minutes or math.inf)
+        is_save = is_last or n_done % every["save"] == 0
+        if is_save or n_done % every["report"] == 0:
+            train_loss = torch.stack(losses).sum().item() * plan.grad_accum_steps / len(losses)
             losses.clear()
-            val_loss = mean_loss(model, forward, validation, device, dtype)
-            values = dict(train_loss=train_loss, val_loss=val_loss, lr=rate_of(step), grad_norm=grad_norm.item())
+            val_loss = mean_loss(model, loss_of_batch, validation, device, dtype)
+            lr = optimizer.param_groups[0]["lr"]
+            values = dict(train_loss=train_loss, val_loss=val_loss, lr=lr, grad_norm=grad_norm.item())
             check_finite(values, n_done, output_dir)
             log.report(n_done, step // batches.steps_per_epoch + 1, **values)
-        if n_done % config.print_sample_iter == 0 or n_done == total_steps:
+        if n_done % every["sample"] == 0 or n_done >= n_steps:
             check_finite({"grad_norm": grad_norm.item()}, n_done, output_dir)
             log.say(f"sample after step {n_done}: {sample_text(config, model, tokenizer)}")
         if is_save:
@@ -188,7 +234,7 @@ def main(config: PretrainingConfig) -> None:
         if is_last:
             break
     log.close()
-    print(closing_words(output_dir, progress, total_steps))
+    print(closing_words(output_dir, progress, n_steps))
 
 
 def choose_device_and_dtype(config: PretrainingConfig) -> tuple[torch.device, torch.dtype]:
@@ -213,6 +259,8 @@ def check_output_dir(config: PretrainingConfig) -> Path:
         )
     if config.optimizer == "galore_adamw":
         import_galore()
+    if config.max_minutes and config.budget_minutes:
+        raise UserError("--max_minutes stops a run that --budget_minutes ends; give one of them")
     if config.min_lr is not None and config.min_lr > choose_peak(config):
         raise UserError(f"--min_lr {config.min_lr} is above the peak, --lr {choose_peak(config)}; give a smaller one")
     try:
@@ -261,14 +309,105 @@ def find_tokens(config: PretrainingConfig, tokenizer: Tokenizer) -> tuple[Path, 
     return folder, manifest
 
 
-def choose_model_config(config: PretrainingConfig, vocab_size: int) -> GPTConfig:
-    """The preset, with what the command line says otherwise. Raises UserError."""
-    named = ("context_length", "emb_dim", "n_layers", "n_heads")
-    given = {name: getattr(config, name) for name in named if getattr(config, name) is not None}
-    try:
-        return GPTConfig(
-            vocab_size, **PRESETS[config.model_size] | given, drop_rate=config.drop_rate, qkv_bias=config.qkv_bias
+@dataclass(frozen=True)
+class Plan:
+    """The model of a run and its batch."""
+
+    model: GPTConfig
+    batch_size: int
+    grad_accum_steps: int
+
+    def identity(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def choose_plan(
+    config: PretrainingConfig,
+    vocab_size: int,
+    n_training_tokens: int,
+    began: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Plan:
+    """What the command line says; what it leaves to the budget, by measuring this machine. Raises UserError.
+
+    A run that goes on keeps what it chose when it began.
+    """
+    auto = config.model_size == "auto"
+    if config.budget_minutes is None:
+        if auto:
+            raise UserError("--model_size auto needs --budget_minutes; or name a size")
+        model = choose_model_config(config, config.model_size, vocab_size)
+        return Plan(model, config.batch_size or 16, config.grad_accum_steps or 1)
+    found = checkpoints.find_checkpoints(Path(config.output_dir))
+    if found:
+        before = checkpoints.read_state(found[-1]).get("identity", {})
+        try:
+            model = GPTConfig(**before["model"]) if auto else choose_model_config(config, config.model_size, vocab_size)
+            accum = config.grad_accum_steps or int(before["grad_accum_steps"])
+            return Plan(model, config.batch_size or int(before["batch_size"]), accum)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{found[-1]} is damaged ({error!r}); remove it to go on from an older checkpoint")
+    left_s = 60 * config.budget_minutes - (time.monotonic() - began)
+    if left_s < 5:
+        raise UserError(
+            f"--budget_minutes {config.budget_minutes} are over before training begins; give more, or make the tokens"
+            " before (pretokenize.py)"
         )
+    chosen = None
+    for size in LADDER if auto else (config.model_size,):
+        model = choose_model_config(config, size, vocab_size)
+        tokens_per_s = measure_tokens_per_s(config, model, device, dtype)
+        total_tokens = left_s * tokens_per_s
+        n_passes, per_parameter = total_tokens / n_training_tokens, total_tokens / model.n_block_parameters
+        print(
+            f"{size}: {tokens_per_s:,.0f} tokens/s, so {total_tokens:,.0f} tokens in {format_duration(left_s)}:"
+            f" {n_passes:.2f} passes over the text, {per_parameter:.1f} for each parameter of the blocks",
+            flush=True,
+        )
+        if chosen is None or per_parameter >= budget.TOKENS_PER_PARAMETER:
+            chosen = size, model, total_tokens
+        else:
+            break  # larger ones see still less
+    assert chosen
+    size, model, total_tokens = chosen
+    n_sequences = budget.sequences_per_step(total_tokens, model.context_length)
+    at_once = max(MICRO_STEP_TOKENS["cuda" if device.type == "cuda" else "cpu"] // model.context_length, 1)
+    batch_size = config.batch_size or min(n_sequences, at_once)
+    plan = Plan(model, batch_size, config.grad_accum_steps or max(n_sequences // batch_size, 1))
+    why = f"the largest with {budget.TOKENS_PER_PARAMETER:g} tokens a parameter" if auto else "as asked for"
+    print(
+        f"chosen: {size}, {why}; {plan.batch_size} x {plan.grad_accum_steps} sequences a step, for about"
+        f" {budget.STEPS} steps",
+        flush=True,
+    )
+    return plan
+
+
+def measure_tokens_per_s(
+    config: PretrainingConfig, model_config: GPTConfig, device: torch.device, dtype: torch.dtype
+) -> float:
+    """What this machine trains, by a few steps of such a model on random tokens. Changes no random stream."""
+    states = devices.random_states(device)
+    model = GPTModel(model_config).to(device)
+    optimizer = build_optimizer(model, config.optimizer, choose_peak(config), config.adam_lr, config.weight_decay)
+    n_sequences = max((1024 if device.type == "cpu" else 16_384) // model_config.context_length, 1)
+    ids = torch.randint(model_config.vocab_size, (n_sequences, model_config.context_length + 1))
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    _, step_s = compile_and_try(model, model_config.vocab_size, False, batch, device, dtype)
+    seconds = sum(step_s.values()) + optimizer_step_s(model, optimizer, device)
+    devices.set_random_states(states, device)
+    return batch[0].numel() / seconds
+
+
+def choose_model_config(config: PretrainingConfig, size: str, vocab_size: int) -> GPTConfig:
+    """The preset, with what the command line says otherwise. Raises UserError."""
+    named = ("context_length", "emb_dim", "n_layers", "n_heads", "n_kv_heads", "qkv_bias")
+    given = {name: getattr(config, name) for name in named if getattr(config, name) is not None}
+    if config.qkv_bias and config.arch == "modern":
+        raise UserError("--qkv_bias needs --arch gpt2; a modern model has no biases")
+    try:
+        return GPTConfig(vocab_size, **PRESETS[size] | given, arch=config.arch, drop_rate=config.drop_rate)
     except ValueError as error:
         raise UserError(str(error))
 
@@ -277,20 +416,84 @@ def choose_peak(config: PretrainingConfig) -> float:
     return config.lr or DEFAULT_LR[config.optimizer]
 
 
-def choose_schedule(config: PretrainingConfig, total_steps: int) -> Callable[[int], float]:
-    """step (from 0) -> learning rate."""
-    peak = choose_peak(config)
-    final = peak / 10 if config.min_lr is None else config.min_lr
-    wanted = min(total_steps // 20, 1000) if config.warmup_steps is None else config.warmup_steps
-    warmup_steps = min(wanted, total_steps)
-    return lambda step: learning_rate(step, peak=peak, final=final, warmup_steps=warmup_steps, total_steps=total_steps)
+def choose_rate(config: PretrainingConfig, step: int, n_steps: int) -> float:
+    """The learning rate of a step (from 0), as a share of the peak."""
+    final = 0.05 if config.min_lr is None else config.min_lr / choose_peak(config)
+    share = 50 if config.optimizer == "muon" else 20
+    wanted = min(n_steps // share, 1000) if config.warmup_steps is None else config.warmup_steps
+    return learning_rate(step, peak=1.0, final=final, warmup_steps=min(wanted, n_steps), total_steps=n_steps)
 
 
-def run_identity(config: PretrainingConfig, model_config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What must stay the same for a checkpoint to go on as one run; the fingerprint of the tokens comes to it."""
-    named = ("optimizer", "batch_size", "grad_accum_steps", "seed", "val_fraction")
-    identity = {"model": dataclasses.asdict(model_config), "tokenizer": tokenizer.fingerprint}
-    return identity | {name: getattr(config, name) for name in named}
+def choose_intervals(config: PretrainingConfig, n_steps: int) -> dict[str, int]:
+    """How many steps lie between two reports, samples and checkpoints."""
+    report = config.eval_freq or (100 if config.budget_minutes is None else max(n_steps // 20, 1))
+    sample = config.print_sample_iter or (100 if config.budget_minutes is None else 5 * report)
+    save = config.save_ckpt_freq or (500 if config.budget_minutes is None else 5 * report)
+    return {"report": report, "sample": sample, "save": save}
+
+
+def most_steps(config: PretrainingConfig, batches: TrainingBatches) -> int:
+    """The steps after which a run ends, whatever time it has."""
+    n_epochs = config.n_epochs or (sys.maxsize if config.budget_minutes or config.max_tokens else 1)
+    limits = [n_epochs * batches.steps_per_epoch, config.max_steps or sys.maxsize]
+    return min(*limits, max((config.max_tokens or sys.maxsize) // batches.tokens_per_step, 1))
+
+
+def time_left_s(config: PretrainingConfig, progress: Progress, began: float) -> float:
+    """Of the budget, at the start of this session; its end takes a little too."""
+    return 60 * (config.budget_minutes or math.inf) - progress.elapsed_s - (time.monotonic() - began)
+
+
+def is_finished(config: PretrainingConfig, batches: TrainingBatches, progress: Progress, began: float) -> bool:
+    return progress.step >= most_steps(config, batches) or time_left_s(config, progress, began) < budget.CLOSING_S
+
+
+def choose_length(
+    config: PretrainingConfig, batches: TrainingBatches, progress: Progress, began: float, step_s: float
+) -> Callable[[int], int]:
+    """A function: steps done -> steps that the run will have."""
+    most = most_steps(config, batches)
+    if config.budget_minutes is None:
+        return lambda n_done: most
+    timed = budget.total_steps_in(time_left_s(config, progress, began) - budget.CLOSING_S, progress.step, step_s)
+    return lambda n_done: min(timed(n_done), most)
+
+
+def start_from_bigrams(config: PretrainingConfig, model: GPTModel, tokens: TokenStream) -> None:
+    """Fit embedding and head of a new modern model to the counts of token pairs."""
+    if config.arch == "modern" and config.bigram_steps:
+        start = time.monotonic()
+        weights = model.tok_emb.weight, model.head_weight
+        loss = fit_to_bigrams(tokens, *weights, model.config.vocab_size, config.bigram_steps, config.seed)
+        print(f"start: fitted to token pairs, {loss:.3f} nats a token, {time.monotonic() - start:.1f} s", flush=True)
+
+
+def compile_and_measure(
+    config: PretrainingConfig,
+    model: GPTModel,
+    optimizer: torch.optim.Optimizer,
+    batches: TrainingBatches,
+    progress: Progress,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Loss, dict[str, float]]:
+    """The loss of a batch by the model, compiled or not, and the seconds of each part of an optimizer step."""
+    start = time.monotonic()
+    batch = batches.micro_batch(progress.step, 0)
+    reading_s = time.monotonic() - start
+    compile = device.type == "cuda" if config.compile is None else config.compile
+    loss_of_batch, parts_s = compile_and_try(model, model.config.vocab_size, compile, batch, device, dtype)
+    parts_s = {"reading": reading_s, **parts_s}
+    step_s = {name: batches.grad_accum_steps * seconds for name, seconds in parts_s.items()}
+    if progress.step == 0 and config.optimizer != "galore_adamw":
+        step_s["optimizer"] = optimizer_step_s(model, optimizer, device)
+    return loss_of_batch, step_s
+
+
+def run_identity(config: PretrainingConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What must stay the same for a checkpoint to go on as one run; the plan and the tokens' fingerprint come to it."""
+    named = ("optimizer", "seed", "val_fraction")
+    return {"tokenizer": tokenizer.fingerprint} | {name: getattr(config, name) for name in named}
 
 
 def refuse_another_run(output_dir: Path, identity: dict[str, Any]) -> None:
@@ -332,29 +535,34 @@ def resume(output_dir: Path, model: GPTModel, optimizer: torch.optim.Optimizer, 
 
 def announce(
     config: PretrainingConfig,
+    plan: Plan,
     model: GPTModel,
     batches: TrainingBatches,
     manifest: dict[str, Any],
     progress: Progress,
-    total_steps: int,
-    micro_step_s: float,
+    n_steps: int,
+    step_s: dict[str, float],
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
     """Say what is about to happen, and write it to config.json."""
-    left = total_steps - progress.step
-    moments_bytes = sum(2 * p.numel() * p.element_size() for p in model.parameters())
+    left = n_steps - progress.step
+    n_moments = 1 if config.optimizer == "muon" else 2
+    moments_bytes = sum(n_moments * p.numel() * p.element_size() for p in model.parameters())
     memory_bytes = devices.peak_memory_bytes(device) + moments_bytes
-    estimate = format_duration(left * config.grad_accum_steps * micro_step_s)
+    total_s = sum(step_s.values())
+    shares = ", ".join(f"{name} {seconds / total_s:.1%}" for name, seconds in step_s.items())
+    mfu = devices.utilization(model.n_flops_per_token() * batches.tokens_per_step / total_s, device, dtype)
     print(
         f"data: {describe_tokens(manifest)}\n"
         f"model: {model.n_parameters():,} parameters, {model.config}\n"
         f"device: {devices.describe_device(device)}, {dtype}, torch {torch.__version__}\n"
-        f"steps: {left} to go of {total_steps}, {batches.steps_per_epoch} an epoch;"
-        f" {batches.tokens_per_step:,} tokens a step = {config.batch_size} sequences x {model.config.context_length} tokens"
-        f" x {config.grad_accum_steps} micro-steps x 1 process\n"
+        f"steps: {left} to go of {n_steps}, {batches.steps_per_epoch} an epoch;"
+        f" {batches.tokens_per_step:,} tokens a step = {plan.batch_size} sequences x {model.config.context_length} tokens"
+        f" x {plan.grad_accum_steps} micro-steps x 1 process\n"
         f"memory: about {memory_bytes / 2**30:.2f} GiB (measured on one micro-step, and {config.optimizer}'s state)\n"
-        f"time: about {estimate} for the steps, by the {micro_step_s:.2f} s of one micro-step; evaluation comes on top",
+        f"a step: {total_s:.3f} s ({shares}), {batches.tokens_per_step / total_s:,.0f} tokens/s, MFU {mfu}\n"
+        f"time: about {format_duration(left * total_s)} for the steps; evaluation comes on top",
         flush=True,
     )
     run = {"format": RUN_FORMAT, "settings": dataclasses.asdict(config), "model": dataclasses.asdict(model.config)}
@@ -388,19 +596,20 @@ def sample_text(config: PretrainingConfig, model: GPTModel, tokenizer: Tokenizer
     return config.start_context + tokenizer.decode_continuation(prompt, list(ids))
 
 
-def closing_words(output_dir: Path, progress: Progress, total_steps: int) -> str:
-    if progress.step < total_steps:
-        return f"stopped at step {progress.step} of {total_steps} and saved in {output_dir}; the same command goes on"
+def closing_words(output_dir: Path, progress: Progress, n_steps: int) -> str:
+    if progress.step < n_steps:
+        return f"stopped at step {progress.step} of {n_steps} and saved in {output_dir}; the same command goes on"
     return (
-        f"finished {total_steps} steps in {format_duration(progress.elapsed_s)}, best validation loss of a"
+        f"finished {n_steps} steps in {format_duration(progress.elapsed_s)}, best validation loss of a"
         f" checkpoint {progress.best_val_loss:.4f}; the loss curve is {output_dir / 'loss_curve.png'}"
     )
 
 
 def run(config: PretrainingConfig) -> None:
     """main, with a lack of memory told in one line."""
+    began = time.monotonic() - time.process_time()  # imports took that long
     with memory_told(config.batch_size):
-        main(config)
+        main(config, began)
 
 
 if __name__ == "__main__":

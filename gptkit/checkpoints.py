@@ -13,19 +13,22 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from gptkit.command_line import UserError
+from gptkit.command_line import UserError, existing_path
 from gptkit.files import read_json, sync_folder, write_json
 
 FORMAT, VERSION = "gptkit-checkpoint", 1
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
+Choice = Literal["newest", "best"]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_checkpoint(
@@ -89,6 +92,23 @@ def best_checkpoint(checkpoints: list[Path]) -> Path:
     return min(reversed(checkpoints), key=val_loss)
 
 
+def choose_checkpoint(exp_dir: str, choice: Choice) -> Path:
+    """The checkpoint that --exp_dir means: that folder itself, one in it, or one in a folder below. Raises UserError."""
+    folder = existing_path(exp_dir, "--exp_dir")
+    if (folder / STATE_FILE).is_file():  # one checkpoint, by name
+        return folder
+    runs = {run: find_checkpoints(run) for run in [folder, *sorted(folder.glob("*/"))]}
+    runs = {run: found for run, found in runs.items() if found}
+    if not runs:
+        raise UserError(
+            f"--exp_dir {folder} holds no checkpoint (step_…); pretraining.py writes one every --save_ckpt_freq steps"
+        )
+    if len(runs) > 1:
+        raise UserError(f"--exp_dir {folder} holds several runs; name one: {', '.join(map(str, runs))}")
+    (found,) = runs.values()
+    return found[-1] if choice == "newest" else best_checkpoint(found)
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises UserError."""
     try:
@@ -106,6 +126,20 @@ def read_tensors(folder: Path, file: str, device: torch.device) -> dict[str, tor
         return load_file(folder / file, device=str(device))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / file}: cannot be read ({error}); remove {folder} to use an older checkpoint")
+
+
+def load_model(folder: Path, build: Callable[[dict[str, Any]], Model], device: torch.device) -> Model:
+    """The model of a checkpoint, which `build` makes from its dimensions and the weights are put into.
+
+    Raises UserError.
+    """
+    try:
+        model = build(read_state(folder)["identity"]["model"])
+        model.load_state_dict(read_tensors(folder, MODEL_FILE, torch.device("cpu")))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{folder} is damaged or from another version ({reason}); use another checkpoint")
+    return model.to(device)
 
 
 def _prune(output_dir: Path) -> None:

@@ -1,25 +1,27 @@
-"""Compile a model where that is asked for and possible, and find out what a micro-step costs before a run starts.
+"""Compile a model where that is asked for and possible, and find out what a step costs before a run starts.
 
-Shapes: B batch, T time, V vocabulary.
+Shapes: B batch, T time, C channels.
 """
 
 import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from gptkit import devices
 from gptkit.command_line import UserError
-from gptkit.losses import next_token_loss
+from gptkit.losses import linear_cross_entropy
 
-Forward = Callable[[torch.Tensor], torch.Tensor]  # ids (B, T) -> logits (B, T, V)
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, each (B, T) -> mean, nats a token
+PARTS = ("forward", "backward")
 
 
 @contextlib.contextmanager
-def memory_told(batch_size: int) -> Iterator[None]:
+def memory_told(batch_size: int | None) -> Iterator[None]:
     """Turn an out-of-memory error of device or host into a UserError that names what to try."""
     try:
         yield
@@ -27,47 +29,78 @@ def memory_told(batch_size: int) -> Iterator[None]:
         if not devices.is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory with --batch_size {batch_size}: give {max(batch_size // 2, 1)} and twice the"
-            " --grad_accum_steps for the same tokens a step, or a smaller --model_size or --context_length"
+            f"out of memory{f' with --batch_size {batch_size}' if batch_size else ''}: give a --batch_size of"
+            f" {max((batch_size or 16) // 2, 1)} and twice the --grad_accum_steps for the same tokens a step, or a smaller"
+            " --model_size or --context_length"
         )
 
 
+def loss_of(model: Any, features: Callable[[torch.Tensor], torch.Tensor], vocab_size: int) -> Loss:
+    """The loss of a model whose `features`, (B, T) -> (B, T, C), may be compiled, by its head_weight."""
+    return lambda inputs, targets: linear_cross_entropy(features(inputs), model.head_weight, targets, vocab_size)
+
+
 def compile_and_try(
-    model: nn.Module,
+    model: Any,
+    vocab_size: int,
     compile: bool,
     batch: tuple[torch.Tensor, torch.Tensor],
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[Forward, float]:
-    """The model, compiled by torch.compile or as it is, and the seconds one micro-step on `batch` takes.
+) -> tuple[Loss, dict[str, float]]:
+    """The loss by the model, compiled by torch.compile or as it is, and the seconds of each of PARTS of a micro-step.
 
     A failure to compile is a warning. Changes neither weights nor random streams.
     """
     inputs, targets = (ids.to(device) for ids in batch)  # each (B, T)
     states = devices.random_states(device)
 
-    def micro_step_s(forward: Forward) -> float:
+    def micro_step_s(loss_of_batch: Loss) -> tuple[float, float]:
         start = time.monotonic()
         with devices.autocast(device, dtype):
-            loss = next_token_loss(forward(inputs), targets)
+            loss = loss_of_batch(inputs, targets)
+        devices.synchronize(device)
+        middle = time.monotonic()
         loss.backward()
         model.zero_grad(set_to_none=True)
         devices.synchronize(device)
-        return time.monotonic() - start
+        return middle - start, time.monotonic() - middle
 
-    forward: Forward = model
+    chosen = loss_of(model, model.features, vocab_size)
     if compile:
         try:
-            compiled: Forward = torch.compile(model)
+            compiled = loss_of(model, torch.compile(model.features), vocab_size)
             micro_step_s(compiled)
-            forward = compiled
+            chosen = compiled
         except Exception as error:  # the compiler's errors have no common class
             if devices.is_out_of_memory(error):
                 raise
             reason = str(error).strip().partition("\n")[0]
             print(f"warning: --compile failed ({type(error).__name__}: {reason}); going on without", file=sys.stderr)
-    seconds = micro_step_s(forward)
-    if seconds < 5:  # the first one also warms up; a long one is measure enough
-        seconds = min(micro_step_s(forward) for _ in range(3))
+    parts_s = micro_step_s(chosen)
+    if sum(parts_s) < 5:  # the first one also warms up; a long one is measure enough
+        parts_s = min((micro_step_s(chosen) for _ in range(3)), key=sum)
     devices.set_random_states(states, device)
-    return forward, seconds
+    return chosen, dict(zip(PARTS, parts_s, strict=True))
+
+
+def optimizer_step_s(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> float:
+    """The seconds one step of a new optimizer takes, on copies of nothing: weights and state are put back.
+
+    For an optimizer that has made no step yet.
+    """
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(2):  # the first one also makes the state
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        devices.synchronize(device)
+        start = time.monotonic()
+        optimizer.step()
+        devices.synchronize(device)
+        seconds = time.monotonic() - start
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.state.clear()
+    with torch.no_grad():
+        for parameter, weight in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    return seconds

@@ -7,6 +7,23 @@ from collections.abc import Mapping
 
 import torch
 
+# Dense bfloat16 products on tensor cores, in 1e12 operations a second, from the makers' data sheets; by a part of the
+# device's name, the first that fits.
+BFLOAT16_TFLOPS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A40": 150,
+    "RTX 5090": 210,
+    "RTX 4090": 165,
+    "RTX A6000": 155,
+    "RTX 3090": 71,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,6 +65,16 @@ def describe_device(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def utilization(flops_per_s: float, device: torch.device, dtype: torch.dtype) -> str:
+    """The share of the device's peak, such as "45.1%" (MFU: PaLM, appendix B); n/a where its peak is not known."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, tflops in BFLOAT16_TFLOPS.items():
+            if part in name:
+                return f"{flops_per_s / (tflops * 1e12):.1%}"
+    return "n/a"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

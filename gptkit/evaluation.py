@@ -1,24 +1,59 @@
-"""The loss of a model on text it is not trained on."""
+"""How well a model predicts text it is not trained on: the loss during training, and bits per character of works.
 
-from collections.abc import Callable, Iterable
+Bits per character: for each work alone, ids = [end_of_text] + encode(work) + [end_of_text], and every id after the
+first is predicted from those before it in the same work. A work longer than the context is read in windows of
+context_length that begin every `stride` ids (half a context unless told otherwise); each id is scored once, in the
+first window that reaches it, where at least context_length - stride ids stand before it (the first window scores all
+of its ids).
+
+    bits_per_char = (sum of -log2 p over all predicted ids + 12.5 bits for each unknown token) / characters
+
+over len(text) of the works, newlines included. The 12.5 bits come on top of what the model pays for predicting
+"unknown": log2 of about 6,000 rare characters is needed to spell out which one it is. So models with different
+tokenizers compare, lossy ones too. Loss and perplexity are without the 12.5 bits, and compare only where the
+tokenizer is the same.
+
+Shapes: B batch, T time, V vocabulary (padded).
+"""
+
+import gzip
+import json
+import lzma
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from gptkit.command_line import UserError
 from gptkit.devices import autocast
-from gptkit.losses import next_token_loss
+
+if TYPE_CHECKING:
+    from gptkit.tokenization import Tokenizer
+
+UNKNOWN_BITS = 12.5
+SEPARATOR = "<|endoftext|>"  # between the works of a .txt file
+JSONL_NAMES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
+BLOCK_CHARS = 1 << 20
+# How compressed files begin: a name may lie, when a browser has unpacked what it fetched.
+MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open}
 
 
 def mean_loss(
     model: nn.Module,
-    forward: Callable[[torch.Tensor], torch.Tensor],
+    loss_of_batch: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
     """Nats a token over all batches of (inputs, targets), each (B, T), without dropout; each token counts the same.
 
-    `forward` is the model or its compiled form. Draws no random number and leaves the model in training mode as it was.
+    `loss_of_batch` gives the model's mean over one. Draws no random number and leaves training mode as it was.
     """
     was_training = model.training
     model.eval()
@@ -26,8 +61,194 @@ def mean_loss(
     n_tokens = 0
     with torch.no_grad(), autocast(device, dtype):
         for inputs, targets in batches:
-            loss = next_token_loss(forward(inputs.to(device)), targets.to(device))
+            loss = loss_of_batch(inputs.to(device), targets.to(device))
             total += loss.cpu().double() * targets.numel()
             n_tokens += targets.numel()
     model.train(was_training)
     return total.item() / n_tokens
+
+
+@dataclass
+class Score:
+    """What was counted and paid over some works."""
+
+    works: int = 0
+    characters: int = 0
+    tokens: int = 0  # predicted ids: those of the works, and an end-of-text after each
+    unknown_tokens: int = 0
+    nats: float = 0.0  # sum of -ln p over the tokens
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf  # above, exp would overflow
+
+    @property
+    def bits_per_char(self) -> float:
+        return (self.nats / math.log(2) + UNKNOWN_BITS * self.unknown_tokens) / self.characters
+
+
+@dataclass(frozen=True)
+class _Window:
+    ids: torch.Tensor  # (T + 1,): each but the first is predicted
+    n_scored: int  # the last so many of them
+
+
+def score_works(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    tokenizer: "Tokenizer",
+    works: Iterable[str],
+    context_length: int,
+    *,
+    stride: int | None = None,
+    batch_size: int = 8,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int], object] = lambda n_tokens: None,
+) -> Score:
+    """Bits per character, as defined above, of a model given as a function from ids (B, T) to logits (B, T, V).
+
+    The model must be in evaluation mode; device (the CPU if none is given) is where it lives. Windows of equal length
+    are batched, and the logits of one batch are held at a time. `progress` is told after each batch how many tokens
+    were scored in it.
+    """
+    if stride is None:
+        stride = max(context_length // 2, 1)
+    assert 1 <= stride <= context_length  # or ids between two windows would go unread
+    device = device or torch.device("cpu")
+    score = Score()
+    windows = _windows_of_works(tokenizer, works, context_length, stride, score)
+    with torch.no_grad(), autocast(device, dtype):
+        for batch in _batches_of_equal_length(windows, batch_size):
+            score.nats += _nats(forward, batch, device)
+            n_tokens = sum(window.n_scored for window in batch)
+            score.tokens += n_tokens
+            progress(n_tokens)
+    return score
+
+
+def _windows_of_works(
+    tokenizer: "Tokenizer", works: Iterable[str], context_length: int, stride: int, score: Score
+) -> Iterator[_Window]:
+    """The windows of each work, which is counted in `score` as it is read."""
+    for work in works:
+        encoded = tokenizer.encode(work)
+        score.works += 1
+        score.characters += len(work)
+        score.unknown_tokens += 0 if tokenizer.unknown_id is None else encoded.count(tokenizer.unknown_id)
+        ids = torch.tensor([tokenizer.end_of_text_id, *encoded, tokenizer.end_of_text_id])
+        yield from _windows(ids, context_length, stride)
+
+
+def _windows(ids: torch.Tensor, context_length: int, stride: int) -> Iterator[_Window]:
+    n_done, n_all = 0, len(ids) - 1
+    for start in range(0, n_all, stride):
+        end = min(start + context_length, n_all)
+        yield _Window(ids[start : end + 1].clone(), end - n_done)  # a view would keep the whole work in memory
+        n_done = end
+        if n_done == n_all:
+            return
+
+
+def _batches_of_equal_length(windows: Iterable[_Window], batch_size: int) -> Iterator[list[_Window]]:
+    """Batches of batch_size windows, and at the end smaller ones of what is left."""
+    waiting: dict[int, list[_Window]] = {}
+    for window in windows:
+        batch = waiting.setdefault(len(window.ids), [])
+        batch.append(window)
+        if len(batch) == batch_size:
+            yield waiting.pop(len(window.ids))
+    yield from waiting.values()
+
+
+def _nats(forward: Callable[[torch.Tensor], torch.Tensor], batch: list[_Window], device: torch.device) -> float:
+    """The sum of -ln p over the scored ids of a batch."""
+    ids = torch.stack([window.ids for window in batch]).to(device)  # (B, T + 1)
+    logits = forward(ids[:, :-1])  # (B, T, V)
+    nats = [  # a row at a time: in float32 it may be twice as large
+        F.cross_entropy(row[-window.n_scored :].float(), targets[-window.n_scored :], reduction="none")
+        for row, targets, window in zip(logits, ids[:, 1:], batch, strict=True)
+    ]
+    return torch.cat(nats).cpu().double().sum().item()
+
+
+def read_works(path: Path, max_chars: int | None = None) -> Iterator[str]:
+    """The works of a JSONL or .txt file, one at a time; blank ones are skipped.
+
+    In JSONL a work is the `text` of a line; a .txt file is one work, or several with <|endoftext|> between them, and
+    its line ends are read as newlines. With max_chars, as many whole works from the first on as it has room for, and
+    at least one. Raises UserError where the file is something else, or holds no text.
+    """
+    n_characters = 0
+    for work in _all_works(path):
+        if not work.strip():
+            continue
+        if max_chars is not None and n_characters and n_characters + len(work) > max_chars:
+            return
+        n_characters += len(work)
+        yield work
+    if not n_characters:
+        raise UserError(f"{path} holds no text, or only blank works; name a file with text")
+
+
+def _all_works(path: Path) -> Iterator[str]:
+    if path.name.lower().endswith(".txt"):
+        return _works_of_text(path)
+    if path.name.lower().endswith(JSONL_NAMES):
+        return _works_of_jsonl(path)
+    raise UserError(
+        f"{path} is neither JSONL nor text by its name; name one that ends in {', '.join(JSONL_NAMES)} or .txt"
+    )
+
+
+def _works_of_text(path: Path) -> Iterator[str]:
+    begun = ""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            while block := file.read(BLOCK_CHARS):
+                *ended, begun = (begun + block).split(SEPARATOR)
+                yield from ended
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8")
+    yield begun
+
+
+def _works_of_jsonl(path: Path) -> Iterator[str]:
+    with open(path, "rb") as raw:
+        head = raw.read(8)
+        raw.seek(0)
+        opened = next((opener for magic, opener in MAGIC.items() if head.startswith(magic)), None)
+        number = 0
+        try:
+            for number, line in enumerate(cast(BinaryIO, opened(raw, "rb") if opened else raw), start=1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte-order mark
+                if line.strip():
+                    yield _text_of_line(line)
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+            raise UserError(f"{path}: damaged or cut short after line {number} ({error}); bring the file again")
+        except ValueError as problem:
+            raise UserError(f'{path}: line {number}: {problem}; each line must be an object such as {{"text": "雨。"}}')
+
+
+def _text_of_line(line: bytes) -> str:
+    """Raises ValueError where the line is no work."""
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8")
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON")
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    text = value.get("text")
+    if not isinstance(text, str):
+        raise ValueError("no `text` that is a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`text` has a lone surrogate at character {error.start + 1}, which no UTF-8 file can hold")
+    return text

@@ -1,10 +1,18 @@
 """The loss of a language model.
 
-Shapes: B batch, T time, V vocabulary.
+Shapes: N tokens, C channels, V vocabulary (padded).
 """
+
+from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+CHUNK_BYTES = {
+    "cpu": 2**25,
+    "cuda": 2**31,
+    "mps": 2**29,
+}  # of logits held at once: what a cache, or a GPU, has room for
 
 
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -13,3 +21,66 @@ def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     Computed in float32 also where the logits are bfloat16, under autocast and outside of it.
     """
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def linear_cross_entropy(
+    features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    """next_token_loss of the logits features @ weight.T, of which only a chunk is held at a time.
+
+    features (…, C), weight (V, C), targets (…) int64 -> scalar float32. Columns from vocab_size on are padding. The
+    gradients are computed on the way forward, while a chunk's probabilities are at hand (as in Liger Kernel's fused
+    linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989, section 3.2). Under autocast the products are in its type.
+    """
+    kind = features.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
+    with torch.autocast(kind, enabled=False):
+        loss: torch.Tensor = _LinearCrossEntropy.apply(
+            features.flatten(0, -2), weight, targets.flatten(), vocab_size, dtype, torch.is_grad_enabled()
+        )
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: torch.Tensor,  # (N, C)
+        weight: torch.Tensor,  # (V, C)
+        targets: torch.Tensor,  # (N,)
+        vocab_size: int,
+        dtype: torch.dtype,
+        with_gradients: bool,
+    ) -> torch.Tensor:
+        n_tokens, n_words = len(targets), len(weight)
+        n_rows = min(max(CHUNK_BYTES.get(features.device.type, 2**29) // (4 * n_words), 64), n_tokens)
+        rows, columns = features.to(dtype), weight.to(dtype)
+        grad_features = torch.empty_like(features) if with_gradients else features.new_empty(0)
+        grad_weight = torch.zeros_like(weight) if with_gradients else weight.new_empty(0)
+        total = torch.zeros((), device=features.device)
+        logits = torch.empty(n_rows, n_words, dtype=dtype, device=features.device)
+        log_p = torch.empty(n_rows, n_words, device=features.device)
+        for first in range(0, n_tokens, n_rows):
+            part, wanted = rows[first : first + n_rows], targets[first : first + n_rows, None]
+            n = len(part)
+            torch.mm(part, columns.T, out=logits[:n])
+            logits[:n, vocab_size:] = -torch.inf
+            torch.log_softmax(logits[:n], dim=-1, dtype=torch.float32, out=log_p[:n])
+            total -= log_p[:n].gather(1, wanted).sum()
+            if not with_gradients:
+                continue
+            grad = log_p[:n].exp_()  # of the summed loss by the logits: the probabilities, less 1 at the target
+            grad.scatter_add_(1, wanted, grad.new_full((n, 1), -1.0))
+            grad = grad.to(dtype)
+            grad_features[first : first + n_rows] = grad @ columns
+            if dtype == weight.dtype:
+                grad_weight.addmm_(grad.T, part)
+            else:
+                grad_weight += grad.T @ part
+        ctx.save_for_backward(grad_features.div_(n_tokens), grad_weight.div_(n_tokens))
+        return total / n_tokens
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        grad_features, grad_weight = ctx.saved_tensors
+        return grad_features.mul_(grad_outputs[0]), grad_weight.mul_(grad_outputs[0]), None, None, None, None

@@ -1,9 +1,14 @@
 """Optimizers over the parameters of a GPT, and their state as plain tensors.
 
-AdamW: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization". GaLore: Zhao et al. 2024, "GaLore:
+AdamW: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization". Muon: Jordan et al. 2024, "Muon: An optimizer
+for hidden layers in neural networks" (kellerjordan.github.io/posts/muon). GaLore: Zhao et al. 2024, "GaLore:
 Memory-Efficient LLM Training by Gradient Low-Rank Projection" (arXiv 2403.03507), by its authors' galore-torch.
+
+A model is a module with the property head_weight, the matrix of its last product. Its block matrices are the weights
+of its other linear layers.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,10 +17,21 @@ from torch import nn
 
 from gptkit.command_line import UserError
 
-OptimizerName = Literal["adamw", "galore_adamw"]
+OptimizerName = Literal["muon", "adamw", "galore_adamw"]
 BETAS = (0.9, 0.95)  # GPT-3 (Brown et al. 2020), appendix B
 EPS = 1e-8
-DEFAULT_LR: dict[OptimizerName, float] = {"adamw": 6e-4, "galore_adamw": 5e-3}
+# Of muon, the rate of the block matrices; of the others, of all parameters.
+DEFAULT_LR: dict[OptimizerName, float] = {"muon": 0.02, "adamw": 6e-4, "galore_adamw": 5e-3}
+MUON_MOMENTUM = 0.95
+# What each of Muon's steps multiplies singular values by, p + q s^2 + r s^4, step by step: Amsel et al. 2025, "The Polar
+# Express" (arXiv 2505.16932), algorithm 1's table for singular values from 1e-3 to 1.
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
 # GaLore's setting for 60M to 130M parameters (table 2 and appendix C; its README's scale).
 GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 
@@ -29,27 +45,95 @@ def import_galore() -> Any:
     return galore_torch
 
 
-def build_optimizer(model: nn.Module, name: OptimizerName, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """An optimizer that decays matrices only; biases and norms have no decay.
+def build_optimizer(
+    model: nn.Module, name: OptimizerName, lr: float, adam_lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """An optimizer each of whose groups has its "peak_lr"; every parameter is in exactly one of them.
 
-    With galore_adamw, the matrices of the blocks (linear layers) take their steps in a subspace, and nothing decays,
-    as in the paper; embeddings, biases and norms take plain AdamW steps. Raises UserError where it is not installed.
+    adamw: all parameters at `lr`; matrices decay, biases and norms do not. muon: block matrices take Muon's steps at
+    `lr`, and decay; embeddings, head, biases and norms take AdamW's at `adam_lr`, and do not. galore_adamw: block
+    matrices take their steps in a subspace, the rest plain AdamW steps, all at `lr`, and nothing decays, as in the
+    paper. Raises UserError where galore-torch is not installed.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - {id(model.head_weight)}
+    blocks = [parameter for parameter in model.parameters() if id(parameter) in linear]
+    embeddings = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in linear]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    decayed, plain = {"weight_decay": weight_decay, "peak_lr": lr}, {"weight_decay": 0.0, "peak_lr": lr}
+    fused = blocks[0].device.type in ("cuda", "cpu")
+    optimizer: torch.optim.Optimizer
     if name == "adamw":
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        fused = matrices[0].device.type in ("cuda", "cpu")
-        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=fused)
-    GaLoreAdamW = import_galore().GaLoreAdamW
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    projected = [parameter for parameter in matrices if id(parameter) in linear]
-    plain = [parameter for parameter in matrices if id(parameter) not in linear] + vectors
-    groups = [{"params": projected, **GALORE}, {"params": plain}]
-    optimizer = GaLoreAdamW(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=0.0, no_deprecation_warning=True)
-    for parameter in projected:
-        optimizer.state[parameter]["projector"] = _projector(optimizer.param_groups[0])
+        groups: list[dict[str, Any]] = [{"params": blocks + embeddings, **decayed}, {"params": vectors, **plain}]
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=fused)
+    elif name == "muon":
+        groups = [{"params": blocks, **decayed, "muon": True}]
+        groups += [{"params": embeddings + vectors, **plain, "peak_lr": adam_lr, "muon": False}]
+        optimizer = MuonAdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=fused)
+    else:
+        groups = [{"params": blocks, **plain, **GALORE}, {"params": embeddings + vectors, **plain}]
+        optimizer = import_galore().GaLoreAdamW(groups, lr=lr, betas=BETAS, eps=EPS, no_deprecation_warning=True)
+        for parameter in blocks:
+            optimizer.state[parameter]["projector"] = _projector(optimizer.param_groups[0])
+    grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
     return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Set each group's rate to `share` (0 … 1) of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["peak_lr"]
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """Muon for the groups with muon=True, AdamW for the others.
+
+    Muon's step is the momentum's nearest orthogonal matrix, so that each direction moves as far as any other. Its size
+    is sqrt(max(1, rows / columns)), as in the authors' code: the same change of each output's root mean square.
+    torch.optim.Muon is not used because it iterates in bfloat16, also where the hardware only emulates it.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            if group["muon"]:
+                self._muon_step(group)
+        super().step()  # passes over parameters without a gradient
+
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        by_shape = defaultdict(list)
+        for parameter in group["params"]:
+            by_shape[parameter.shape].append(parameter)
+        for (n_rows, n_columns), parameters in by_shape.items():
+            updates = []
+            for parameter in parameters:
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"]
+                momentum.lerp_(parameter.grad, 1 - MUON_MOMENTUM)
+                updates.append(parameter.grad.lerp(momentum, MUON_MOMENTUM))  # Nesterov's
+                parameter.grad = None
+            size = max(1.0, n_rows / n_columns) ** 0.5
+            for parameter, update in zip(parameters, orthogonalize(torch.stack(updates)), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * size)
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """For each matrix U S V^T of (n, rows, columns) about U V^T: singular values from 1/1000 of the norm up come near 1.
+
+    Newton-Schulz steps, in bfloat16 where a GPU has it and else in float32.
+    """
+    fast = matrices.is_cuda and torch.cuda.is_bf16_supported()
+    x = matrices.bfloat16() if fast else matrices
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # a little below 1: rounding must not lead above it
+    for p, q, r in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=q, alpha=r), x, beta=p)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def _projector(group: Mapping[str, Any]) -> Any:
@@ -92,11 +176,11 @@ def load_optimizer_tensors(
     """Put back what optimizer_tensors returned, onto the devices of the parameters. Raises KeyError."""
     galore = "rank" in optimizer.param_groups[0]
     for name, (parameter, group) in _parameters_by_name(model, optimizer).items():
-        state: dict[str, Any] = {}
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = tensors[f"{key}.{name}"].to(parameter.device)
-        step = tensors[f"step.{name}"]
-        state["step"] = int(step) if galore else step.to(parameter.device)
+        keys = ("momentum",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
+        state: dict[str, Any] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
+        if not group.get("muon"):
+            step = tensors[f"step.{name}"]
+            state["step"] = int(step) if galore else step.to(parameter.device)
         if "rank" in group:
             state["projector"] = _projector(group)
             state["projector"].ortho_matrix = tensors[f"projector.{name}"].to(parameter.device)

@@ -55,8 +55,9 @@ class RunLog:
         tqdm.write(text, sys.stdout)
         sys.stdout.flush()
 
-    def step(self, n_done: int) -> None:
-        """Step number n_done is done."""
+    def step(self, n_done: int, total_steps: int) -> None:
+        """Step number n_done is done, of total_steps: with a budget of time that number changes."""
+        self.total_steps = self._bar.total = total_steps
         self._bar.update(1)
         if self._bar.disable and time.monotonic() - self._said > QUIET_S:
             self.say(f"step {n_done}/{self.total_steps}, ETA {self._eta(n_done)}")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from gptkit import checkpoints
 from gptkit.checkpoints import (
@@ -16,7 +17,9 @@ from gptkit.checkpoints import (
     STATE_FILE,
     TRAINING_FILE,
     best_checkpoint,
+    choose_checkpoint,
     find_checkpoints,
+    load_model,
     read_state,
     read_tensors,
     save_checkpoint,
@@ -211,3 +214,35 @@ def test_a_limit_of_the_system_leaves_the_old_checkpoint_alone(tmp_path: Path) -
     assert contents(tmp_path) == before
     save(tmp_path, 2, size=100_000)
     assert steps(tmp_path) == [2]
+
+
+def test_the_checkpoint_that_an_experiment_folder_means(tmp_path: Path) -> None:
+    run = tmp_path / "exp" / "model_checkpoints"
+    best, newest = save(run, 1, 2.0), save(run, 2, 3.0)
+    for folder in (run, run.parent):
+        assert choose_checkpoint(str(folder), "newest") == newest
+        assert choose_checkpoint(str(folder), "best") == best
+        assert choose_checkpoint(str(best), "newest") == best  # by name
+    save(tmp_path / "exp" / "other_run", 9)
+    with pytest.raises(UserError, match=r"exp holds several runs; name one: .*exp/model_checkpoints, .*exp/other_run"):
+        choose_checkpoint(str(run.parent), "newest")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        choose_checkpoint(str(tmp_path), "newest")  # two folders up
+
+
+def test_a_model_from_its_dimensions_and_weights(tmp_path: Path) -> None:
+    def build(dimensions: dict[str, Any]) -> nn.Linear:
+        return nn.Linear(dimensions["inputs"], dimensions["outputs"])
+
+    kept, dimensions = nn.Linear(3, 2), {"inputs": 3, "outputs": 2}
+    state = {"step": 1, "val_loss": 5.0, "identity": {"model": dimensions}}
+    folder = save_checkpoint(tmp_path, state, kept.state_dict(), {}, TOKENIZER)
+    loaded = load_model(folder, build, CPU)
+    assert torch.equal(loaded.weight, kept.weight)
+    assert torch.equal(loaded.bias, kept.bias)
+    with pytest.raises(
+        UserError, match=r"step_00000001 is damaged or from another version \(.*\); use another checkpoint"
+    ):
+        load_model(folder, lambda dimensions: build(dimensions | {"inputs": 4}), CPU)
+    with pytest.raises(UserError, match=r"damaged or from another version \('width'\)"):
+        load_model(folder, lambda dimensions: build({"inputs": dimensions["width"]}), CPU)

@@ -1,14 +1,25 @@
-"""gptkit/evaluation.py: the mean by hand, and that nothing is left behind."""
+"""gptkit/evaluation.py: means and bits by hand, windows written out, transformers, and files that hold no works."""
+
+import gzip
+import json
+import lzma
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from test_gpt_model import random_ids, random_model
+from conftest import SEPARATOR, write_jsonl
+from test_gpt_model import CONTEXT, VOCAB, hugging_face_twin, random_ids, random_model
 from torch import nn
 from torch.nn import functional as F
 
-from gptkit.evaluation import mean_loss
+from gptkit import evaluation
+from gptkit.command_line import UserError
+from gptkit.evaluation import mean_loss, read_works, score_works
 
 CPU = torch.device("cpu")
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 def uneven_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -66,3 +77,268 @@ def test_a_model_that_knows_nothing() -> None:
     model = Uniform()
     batches = [(ids[:, :-1], ids[:, 1:]) for ids in (random_ids(3, 9), random_ids(2, 5))]
     assert mean_loss(model, model, batches, CPU, torch.float32) == pytest.approx(4.852030263919617)  # ln 128
+
+
+class Letters:
+    """A tokenizer: 0 is end-of-text, 1 unknown, a, b, … are 2, 3, …"""
+
+    end_of_text_id = 0
+
+    def __init__(self, n_letters: int = 2, unknown_id: int | None = 1) -> None:
+        self.unknown_id = unknown_id
+        self.ids = {chr(ord("a") + i): 2 + i for i in range(n_letters)}
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids.get(character, 1) for character in text]
+
+
+def letters(n: int, n_letters: int = VOCAB - 2, seed: int = 0) -> str:
+    """A work of n random characters, all of which Letters(n_letters) knows."""
+    drawn = torch.randint(n_letters, (n,), generator=torch.Generator().manual_seed(seed))
+    return "".join(chr(ord("a") + i) for i in drawn.tolist())
+
+
+def remembering(forward: Forward) -> tuple[Forward, list[list[list[int]]]]:
+    """`forward`, and the batches of ids it is shown."""
+    shown: list[list[list[int]]] = []
+
+    def remembered(ids: torch.Tensor) -> torch.Tensor:
+        shown.append(ids.tolist())
+        return forward(ids)
+
+    return remembered, shown
+
+
+def by_position(ids: torch.Tensor) -> torch.Tensor:
+    """Logits by which "a" (2) and end-of-text (0) cost i bits each where i ids of the window stand before them."""
+    logits = torch.full((*ids.shape, 3), -torch.inf)
+    bits = torch.arange(1.0, ids.shape[1] + 1)
+    logits[..., 0] = logits[..., 2] = -bits * math.log(2)
+    logits[..., 1] = torch.log(1 - 2 ** (1 - bits))
+    return logits
+
+
+def test_bits_by_hand() -> None:
+    """Probabilities of the next id that depend on the last one alone."""
+    table = torch.tensor(  # columns: end-of-text, unknown, a, b
+        [[1 / 8, 1 / 8, 1 / 2, 1 / 4], [1 / 2, 1 / 4, 1 / 8, 1 / 8], [1 / 4, 1 / 8, 1 / 8, 1 / 2], [1 / 4] * 4]
+    )
+    forward, shown = remembering(lambda ids: table[ids].log())
+    score = score_works(forward, Letters(), ["aab", "b鬱a\n"], 8)
+    assert shown == [[[0, 2, 2, 3]], [[0, 3, 1, 2, 1]]]  # each work alone, after end-of-text
+    first_bits, second_bits = 1 + 3 + 1 + 2, 2 + 2 + 3 + 3 + 1  # the last of each is end-of-text's
+    assert (score.works, score.characters, score.tokens, score.unknown_tokens) == (2, 7, 9, 2)
+    assert score.bits_per_char == pytest.approx((first_bits + second_bits + 2 * 12.5) / 7, rel=1e-6)
+    assert score.loss == pytest.approx(18 * math.log(2) / 9, rel=1e-6)  # without the charge for unknown tokens
+    assert score.perplexity == pytest.approx(4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stride", "windows", "bits"),
+    [
+        (None, [(0, 4), (2, 6), (4, 7)], (1 + 2 + 3 + 4) + (3 + 4) + 3),
+        (1, [(0, 4), (1, 5), (2, 6), (3, 7)], (1 + 2 + 3 + 4) + 4 + 4 + 4),
+        (4, [(0, 4), (4, 7)], (1 + 2 + 3 + 4) + (1 + 2 + 3)),
+    ],
+)
+def test_windows_by_hand(stride: int | None, windows: list[tuple[int, int]], bits: int) -> None:
+    """Eight ids, seven of them predicted, through a context of four."""
+    ids = [0, 2, 2, 2, 2, 2, 2, 0]
+    forward, shown = remembering(by_position)
+    score = score_works(forward, Letters(), ["aaaaaa"], 4, stride=stride, batch_size=1)
+    assert [row for (row,) in shown] == [ids[start:end] for start, end in windows]
+    assert (score.tokens, score.characters) == (7, 6)
+    assert score.bits_per_char == pytest.approx(bits / 6, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n_characters", "windows"),
+    [(0, [1]), (1, [2]), (3, [4]), (4, [4, 3]), (5, [4, 4]), (6, [4, 4, 3]), (7, [4, 4, 4])],
+)
+def test_no_window_more_than_the_work_needs(n_characters: int, windows: list[int]) -> None:
+    forward, shown = remembering(by_position)
+    score = score_works(forward, Letters(), ["a" * n_characters], 4, batch_size=1)
+    assert [len(row) for (row,) in shown] == windows
+    assert score.tokens == n_characters + 1
+
+
+@pytest.mark.parametrize("context_length", [1, 5])
+def test_half_of_an_odd_context(context_length: int) -> None:
+    """A context of five moves on by two, one of one by one."""
+    bits = {1: 1 * 13, 5: (1 + 2 + 3 + 4 + 5) + (4 + 5) * 4}[context_length]
+    score = score_works(by_position, Letters(), ["a" * 12], context_length)
+    assert score.bits_per_char == pytest.approx(bits / 12, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("stride", [None, 5, 1])
+def test_token_by_token(stride: int | None, batch_size: int) -> None:
+    """Each token alone, in the first window in which half a context stands before it (or it is in the first of all)."""
+    model, tokenizer = random_model(), Letters(VOCAB - 2)
+    works = [letters(n, seed=n) for n in (70, 7, CONTEXT - 1, CONTEXT, 40)]
+    step, nats = stride or CONTEXT // 2, 0.0
+    for work in works:
+        ids = torch.tensor([0, *tokenizer.encode(work), 0])
+        for i in range(1, len(ids)):
+            starts = (s for s in range(0, i, step) if i - s <= CONTEXT and (s == 0 or i - s >= CONTEXT / 2))
+            with torch.no_grad():
+                logits = model(ids[None, next(starts) : i])[0, -1].double()
+            nats -= logits.log_softmax(0)[ids[i]].item()
+    score = score_works(model, tokenizer, works, CONTEXT, stride=stride, batch_size=batch_size)
+    assert score.tokens == sum(map(len, works)) + len(works)
+    assert score.loss == pytest.approx(nats / score.tokens, rel=1e-5)
+    assert score.bits_per_char == pytest.approx(nats / math.log(2) / sum(map(len, works)), rel=1e-5)
+
+
+def test_equals_transformers() -> None:
+    model, tokenizer = random_model(), Letters(VOCAB - 2)
+    twin = hugging_face_twin(model)
+    ours = score_works(model, tokenizer, [letters(60), letters(9)], CONTEXT)
+    theirs = score_works(lambda ids: twin(ids).logits, tokenizer, [letters(60), letters(9)], CONTEXT)
+    assert ours.bits_per_char == pytest.approx(theirs.bits_per_char, rel=1e-5)
+
+    work = letters(CONTEXT - 2, seed=1)  # one window, and its loss as transformers has it
+    ids = torch.tensor([[0, *tokenizer.encode(work), 0]])
+    with torch.no_grad():
+        loss = twin(ids, labels=ids).loss.item()
+    assert loss > 3  # so that 1e-5 says something
+    assert score_works(model, tokenizer, [work], CONTEXT).loss == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("unknown_id", [None, 50])
+def test_a_model_that_knows_nothing_pays_log2_of_its_vocabulary(unknown_id: int | None) -> None:
+    works = [letters(n, 20) for n in (100, 3, 31)]
+    tokenizer = Letters(20, unknown_id)
+    score = score_works(lambda ids: torch.zeros(*ids.shape, 128), tokenizer, works, 16)
+    assert (score.characters, score.tokens, score.unknown_tokens) == (134, 137, 0)
+    assert score.bits_per_char == pytest.approx(7 * 137 / 134, rel=1e-7)
+    assert score.perplexity == pytest.approx(128, rel=1e-5)
+
+
+def test_windows_of_equal_length_are_batched() -> None:
+    forward, shown = remembering(by_position)
+    score = score_works(forward, Letters(), ["a" * 9, "a", "a" * 6, "a"], 4, batch_size=3)
+    shapes = [(len(batch), len(batch[0])) for batch in shown]
+    assert shapes == [(3, 4), (3, 4), (2, 2), (1, 3)]
+    bits = (10 + 7 * 3) + (1 + 2) + (10 + 7 + 3) + (1 + 2)
+    assert score.bits_per_char == pytest.approx(bits / 17, rel=1e-6)
+
+
+def test_one_work_and_one_batch_at_a_time() -> None:
+    events = []
+
+    def works() -> Iterator[str]:
+        for i in range(3):
+            events.append(f"work {i}")
+            yield "a" * 7
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        events.append("batch")
+        return by_position(ids)
+
+    score_works(forward, Letters(), works(), 4, batch_size=2)
+    assert events == ["work 0", "batch", "work 1", "batch", "batch", "work 2", "batch", "batch"]
+
+
+def test_progress_is_told_of_every_token() -> None:
+    told: list[int] = []
+    score_works(by_position, Letters(), ["a" * 9, "a" * 4], 4, batch_size=2, progress=told.append)
+    assert told == [4 + 2, 2 + 2, 4, 1]
+
+
+def test_bfloat16_products_and_no_gradients() -> None:
+    model, tokenizer, works = random_model(), Letters(VOCAB - 2), [letters(60)]
+    seen = []
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        logits = model(ids)
+        seen.append((logits.dtype, logits.requires_grad))
+        return logits
+
+    exact = score_works(forward, tokenizer, works, CONTEXT)
+    rough = score_works(forward, tokenizer, works, CONTEXT, dtype=torch.bfloat16)
+    assert set(seen) == {(torch.float32, False), (torch.bfloat16, False)}
+    assert rough.loss != exact.loss
+    assert rough.loss == pytest.approx(exact.loss, rel=0.02)
+
+
+WORKS = ["雨が降る。\n　猫が鳴く。\n", "</s>と<|endo", "𠮟る。"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_works_of_jsonl(suffix: str, tmp_path: Path) -> None:
+    content = write_jsonl(tmp_path / "plain.jsonl", [WORKS[0], " \n　", "", *WORKS[1:]]).read_bytes()
+    path = tmp_path / f"works.jsonl{suffix}"
+    path.write_bytes(
+        {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix](b"\xef\xbb\xbf\n" + content + b"\n")
+    )
+    assert list(read_works(path)) == WORKS
+    path.rename(tmp_path / "unpacked.jsonl.gz")  # what it is counts, not what it is called
+    assert list(read_works(tmp_path / "unpacked.jsonl.gz")) == WORKS
+
+
+@pytest.mark.parametrize("block_chars", [1, 5, 1 << 20])
+def test_works_of_text(block_chars: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "BLOCK_CHARS", block_chars)
+    path = tmp_path / "works.txt"
+    path.write_text("".join(work + SEPARATOR for work in [WORKS[0], " \n", *WORKS[1:]]), "utf-8")
+    assert list(read_works(path)) == WORKS
+    path.write_bytes(b"\xef\xbb\xbf" + f"雨。\r\n雪。{SEPARATOR}風。\r\n".encode())
+    assert list(read_works(path)) == ["雨。\n雪。", "風。\n"]
+
+
+@pytest.mark.parametrize(("max_chars", "n_works"), [(1, 1), (4, 1), (8, 1), (9, 2), (10, 2), (11, 3), (99, 3)])
+def test_the_first_works_alone(max_chars: int, n_works: int, tmp_path: Path) -> None:
+    works = ["雨が降る", "雪が降った", "風。"]  # 4, 5 and 2 characters
+    path = tmp_path / "works.txt"
+    path.write_text(SEPARATOR.join(works), "utf-8")
+    assert list(read_works(path, max_chars)) == works[:n_works]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"\xff", "not UTF-8"),
+        ("雨が降る。".encode(), "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'["text"]', "not a JSON object"),
+        (b'{"txt": "a"}', "no `text` that is a string"),
+        (b'{"text": null}', "no `text` that is a string"),
+        (b'{"text": "a\\ud800"}', "`text` has a lone surrogate at character 2"),
+    ],
+    ids=lambda value: repr(value[:20]),
+)
+def test_a_line_that_is_no_work(line: bytes, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "works.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
+    with pytest.raises(UserError) as caught:
+        list(read_works(path))
+    assert str(caught.value).startswith(f"{path}: line 3: {problem}")
+    assert 'such as {"text": "雨。"}' in str(caught.value)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
+def test_a_compressed_file_cut_short(compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / "works.jsonl.xz"
+    path.write_bytes(compress(json.dumps({"text": "雨" * 9}).encode())[:-9])
+    with pytest.raises(
+        UserError, match=r"works\.jsonl\.xz: damaged or cut short after line \d+ \(.*bring the file again"
+    ):
+        list(read_works(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "holds no text"),
+        ("a.jsonl", b'{"text": "\\n "}\n', "only blank works"),
+        ("a.txt", b"", "holds no text"),
+        ("a.txt", f" \n{SEPARATOR}　\n".encode(), "only blank works"),
+        ("a.txt", b"a\x93\xfa", "not UTF-8"),
+        ("a.json", b'{"text": "a"}', r"neither JSONL nor text by its name; name one that ends in \.jsonl"),
+    ],
+)
+def test_a_file_without_works(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.*{message}"):
+        list(read_works(tmp_path / name))

@@ -1,4 +1,7 @@
-"""gpt_model.py: against transformers' GPT-2, known parameter counts, and what a causal model must not do."""
+"""gpt_model.py: GPT-2 against transformers' and known parameter counts, and what no causal model may do.
+
+What only arch modern has is in test_modern_model.py.
+"""
 
 import math
 
@@ -6,19 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from gpt_model import PRESETS, CausalSelfAttention, GPTConfig, GPTModel
+from gpt_model import PRESETS, CausalSelfAttention, GPTConfig, GPTModel, rotation
 from gptkit.losses import next_token_loss
 
 VOCAB, CONTEXT = 97, 24  # 97 ids are padded to 128 rows
+both_archs = pytest.mark.parametrize("arch", ["gpt2", "modern"])
 
 
-def tiny_config(**changes: float) -> GPTConfig:
+def tiny_config(**changes: float | str) -> GPTConfig:
     return GPTConfig(
         **{"vocab_size": VOCAB, "context_length": CONTEXT, "emb_dim": 48, "n_layers": 3, "n_heads": 4} | changes
     )
 
 
-def random_model(seed: int = 0, **changes: float) -> GPTModel:
+def random_model(seed: int = 0, **changes: float | str) -> GPTModel:
     """A tiny model, in evaluation mode, whose weights are all random: a norm or a bias in the wrong place shows."""
     torch.manual_seed(seed)
     model = GPTModel(tiny_config(**changes)).eval()
@@ -77,9 +81,10 @@ def test_logits_equal_transformers(changes: dict[str, float]) -> None:
     assert (ours[..., :VOCAB] - theirs).abs().max() < 1e-4
 
 
+@both_archs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padding_ids_have_no_probability_and_no_gradient(dtype: torch.dtype) -> None:
-    model, ids = random_model(), random_ids(4, CONTEXT + 1)
+def test_padding_ids_have_no_probability_and_no_gradient(dtype: torch.dtype, arch: str) -> None:
+    model, ids = random_model(arch=arch), random_ids(4, CONTEXT + 1)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits = model(ids[:, :-1])
         loss = next_token_loss(logits, ids[:, 1:])
@@ -89,15 +94,27 @@ def test_padding_ids_have_no_probability_and_no_gradient(dtype: torch.dtype) -> 
     probabilities = logits.float().softmax(dim=-1)
     assert (probabilities[..., VOCAB:] == 0).all()
     assert (probabilities[..., :VOCAB].sum(dim=-1) - 1).abs().max() < 1e-5
-    gradient = model.tok_emb.weight.grad
+    gradient = model.head_weight.grad
     assert (gradient[VOCAB:] == 0).all()
     assert (gradient[:VOCAB].abs().sum(dim=1) > 0).all()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@both_archs
+@pytest.mark.parametrize("vocab_multiple", [64, 1])
+def test_logits_are_features_times_head_weight(vocab_multiple: int, arch: str) -> None:
+    model, ids = random_model(vocab_multiple=vocab_multiple, arch=arch), random_ids()
+    with torch.no_grad():
+        logits, features = model(ids), model.features(ids)
+    assert features.shape == (2, CONTEXT, 48)
+    torch.testing.assert_close(logits[..., :VOCAB], (features @ model.head_weight.T)[..., :VOCAB], atol=1e-5, rtol=1e-5)
+    assert (logits[..., VOCAB:] == -torch.inf).all()
+
+
+@both_archs
 @pytest.mark.parametrize("position", [1, 11, CONTEXT - 1])
-def test_a_token_changes_no_earlier_logits(position: int) -> None:
-    model, ids = random_model(), random_ids()
+def test_a_token_changes_no_earlier_logits(position: int, arch: str) -> None:
+    model, ids = random_model(arch=arch), random_ids()
     changed = ids.clone()
     changed[:, position] = (ids[:, position] + 1) % VOCAB
     with torch.no_grad():
@@ -106,8 +123,9 @@ def test_a_token_changes_no_earlier_logits(position: int) -> None:
     assert (difference[position:] > 1e-2).all()
 
 
-def test_logits_of_a_text_begin_with_those_of_its_beginning() -> None:
-    model, ids = random_model(), random_ids()
+@both_archs
+def test_logits_of_a_text_begin_with_those_of_its_beginning(arch: str) -> None:
+    model, ids = random_model(arch=arch), random_ids()
     with torch.no_grad():
         torch.testing.assert_close(model(ids)[:, :7], model(ids[:, :7]), atol=1e-4, rtol=0)
 
@@ -169,13 +187,15 @@ def test_impossible_dimensions_are_refused(changes: dict[str, float], named: str
         tiny_config(**changes)
 
 
-def test_a_text_longer_than_the_context_is_refused() -> None:
+@both_archs
+def test_a_text_longer_than_the_context_is_refused(arch: str) -> None:
     with pytest.raises(ValueError, match=f"{CONTEXT + 1} tokens do not fit the context of {CONTEXT}"):
-        random_model()(random_ids(1, CONTEXT + 1))
+        random_model(arch=arch)(random_ids(1, CONTEXT + 1))
 
 
-def test_dropout_in_training_only() -> None:
-    plain, dropping, ids = random_model(), random_model(drop_rate=0.5), random_ids()
+@both_archs
+def test_dropout_in_training_only(arch: str) -> None:
+    plain, dropping, ids = random_model(arch=arch), random_model(drop_rate=0.5, arch=arch), random_ids()
     with torch.no_grad():
         assert torch.equal(dropping(ids), plain(ids))
         dropping.train()
@@ -184,18 +204,21 @@ def test_dropout_in_training_only() -> None:
         assert torch.equal(plain(ids), plain(ids))
 
 
-def test_dropout_reaches_embeddings_attention_and_shortcuts() -> None:
-    model = random_model(drop_rate=0.5).train()
+@both_archs
+def test_dropout_reaches_embeddings_attention_and_shortcuts(arch: str) -> None:
+    model = random_model(drop_rate=0.5, arch=arch).train()
     assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [0.5] * (1 + 3)
-    attention, x = CausalSelfAttention(tiny_config(drop_rate=0.5)), torch.randn(2, CONTEXT, 48)
-    assert not torch.allclose(attention(x), attention(x))
+    attention, x = CausalSelfAttention(model.config), torch.randn(2, CONTEXT, 48)
+    by = rotation(model.config) if arch == "modern" else None
+    assert not torch.allclose(attention(x, by), attention(x, by))
     attention.eval()
-    assert torch.equal(attention(x), attention(x))
+    assert torch.equal(attention(x, by), attention(x, by))
 
 
-def test_initial_weights_are_those_of_gpt2() -> None:
+@both_archs
+def test_initial_weights_are_those_of_gpt2(arch: str) -> None:
     torch.manual_seed(0)
-    model = GPTModel(tiny_config(emb_dim=128, n_layers=8))
+    model = GPTModel(tiny_config(emb_dim=128, n_layers=8, arch=arch))
     deviations = {name: parameter.std().item() for name, parameter in model.named_parameters() if parameter.dim() == 2}
     for name, deviation in deviations.items():
         assert deviation == pytest.approx(0.02 / 4 if name.endswith("out_proj.weight") else 0.02, rel=0.1), name
