@@ -123,7 +123,7 @@ class PretrainingConfig(TokenizerSettings):
     )
     grad_clip: float = setting(1.0, "gradients are scaled down to at most this norm", more_than=0)
     bigram_steps: int = setting(
-        100, "modern: steps that fit embedding and head to counts of token pairs before the run", at_least=0
+        50, "modern: steps that fit embedding and head to counts of token pairs before the run", at_least=0
     )
 
     eval_freq: int | None = setting(
@@ -354,7 +354,7 @@ def choose_plan(
             f"--budget_minutes {config.budget_minutes} are over before training begins; give more, or make the tokens"
             " before (pretokenize.py)"
         )
-    chosen = None
+    chosen, passes_before = None, 0.0
     for size in LADDER if auto else (config.model_size,):
         model = choose_model_config(config, size, vocab_size)
         tokens_per_s = measure_tokens_per_s(config, model, device, dtype)
@@ -365,17 +365,21 @@ def choose_plan(
             f" {n_passes:.2f} passes over the text, {per_parameter:.1f} for each parameter of the blocks",
             flush=True,
         )
-        if chosen is None or per_parameter >= budget.TOKENS_PER_PARAMETER:
-            chosen = size, model, total_tokens
-        else:
+        if chosen and per_parameter < budget.TOKENS_PER_PARAMETER and passes_before <= budget.MAX_PASSES:
             break  # larger ones see still less
+        chosen, passes_before = (size, model, total_tokens), n_passes
     assert chosen
     size, model, total_tokens = chosen
     n_sequences = budget.sequences_per_step(total_tokens, model.context_length)
     at_once = max(MICRO_STEP_TOKENS["cuda" if device.type == "cuda" else "cpu"] // model.context_length, 1)
     batch_size = config.batch_size or min(n_sequences, at_once)
     plan = Plan(model, batch_size, config.grad_accum_steps or max(n_sequences // batch_size, 1))
-    why = f"the largest with {budget.TOKENS_PER_PARAMETER:g} tokens a parameter" if auto else "as asked for"
+    why = "as asked for"
+    if auto:
+        why = (
+            f"the largest that sees {budget.TOKENS_PER_PARAMETER:g} tokens a parameter, or the text at most"
+            f" {budget.MAX_PASSES} times"
+        )
     print(
         f"chosen: {size}, {why}; {plan.batch_size} x {plan.grad_accum_steps} sequences a step, for about"
         f" {budget.STEPS} steps",

@@ -17,9 +17,15 @@ from torch.nn import functional as F
 from gptkit import evaluation
 from gptkit.command_line import UserError
 from gptkit.evaluation import mean_loss, read_works, score_works
+from gptkit.losses import next_token_loss
 
 CPU = torch.device("cpu")
 Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+def mean_loss_by(model: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32) -> float:
+    """mean_loss of uneven_batches."""
+    return mean_loss(model, lambda ids, targets: next_token_loss(forward(ids), targets), uneven_batches(), CPU, dtype)
 
 
 def uneven_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -37,7 +43,7 @@ def test_each_token_counts_the_same() -> None:
         ]
     expected = torch.cat(nats).mean().item()
     assert abs(expected - (nats[0].mean() + nats[1].mean()).item() / 2) > 1e-2
-    assert mean_loss(model, model, batches, CPU, torch.float32) == pytest.approx(expected, rel=1e-6)
+    assert mean_loss_by(model, model) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -45,15 +51,15 @@ def test_without_dropout_random_numbers_or_gradients(training: bool) -> None:
     model, dropping = random_model(), random_model(drop_rate=0.5)
     dropping.train(training)
     before = torch.get_rng_state()
-    expected = mean_loss(model, model, uneven_batches(), CPU, torch.float32)
-    assert mean_loss(dropping, dropping, uneven_batches(), CPU, torch.float32) == expected
+    expected = mean_loss_by(model, model)
+    assert mean_loss_by(dropping, dropping) == expected
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training is training for module in dropping.modules())
     assert all(parameter.grad is None for parameter in dropping.parameters())
     assert torch.is_grad_enabled()
 
 
-def test_bfloat16_products_through_the_forward_it_is_given() -> None:
+def test_bfloat16_products_through_the_loss_it_is_given() -> None:
     model = random_model()
     seen = []
 
@@ -62,8 +68,8 @@ def test_bfloat16_products_through_the_forward_it_is_given() -> None:
         seen.append((logits.dtype, logits.requires_grad))
         return logits
 
-    exact = mean_loss(model, forward, uneven_batches(), CPU, torch.float32)
-    rough = mean_loss(model, forward, uneven_batches(), CPU, torch.bfloat16)
+    exact = mean_loss_by(model, forward)
+    rough = mean_loss_by(model, forward, torch.bfloat16)
     assert seen == [(torch.float32, False)] * 2 + [(torch.bfloat16, False)] * 2
     assert rough != exact
     assert rough == pytest.approx(exact, rel=0.02)
@@ -75,8 +81,7 @@ def test_a_model_that_knows_nothing() -> None:
             return torch.zeros(*ids.shape, 128)
 
     model = Uniform()
-    batches = [(ids[:, :-1], ids[:, 1:]) for ids in (random_ids(3, 9), random_ids(2, 5))]
-    assert mean_loss(model, model, batches, CPU, torch.float32) == pytest.approx(4.852030263919617)  # ln 128
+    assert mean_loss_by(model, model) == pytest.approx(4.852030263919617)  # ln 128
 
 
 class Letters:
