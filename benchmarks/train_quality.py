@@ -27,12 +27,12 @@ from machine import ROOT, read_texts, say, write_result
 
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-from gptkit.batches import TrainingBatches, validation_batches  # noqa: E402
-from gptkit.evaluation import score_works  # noqa: E402
-from gptkit.pretokenization import load_manifest, open_tokens  # noqa: E402
-from gptkit.tokenization import load_sentencepiece  # noqa: E402
+from gptkit.batches import TrainingBatches, validation_batches
+from gptkit.evaluation import score_works
+from gptkit.pretokenization import load_manifest, open_tokens
+from gptkit.tokenization import load_sentencepiece
 
 NANOGPT = dict(n_layer=4, n_head=4, n_embd=256, block_size=256, bias=False, dropout=0.0)
 BATCH_SIZE, LR, WARMUP_SHARE, N_VALIDATION = 4, 2e-3, 0.05, 20
@@ -51,7 +51,8 @@ INGREDIENTS: dict[str, tuple[str, ...]] = {
 def train_nanogpt(folder: Path, data: Path, tokenizer: Any, minutes: float) -> tuple[dict[str, Any], Any]:
     """Train nanoGPT's model for so long; what came out, and the model as ids -> logits."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     tokens = open_tokens(data, load_manifest(data, tokenizer))

@@ -10,8 +10,8 @@ from collections.abc import Callable
 # Of the models tried on two cores of a CPU for 2.5 to 8 minutes, the best one saw about so many tokens for each
 # parameter of its blocks (benchmarks/README.md). Hoffmann et al. 2022 found 20 where the whole model counts and the
 # text is English; a small model pays for its vocabulary besides.
-TOKENS_PER_PARAMETER = 4.0
-STEPS = 4000  # optimizer steps in a run; fewer leave Muon too little time, more make a batch too noisy
+TOKENS_PER_PARAMETER = 2.0
+STEPS = 3000  # optimizer steps in a run; fewer leave Muon too little time, more make a batch too noisy
 MAX_PASSES = 4  # Muennighoff et al. 2023: up to so many passes over the text are nearly as good as new text
 
 
