@@ -111,7 +111,9 @@ class PretrainingConfig(TokenizerSettings):
         "peak learning rate, with muon that of the matrices (default: 0.02; adamw 6e-4; galore_adamw 5e-3)",
         more_than=0,
     )
-    adam_lr: float = setting(0.01, "with muon: peak learning rate of embedding, head and norms", more_than=0)
+    adam_lr: float = setting(
+        0.02, "with muon: peak learning rate of the embedding; head and norms take shares of it", more_than=0
+    )
     min_lr: float | None = setting(
         None, "learning rate at the end of the cosine (default: a twentieth of --lr)", at_least=0
     )

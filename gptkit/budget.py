@@ -11,7 +11,7 @@ from collections.abc import Callable
 # parameter of its blocks (benchmarks/README.md). Hoffmann et al. 2022 found 20 where the whole model counts and the
 # text is English; a small model pays for its vocabulary besides.
 TOKENS_PER_PARAMETER = 2.0
-STEPS = 3000  # optimizer steps in a run; fewer leave Muon too little time, more make a batch too noisy
+STEPS = 2000  # optimizer steps in a run; fewer leave Muon too little time, more make a batch too noisy
 MAX_PASSES = 4  # Muennighoff et al. 2023: up to so many passes over the text are nearly as good as new text
 
 

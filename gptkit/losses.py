@@ -6,7 +6,6 @@ Shapes: N tokens, C channels, V vocabulary (padded).
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 CHUNK_BYTES = {
     "cpu": 2**25,
@@ -15,18 +14,10 @@ CHUNK_BYTES = {
 }  # of logits held at once: what a cache, or a GPU, has room for
 
 
-def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats a token: logits (B, T, V), targets (B, T) int64 -> scalar float32.
-
-    Computed in float32 also where the logits are bfloat16, under autocast and outside of it.
-    """
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
 def linear_cross_entropy(
     features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
-    """next_token_loss of the logits features @ weight.T, of which only a chunk is held at a time.
+    """Mean cross-entropy in nats a token of the logits features @ weight.T, of which only a chunk is held at a time.
 
     features (…, C), weight (V, C), targets (…) int64 -> scalar float32. Columns from vocab_size on are padding. The
     gradients are computed on the way forward, while a chunk's probabilities are at hand (as in Liger Kernel's fused

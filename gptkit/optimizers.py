@@ -23,6 +23,7 @@ EPS = 1e-8
 # Of muon, the rate of the block matrices; of the others, of all parameters.
 DEFAULT_LR: dict[OptimizerName, float] = {"muon": 0.02, "adamw": 6e-4, "galore_adamw": 5e-3}
 MUON_MOMENTUM = 0.95
+HEAD_SHARE, VECTOR_SHARE = 0.2, 0.25  # of --adam_lr: the best tried (benchmarks/README.md)
 # What each of Muon's steps multiplies singular values by, p + q s^2 + r s^4, step by step: Amsel et al. 2025, "The Polar
 # Express" (arXiv 2505.16932), algorithm 1's table for singular values from 1e-3 to 1.
 POLAR_EXPRESS = (
@@ -51,13 +52,15 @@ def build_optimizer(
     """An optimizer each of whose groups has its "peak_lr"; every parameter is in exactly one of them.
 
     adamw: all parameters at `lr`; matrices decay, biases and norms do not. muon: block matrices take Muon's steps at
-    `lr`, and decay; embeddings, head, biases and norms take AdamW's at `adam_lr`, and do not. galore_adamw: block
+    `lr`, and decay; the rest takes AdamW's, embeddings at `adam_lr`, head, biases and norms at shares of it, and does
+    not decay. galore_adamw: block
     matrices take their steps in a subspace, the rest plain AdamW steps, all at `lr`, and nothing decays, as in the
     paper. Raises UserError where galore-torch is not installed.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - {id(model.head_weight)}
     blocks = [parameter for parameter in model.parameters() if id(parameter) in linear]
     embeddings = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in linear]
+    head, other = model.head_weight, [p for p in embeddings if p is not model.head_weight]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     decayed, plain = {"weight_decay": weight_decay, "peak_lr": lr}, {"weight_decay": 0.0, "peak_lr": lr}
     fused = blocks[0].device.type in ("cuda", "cpu")
@@ -67,7 +70,8 @@ def build_optimizer(
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=fused)
     elif name == "muon":
         groups = [{"params": blocks, **decayed, "muon": True}]
-        groups += [{"params": embeddings + vectors, **plain, "peak_lr": adam_lr, "muon": False}]
+        for share, parameters in ((HEAD_SHARE, [head]), (1.0, other), (VECTOR_SHARE, vectors)):
+            groups += [{"params": parameters, **plain, "peak_lr": share * adam_lr, "muon": False}]
         optimizer = MuonAdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=fused)
     else:
         groups = [{"params": blocks, **plain, **GALORE}, {"params": embeddings + vectors, **plain}]

@@ -1,46 +1,93 @@
-"""gptkit/compilation.py and --compile: a warning where it fails, and nothing of the run disturbed."""
+"""gptkit/compilation.py and --compile: a warning where it fails, nothing of the run disturbed, and what a step costs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SAMPLE_TOKENIZER, run_command
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from gpt_model import GPTConfig, GPTModel
+from gpt_model import ARCHS, GPTConfig, GPTModel
+from gptkit import devices
 from gptkit.command_line import UserError
-from gptkit.compilation import compile_and_try, memory_told
+from gptkit.compilation import compile_and_try, memory_told, optimizer_step_s
+from gptkit.optimizers import build_optimizer
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+VOCAB = 60  # of 64 rows
+Features = Callable[[torch.Tensor], torch.Tensor]
 
 
-def model_and_batch() -> tuple[GPTModel, tuple[torch.Tensor, torch.Tensor]]:
+def model_and_batch(**changes: object) -> tuple[GPTModel, tuple[torch.Tensor, torch.Tensor]]:
     torch.manual_seed(0)
-    model = GPTModel(GPTConfig(64, context_length=8, emb_dim=16, n_layers=1, n_heads=2, drop_rate=0.5))
-    ids = torch.randint(64, (3, 9))
+    size = {"context_length": 8, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "drop_rate": 0.5}
+    model = GPTModel(GPTConfig(VOCAB, **size | changes))
+    ids = torch.randint(VOCAB, (3, 9))
     return model, (ids[:, :-1], ids[:, 1:])
 
 
-def test_weights_gradients_and_random_streams_stay() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_gradients_and_random_streams_stay(dtype: torch.dtype) -> None:
     model, batch = model_and_batch()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    forward, seconds = compile_and_try(model, False, batch, CPU, torch.float32)
-    assert forward is model
-    assert 0 < seconds < 60
+    _, parts_s = compile_and_try(model, VOCAB, False, batch, CPU, dtype)
+    assert list(parts_s) == ["forward", "backward"]
+    assert all(0 < seconds < 60 for seconds in parts_s.values())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def assert_loss_of(model: GPTModel, loss: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    expected = F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_loss_is_the_models(arch: str) -> None:
+    model, batch = model_and_batch(arch=arch)
+    torch.nn.init.normal_(model.head_weight)
+    loss_of_batch, _ = compile_and_try(model, VOCAB, False, batch, CPU, torch.float32)
+    model.eval()
+    assert_loss_of(model, loss_of_batch(*batch), batch)
+
+
+def test_the_compiled_model_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    def compiler(features: Features) -> Features:
+        def compiled(ids: torch.Tensor) -> torch.Tensor:
+            shown.append(ids)
+            return features(ids)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    model, batch = model_and_batch(drop_rate=0.0)
+    loss_of_batch, _ = compile_and_try(model, VOCAB, True, batch, CPU, torch.float32)
+    shown.clear()
+    assert_loss_of(model, loss_of_batch(*batch), batch)
+    assert len(shown) == 1
+
+
 def test_failure_to_compile_is_a_warning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def no_compiler(model: torch.nn.Module) -> torch.nn.Module:
-        raise RuntimeError("no compiler was found\nand more lines")
+    """Also where it shows only when the compiled function is called."""
+
+    def no_compiler(features: Features) -> Features:
+        def compiled(ids: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no compiler was found\nand more lines")
+
+        return compiled
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    model, batch = model_and_batch()
-    forward, _ = compile_and_try(model, True, batch, CPU, torch.float32)
-    assert forward is model
+    model, batch = model_and_batch(drop_rate=0.0)
+    loss_of_batch, _ = compile_and_try(model, VOCAB, True, batch, CPU, torch.float32)
+    assert_loss_of(model, loss_of_batch(*batch), batch)
     warning = capsys.readouterr().err
     assert warning == "warning: --compile failed (RuntimeError: no compiler was found); going on without\n"
 
@@ -53,24 +100,80 @@ def test_out_of_memory_is_no_failure_to_compile(
     def too_large(self: GPTModel, ids: torch.Tensor) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(GPTModel, "forward", too_large)
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(GPTModel, "features", too_large)
+    monkeypatch.setattr(torch, "compile", lambda features: features)
     model, batch = model_and_batch()
     with pytest.raises(type(error)):
-        compile_and_try(model, compile, batch, CPU, torch.float32)
-    message = "--batch_size 3: give 1 and twice the --grad_accum_steps"
+        compile_and_try(model, VOCAB, compile, batch, CPU, torch.float32)
+    message = "with --batch_size 3: give a --batch_size of 1 and twice the --grad_accum_steps"
     with pytest.raises(UserError, match=message), memory_told(3):
         raise error
+
+
+def test_out_of_memory_where_no_batch_size_was_given() -> None:
+    with pytest.raises(UserError, match=r"^out of memory: give a --batch_size of 8 and twice"), memory_told(None):
+        raise MemoryError
 
 
 def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: GPTModel, ids: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(GPTModel, "forward", broken)
+    monkeypatch.setattr(GPTModel, "features", broken)
     model, batch = model_and_batch()
     with pytest.raises(RuntimeError, match="a bug"):
-        compile_and_try(model, False, batch, CPU, torch.float32)
+        compile_and_try(model, VOCAB, False, batch, CPU, torch.float32)
+    with pytest.raises(RuntimeError, match="a bug"), memory_told(3):
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_measured_optimizer_is_as_new(name: str) -> None:
+    """Weights, and what it does next, are those of one that made no step."""
+    results = []
+    for measured in (False, True):
+        model, (inputs, targets) = model_and_batch(drop_rate=0.0)
+        optimizer = build_optimizer(model, name, 0.01, 0.01, 0.1)
+        if measured:
+            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            assert 0 < optimizer_step_s(model, optimizer, CPU) < 60
+            assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+            assert all(parameter.grad is None for parameter in model.parameters())
+        for _ in range(2):
+            F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        results.append(model.state_dict())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+@pytest.mark.parametrize(("arch", "n_kv_heads"), [("gpt2", 0), ("modern", 0), ("modern", 1)])
+def test_operations_a_token_are_those_that_torch_counts(arch: str, n_kv_heads: int) -> None:
+    """Forward and backward of whole sequences, attention by plain products."""
+    model, (inputs, _) = model_and_batch(arch=arch, n_kv_heads=n_kv_heads, n_layers=3, drop_rate=0.0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        F.linear(model.features(inputs), model.head_weight).sum().backward()
+    assert counter.get_total_flops() == model.n_flops_per_token() * inputs.numel()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("NVIDIA H200", torch.bfloat16, "40.4%"),
+        ("NVIDIA GH200 480GB", torch.bfloat16, "40.4%"),
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, "40.4%"),
+        ("NVIDIA H100 PCIe", torch.bfloat16, "52.9%"),
+        ("NVIDIA L40S", torch.bfloat16, "110.5%"),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, "128.2%"),
+        ("NVIDIA H200", torch.float32, "n/a"),
+        ("Some Other Device", torch.bfloat16, "n/a"),
+    ],
+)
+def test_utilization(name: str, dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4e14 operations a second, as a share of the data sheets' 989, 756, 362 and 312 trillion."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert devices.utilization(4e14, CUDA, dtype) == expected
+    assert devices.utilization(4e14, CPU, dtype) == "n/a"
 
 
 def test_compiled_run_and_its_checkpoint(tmp_path: Path, sample_shards: Path) -> None:

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from gptkit import evaluation
 from gptkit.command_line import UserError
 from gptkit.evaluation import mean_loss, read_works, score_works
-from gptkit.losses import next_token_loss
 
 CPU = torch.device("cpu")
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -25,7 +24,11 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 def mean_loss_by(model: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32) -> float:
     """mean_loss of uneven_batches."""
-    return mean_loss(model, lambda ids, targets: next_token_loss(forward(ids), targets), uneven_batches(), CPU, dtype)
+
+    def loss_of_batch(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(forward(ids).float().flatten(0, 1), targets.flatten())
+
+    return mean_loss(model, loss_of_batch, uneven_batches(), CPU, dtype)
 
 
 def uneven_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -12,6 +12,7 @@ from conftest import ROOT, environment
 FLOOR_0 = {
     "schedules",
     "losses",
+    "budget",
     "devices",
     "token_shards",
     "run_log",

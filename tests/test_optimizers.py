@@ -1,4 +1,4 @@
-"""gptkit/optimizers.py: against torch.optim.AdamW, and a state that goes through a file without a trace."""
+"""gptkit/optimizers.py: against torch's AdamW, SVD and Muon, GaLore's authors, and a state that goes through a file."""
 
 import copy
 import sys
@@ -7,14 +7,27 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
-from gpt_model import GPTConfig, GPTModel
+from gpt_model import ARCHS, GPTConfig, GPTModel
 from gptkit import optimizers
 from gptkit.command_line import UserError
-from gptkit.losses import next_token_loss
-from gptkit.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from gptkit.optimizers import (
+    HEAD_SHARE,
+    VECTOR_SHARE,
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    orthogonalize,
+    set_learning_rate,
+)
 
-NAMES = ("adamw", "galore_adamw")
+NAMES = ("muon", "adamw", "galore_adamw")
+LR, ADAM_LR, DECAY = 0.1, 0.02, 0.5
+MUON_PEAKS = {"block": LR, "head": HEAD_SHARE * ADAM_LR, "embedding": ADAM_LR, "vector": VECTOR_SHARE * ADAM_LR}
+# By optimizer, the peak rate of each kind of parameter and the kinds that decay.
+PEAKS = {"muon": MUON_PEAKS, "adamw": dict.fromkeys(MUON_PEAKS, LR), "galore_adamw": dict.fromkeys(MUON_PEAKS, LR)}
+DECAYED = {"muon": {"block"}, "adamw": {"block", "head", "embedding"}, "galore_adamw": set()}
 
 
 @pytest.fixture(autouse=True)
@@ -23,58 +36,98 @@ def _small_galore(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "GALORE", optimizers.GALORE | {"rank": 8, "update_proj_gap": 4})
 
 
-def tiny_model() -> GPTModel:
+def tiny_model(arch: str = "gpt2") -> GPTModel:
     torch.manual_seed(0)
-    return GPTModel(GPTConfig(vocab_size=97, context_length=16, emb_dim=32, n_layers=2, n_heads=4))
+    model = GPTModel(GPTConfig(vocab_size=97, context_length=16, emb_dim=32, n_layers=2, n_heads=4, arch=arch))
+    for parameter in model.parameters():
+        if not parameter.any():  # it would hide a decay, or hold back other gradients
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def kinds_of(model: GPTModel) -> dict[str, str]:
+    """By the name of each parameter: "block" (a matrix of one), "head", "embedding" or "vector"."""
+    head = "tok_emb.weight" if model.config.arch == "gpt2" else "out_head.weight"
+    kinds = {"tok_emb.weight": "embedding", "pos_emb.weight": "embedding", head: "head"}
+    return {n: kinds.get(n, "block" if p.dim() == 2 else "vector") for n, p in model.named_parameters()}
+
+
+def block_matrices(model: GPTModel) -> dict[str, torch.nn.Parameter]:
+    return {name: model.get_parameter(name) for name, kind in kinds_of(model).items() if kind == "block"}
 
 
 def train(model: GPTModel, optimizer: torch.optim.Optimizer, steps: range) -> None:
     """One optimizer step a number of `steps`, on ids that depend on the number alone."""
     for step in steps:
         ids = torch.randint(97, (4, 17), generator=torch.Generator().manual_seed(step))
-        next_token_loss(model(ids[:, :-1]), ids[:, 1:]).backward()
+        F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def without_gradient(model: GPTModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """One step on gradients of zero, which leaves only the decay to act; returns the weights from before."""
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    return before
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_each_parameter_is_in_one_group_of_its_settings(name: str, arch: str) -> None:
+    model = tiny_model(arch)
+    optimizer = build_optimizer(model, name, LR, ADAM_LR, DECAY)
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(found)
+    assert found.keys() == {id(parameter) for parameter in model.parameters()}
+    kinds = kinds_of(model)
+    for parameter_name, parameter in model.named_parameters():
+        group, kind = found[id(parameter)], kinds[parameter_name]
+        assert group["peak_lr"] == PEAKS[name][kind], parameter_name
+        assert group["weight_decay"] == (DECAY if kind in DECAYED[name] else 0), parameter_name
+        assert (bool(group.get("muon")), "rank" in group) == (
+            name == "muon" and kind == "block",
+            name == "galore_adamw" and kind == "block",
+        ), parameter_name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_model_counts_as_block_parameters_what_muon_takes(arch: str) -> None:
+    model = tiny_model(arch)
+    blocks = build_optimizer(model, "muon", LR, ADAM_LR, DECAY).param_groups[0]["params"]
+    assert sum(parameter.numel() for parameter in blocks) == model.config.n_block_parameters
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_parameter_is_in_one_group(name: str) -> None:
-    model = tiny_model()
-    groups = build_optimizer(model, name, 1e-3, 0.1).param_groups
-    found = [id(parameter) for group in groups for parameter in group["params"]]
-    assert len(found) == len(set(found))
-    assert set(found) == {id(parameter) for parameter in model.parameters()}
+def test_a_share_of_each_peak(name: str) -> None:
+    model = tiny_model("modern")
+    optimizer = build_optimizer(model, name, LR, ADAM_LR, DECAY)
+    kinds = kinds_of(model)
+    names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
+    for share in (0.25, 1.0, 0.5):
+        set_learning_rate(optimizer, share)
+        for group in optimizer.param_groups:
+            assert {share * PEAKS[name][kinds[names[id(p)]]] for p in group["params"]} == {group["lr"]}
 
 
-def test_adamw_decays_matrices_only() -> None:
-    model = tiny_model()
-    for parameter in model.parameters():  # biases begin at zero, where a decay would not show
-        torch.nn.init.normal_(parameter)
-    before = without_gradient(model, build_optimizer(model, "adamw", 0.1, 0.5))
-    for name, parameter in model.named_parameters():
-        expected = before[name] if "norm" in name or name.endswith("bias") else before[name] * (1 - 0.1 * 0.5)
-        torch.testing.assert_close(parameter.detach(), expected)
-
-
-def test_galore_decays_nothing() -> None:
-    model = tiny_model()
-    before = without_gradient(model, build_optimizer(model, "galore_adamw", 0.1, 0.5))
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_gradient_only_the_decay_acts(name: str, arch: str) -> None:
+    model = tiny_model(arch)
+    optimizer = build_optimizer(model, name, LR, ADAM_LR, DECAY)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    set_learning_rate(optimizer, 1.0)
+    optimizer.step()
+    kinds = kinds_of(model)
+    for parameter_name, parameter in model.named_parameters():
+        decay = DECAY if kinds[parameter_name] in DECAYED[name] else 0
+        expected = before[parameter_name] * (1 - LR * decay)
+        torch.testing.assert_close(parameter.detach(), expected, msg=parameter_name)
 
 
 def assert_steps_equal(
-    model: GPTModel, ours: torch.optim.Optimizer, twin: GPTModel, theirs: torch.optim.Optimizer
+    model: GPTModel,
+    ours: torch.optim.Optimizer,
+    twin: GPTModel,
+    theirs: torch.optim.Optimizer,
+    blocks: bool = True,
 ) -> None:
-    """Six steps of both on the same random gradients end at the same weights."""
+    """Six steps of both on the same random gradients end at the same weights, those of blocks' matrices if asked."""
     twins = dict(twin.named_parameters())
     for _ in range(6):
         for name, parameter in model.named_parameters():
@@ -83,7 +136,8 @@ def assert_steps_equal(
         ours.step()
         theirs.step()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, twins[name], atol=1e-6, rtol=1e-5)
+        if blocks or kinds_of(model)[name] != "block":
+            torch.testing.assert_close(parameter, twins[name], atol=1e-6, rtol=1e-5)
 
 
 def split(model: GPTModel, *endings: str) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
@@ -100,7 +154,115 @@ def test_adamw_equals_torch() -> None:
     matrices, vectors = split(twin, "emb.weight", "proj.weight", "qkv.weight")
     groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
     theirs = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False)
-    assert_steps_equal(model, build_optimizer(model, "adamw", 3e-3, 0.3), twin, theirs)
+    assert_steps_equal(model, build_optimizer(model, "adamw", 3e-3, ADAM_LR, 0.3), twin, theirs)
+
+
+def matrix(n_rows: int, n_columns: int, smallest: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random matrix of norm 1 whose singular values go down to `smallest`, and U V^T of its SVD."""
+    drawn = torch.randn(n_rows, n_columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, values, vh = torch.linalg.svd(drawn, full_matrices=False)
+    values = torch.logspace(0, -1, len(values), dtype=torch.float64)
+    values[-1] = 0
+    values *= (1 - smallest**2) ** 0.5 / values.norm()
+    values[-1] = smallest
+    return ((u * values) @ vh).float(), (u @ vh).float()
+
+
+# Polar Express with five steps leaves singular values between 0.876 and 1.123.
+SLACK = 0.125
+
+
+@pytest.mark.parametrize("smallest", [0.1, 0.01, 0.0011])
+@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 80)])
+def test_orthogonalize_equals_svd(shape: tuple[int, int], smallest: float) -> None:
+    given, expected = matrix(*shape, smallest)
+    found = orthogonalize(given[None])
+    assert found.shape == (1, *shape)
+    assert torch.linalg.matrix_norm(found[0] - expected, 2) < SLACK
+
+
+def test_orthogonalize_takes_each_matrix_for_itself() -> None:
+    """And its length does not count, also where it is none."""
+    matrices = torch.stack([scale * matrix(16, 24, 0.1)[0].roll(i, 0) for i, scale in enumerate((1, 0.01, 1e4))])
+    together = orthogonalize(matrices)
+    for given, found in zip(matrices, together, strict=True):
+        torch.testing.assert_close(orthogonalize(given[None])[0], found)
+        torch.testing.assert_close(orthogonalize(given[None] / given.norm())[0], found, atol=1e-3, rtol=0)
+    assert torch.equal(orthogonalize(torch.zeros(2, 16, 24)), torch.zeros(2, 16, 24))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_muon_by_hand(arch: str) -> None:
+    """Three steps at changing rates: momentum as a running mean, Nesterov's look ahead, decay, the size of each shape."""
+    model = tiny_model(arch)
+    optimizer = build_optimizer(model, "muon", LR, ADAM_LR, DECAY)
+    named = block_matrices(model)
+    expected = {name: parameter.detach().clone() for name, parameter in named.items()}
+    momentum = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+    for step, share in enumerate((0.5, 1.0, 0.2)):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)) * 10.0**-step
+        for name, parameter in named.items():
+            momentum[name] = 0.95 * momentum[name] + 0.05 * parameter.grad
+            ahead = 0.95 * momentum[name] + 0.05 * parameter.grad
+            size = max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
+            update = size * orthogonalize(ahead[None])[0]
+            expected[name] = expected[name] * (1 - share * LR * DECAY) - share * LR * update
+        set_learning_rate(optimizer, share)
+        optimizer.step()
+    for name, parameter in named.items():
+        torch.testing.assert_close(parameter.detach(), expected[name], atol=2e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_muon_moves_each_direction_by_the_same(arch: str) -> None:
+    """The first step is U V^T of the gradient's SVD, times sqrt(rows / columns) of a tall matrix."""
+    model = tiny_model(arch)
+    optimizer = build_optimizer(model, "muon", LR, ADAM_LR, 0.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    gradients = {name: matrix(*parameter.shape, 0.01)[0] for name, parameter in block_matrices(model).items()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients.get(name, torch.ones_like(parameter)).clone()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            u, _, vh = torch.linalg.svd(gradients[name], full_matrices=False)
+            n_rows, n_columns = parameter.shape
+            change = (before[name] - parameter.detach()) / LR / (n_rows / n_columns if n_rows > n_columns else 1) ** 0.5
+            assert torch.linalg.matrix_norm(change - u @ vh, 2) < SLACK, name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_muon_leaves_the_rest_to_adamw(arch: str) -> None:
+    model, twin = tiny_model(arch), tiny_model(arch)
+    kinds = kinds_of(twin)
+    groups = [{"params": [p], "lr": MUON_PEAKS[kinds[n]]} for n, p in twin.named_parameters() if kinds[n] != "block"]
+    theirs = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, foreach=False)
+    ours = build_optimizer(model, "muon", LR, ADAM_LR, DECAY)
+    set_learning_rate(ours, 1.0)
+    assert_steps_equal(model, ours, twin, theirs, blocks=False)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_muon_goes_where_torch_goes() -> None:
+    """torch's iterates in bfloat16 by other polynomials, so that singular values end between 0.7 and 1.2."""
+    model, twin = tiny_model("modern"), tiny_model("modern")
+    blocks = block_matrices(twin)
+    ours = build_optimizer(model, "muon", LR, ADAM_LR, DECAY)
+    theirs = torch.optim.Muon(blocks.values(), lr=LR, weight_decay=DECAY, momentum=0.95, nesterov=True)
+    for step in range(3):
+        before = {name: (model.get_parameter(name).detach().clone(), p.detach().clone()) for name, p in blocks.items()}
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)) * 10.0**-step
+            if name in blocks:
+                blocks[name].grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+        for name, (mine, other) in before.items():
+            change = (model.get_parameter(name).detach() - mine * (1 - LR * DECAY)).flatten()
+            their_change = (blocks[name].detach() - other * (1 - LR * DECAY)).flatten()
+            assert torch.cosine_similarity(change, their_change, dim=0) > 0.95, name
+            assert change.norm() / their_change.norm() == pytest.approx(1.1, abs=0.2), name
 
 
 def test_galore_equals_its_authors() -> None:
@@ -111,13 +273,13 @@ def test_galore_equals_its_authors() -> None:
     galore = {"rank": 8, "update_proj_gap": 4, "scale": 0.25, "proj_type": "std"}
     groups = [{"params": projected, **galore}, {"params": plain}]
     theirs = GaLoreAdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8, no_deprecation_warning=True)
-    assert_steps_equal(model, build_optimizer(model, "galore_adamw", 3e-3, 0.3), twin, theirs)
+    assert_steps_equal(model, build_optimizer(model, "galore_adamw", 3e-3, ADAM_LR, 0.3), twin, theirs)
 
 
 def test_galore_moves_block_matrices_in_a_subspace() -> None:
     model = tiny_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    train(model, build_optimizer(model, "galore_adamw", 1e-2, 0.0), range(1))
+    train(model, build_optimizer(model, "galore_adamw", 1e-2, ADAM_LR, 0.0), range(1))
     for name, parameter in model.named_parameters():
         change = parameter.detach() - before[name]
         assert change.abs().max() > 1e-4, name
@@ -127,18 +289,18 @@ def test_galore_moves_block_matrices_in_a_subspace() -> None:
 
 
 @pytest.mark.parametrize("n_done", [1, 3, 6, 8])  # three more steps cross a new subspace, at 4 or 8, or do not
-@pytest.mark.parametrize("name", NAMES)
-def test_a_loaded_state_goes_on_as_if_never_saved(name: str, n_done: int, tmp_path: Path) -> None:
-    model = tiny_model()
-    optimizer = build_optimizer(model, name, 1e-2, 0.1)
+@pytest.mark.parametrize(("name", "arch"), [*((name, "modern") for name in NAMES), ("galore_adamw", "gpt2")])
+def test_a_loaded_state_goes_on_as_if_never_saved(name: str, arch: str, n_done: int, tmp_path: Path) -> None:
+    model = tiny_model(arch)
+    optimizer = build_optimizer(model, name, 1e-2, 3e-3, 0.1)
     train(model, optimizer, range(n_done))
     weights = copy.deepcopy(model.state_dict())
     save_file(optimizer_tensors(model, optimizer), tmp_path / "state.safetensors")
     train(model, optimizer, range(n_done, n_done + 3))
 
-    resumed = tiny_model()
+    resumed = tiny_model(arch)
     resumed.load_state_dict(weights)
-    other = build_optimizer(resumed, name, 1e-2, 0.1)
+    other = build_optimizer(resumed, name, 1e-2, 3e-3, 0.1)
     load_optimizer_tensors(resumed, other, load_file(tmp_path / "state.safetensors"))
     train(resumed, other, range(n_done, n_done + 3))
     for key, value in model.state_dict().items():
@@ -148,20 +310,26 @@ def test_a_loaded_state_goes_on_as_if_never_saved(name: str, n_done: int, tmp_pa
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_state_names_its_parameters_and_misses_none(name: str) -> None:
-    model = tiny_model()
-    optimizer = build_optimizer(model, name, 1e-2, 0.1)
+def test_a_state_names_its_parameters_and_misses_none(name: str, arch: str) -> None:
+    model = tiny_model(arch)
+    optimizer = build_optimizer(model, name, 1e-2, 3e-3, 0.1)
     train(model, optimizer, range(1))
     tensors = optimizer_tensors(model, optimizer)
-    for parameter in dict(model.named_parameters()):
-        assert {f"exp_avg.{parameter}", f"exp_avg_sq.{parameter}", f"step.{parameter}"} <= tensors.keys()
-    del tensors["exp_avg.pos_emb.weight"]
-    with pytest.raises(KeyError, match=r"exp_avg\.pos_emb\.weight"):
-        load_optimizer_tensors(model, optimizer, tensors)
+    expected = set()
+    for parameter_name, parameter_kind in kinds_of(model).items():
+        block = parameter_kind == "block"
+        kinds = {"momentum"} if name == "muon" and block else {"exp_avg", "exp_avg_sq", "step"}
+        kinds |= {"projector"} if name == "galore_adamw" and block else set()
+        expected |= {f"{kind}.{parameter_name}" for kind in kinds}
+    assert tensors.keys() == expected
+    for missing in expected:
+        with pytest.raises(KeyError, match=missing.replace(".", r"\.")):
+            load_optimizer_tensors(model, optimizer, {key: value for key, value in tensors.items() if key != missing})
 
 
 def test_galore_that_is_not_installed_is_one_clear_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "galore_torch", None)  # an import of it then fails
     with pytest.raises(UserError, match=r"--optimizer galore_adamw needs galore-torch .*pip install galore-torch"):
-        build_optimizer(tiny_model(), "galore_adamw", 1e-2, 0.0)
+        build_optimizer(tiny_model(), "galore_adamw", 1e-2, ADAM_LR, 0.0)

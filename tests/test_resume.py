@@ -22,8 +22,8 @@ SMALL_RUN = (
 )
 
 
-def flags(shards: Path, output: Path, optimizer: str) -> tuple[object, ...]:
-    return (*SMALL_RUN, "--data_dir", shards, "--output_dir", output, "--optimizer", optimizer)
+def flags(shards: Path, output: Path, optimizer: str, arch: str = "modern") -> tuple[object, ...]:
+    return (*SMALL_RUN, "--data_dir", shards, "--output_dir", output, "--optimizer", optimizer, "--arch", arch)
 
 
 def n_reported(output: Path) -> int:
@@ -57,17 +57,17 @@ def curve(output: Path) -> list[dict]:
     return [{key: value for key, value in r.items() if key not in ("tokens_per_s", "elapsed_s")} for r in records]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "galore_adamw"])
-def test_killed_twice_equals_never_stopped(tmp_path: Path, sample_shards: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(("optimizer", "arch"), [("muon", "modern"), ("adamw", "gpt2"), ("galore_adamw", "modern")])
+def test_killed_twice_equals_never_stopped(tmp_path: Path, sample_shards: Path, optimizer: str, arch: str) -> None:
     shards = Path(shutil.copytree(sample_shards, tmp_path / "001"))
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    result = run_command("pretraining.py", *flags(shards, whole, optimizer))
+    result = run_command("pretraining.py", *flags(shards, whole, optimizer, arch))
     assert result.returncode == 0, result.stderr
     steps_per_epoch = curve(whole)[-1]["step"] // 2
 
-    run_and_kill(flags(shards, stopped, optimizer), stopped, step=50)
-    run_and_kill(flags(shards, stopped, optimizer), stopped, step=steps_per_epoch + 50)
-    result = run_command("pretraining.py", *flags(shards, stopped, optimizer))
+    run_and_kill(flags(shards, stopped, optimizer, arch), stopped, step=50)
+    run_and_kill(flags(shards, stopped, optimizer, arch), stopped, step=steps_per_epoch + 50)
+    result = run_command("pretraining.py", *flags(shards, stopped, optimizer, arch))
     assert result.returncode == 0, result.stderr
     resumed_at = int(result.stdout.partition("going on from ")[2].split()[0][-8:])
     assert steps_per_epoch < resumed_at < 2 * steps_per_epoch
@@ -76,7 +76,7 @@ def test_killed_twice_equals_never_stopped(tmp_path: Path, sample_shards: Path, 
         assert (newest(stopped) / file).read_bytes() == (newest(whole) / file).read_bytes(), file
     assert curve(stopped) == curve(whole)
 
-    again = run_command("pretraining.py", *flags(shards, stopped, optimizer))
+    again = run_command("pretraining.py", *flags(shards, stopped, optimizer, arch))
     assert again.returncode == 0
     assert "finished" in again.stdout
 

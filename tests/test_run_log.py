@@ -107,14 +107,29 @@ def test_without_a_terminal_a_minute_is_the_longest_silence(
     log = RunLog(tmp_path, first_step=0, total_steps=100, tokens_per_step=1, elapsed_s=0.0)
     for n_done in range(1, 11):
         clock.now += 25
-        log.step(n_done)
+        log.step(n_done, 100)
     assert capsys.readouterr().out.splitlines() == [
         f"step {n_done}/100, ETA {format_duration(25 * (100 - n_done))}" for n_done in (3, 6, 9)
     ]
     log.say("a sample")
     clock.now += 25
-    log.step(11)
+    log.step(11, 100)
     assert capsys.readouterr().out == "a sample\n"
+
+
+def test_a_run_whose_length_changes(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a budget of time: the number of steps and the ETA are the last ones said, in lines and reports."""
+    log = RunLog(tmp_path, first_step=0, total_steps=100, tokens_per_step=1, elapsed_s=0.0)
+    clock.now += 100
+    log.step(1, 7)
+    assert capsys.readouterr().out == "step 1/7, ETA 0:10:00\n"
+    clock.now += 100
+    log.step(2, 12)
+    log.report(2, 1, **VALUES)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 2/12, ETA 0:16:40"
+    assert "step 2/12 " in lines[1]
+    assert lines[1].endswith("ETA 0:16:40")
 
 
 @pytest.mark.parametrize(
@@ -130,9 +145,9 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from gptkit.run_log import RunLog
-log = RunLog(Path({{folder!r}}), 0, 3, 10, 0.0)
+log = RunLog(Path({{folder!r}}), 0, 7, 10, 0.0)
 for n_done in (1, 2, 3):
-    log.step(n_done)
+    log.step(n_done, 3)
     log.report(n_done, 1, train_loss=1.0, val_loss=2.0, lr=0.1, grad_norm=0.5)
 log.say("吾輩は\\n猫である")
 log.close()

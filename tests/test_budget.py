@@ -1,0 +1,96 @@
+"""gptkit/budget.py: runs of a known length by a clock that the tests turn, and batches by hand."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from gptkit import budget
+from gptkit.budget import sequences_per_step, total_steps_in
+
+
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+def run(total_steps: Callable[[int], int], clock: Clock, first_step: int, step_s: Callable[[int], float]) -> list[int]:
+    """What total_steps says at the start and after each step (step number n takes step_s(n)), until they are done."""
+    said = [total_steps(first_step)]
+    while first_step + len(said) - 1 < said[-1]:
+        clock.now += step_s(first_step + len(said))
+        said.append(total_steps(first_step + len(said)))
+        assert len(said) < 10_000
+    return said
+
+
+@pytest.mark.parametrize("first_step", [0, 700])
+def test_even_steps_are_counted_once(first_step: int, clock: Clock) -> None:
+    said = run(total_steps_in(100.0, first_step, 0.5), clock, first_step, lambda n: 0.5)
+    assert said == [first_step + 200] * 201
+    assert clock.now == 1100.0
+
+
+@pytest.mark.parametrize("first_step", [0, 700])
+@pytest.mark.parametrize("guess_s", [0.05, 0.5, 5.0])
+def test_a_wrong_guess_is_soon_corrected(guess_s: float, first_step: int, clock: Clock) -> None:
+    said = run(total_steps_in(100.0, first_step, guess_s), clock, first_step, lambda n: 0.5)
+    assert said[0] == first_step + round(100 / guess_s)
+    errors = [abs(total - first_step - 200) for total in said]
+    assert errors[50] <= 0.2 * errors[0]
+    assert errors[150] <= 4
+    assert errors[-1] <= 1
+    assert abs(clock.now - 1100) <= 0.5
+
+
+@pytest.mark.parametrize("slow", [0.25, 1.0, 2.0])
+def test_a_change_of_pace_on_the_way(slow: float, clock: Clock) -> None:
+    """After 100 of 200 steps others take half of the machine, or leave it: the run ends in time all the same."""
+    said = run(total_steps_in(100.0, 0, 0.5), clock, 0, lambda n: 0.5 if n <= 100 else slow)
+    assert said[100] == 200
+    assert abs(said[-1] - (100 + 50 / slow)) <= 1
+    assert abs(clock.now - 1100) <= slow
+    assert said[-1] == len(said) - 1  # the last step knows that it is the last
+
+
+def test_twice_as_slow_is_half_of_what_was_left(clock: Clock) -> None:
+    """Time counts that passed between two steps, as in a report."""
+    total_steps = total_steps_in(100.0, 40, 1.0)
+    assert total_steps(40) == 140
+    clock.now += 19
+    assert total_steps(49) == 49 + round(81 / 2)  # 19 and the guess of 1 for ten steps
+    clock.now += 61
+    assert total_steps(79) == 79 + round(20 / (81 / 40))
+
+
+@pytest.mark.parametrize("seconds", [-5.0, 0.0, 0.4])
+def test_without_time_no_step_is_left(seconds: float, clock: Clock) -> None:
+    assert total_steps_in(seconds, 30, 1.0)(30) == 30
+
+
+def test_after_the_end_no_step_is_taken_back(clock: Clock) -> None:
+    total_steps = total_steps_in(10.0, 0, 1.0)
+    clock.now += 50
+    assert total_steps(3) == 3
+
+
+@pytest.mark.parametrize(
+    ("sequences", "expected"),
+    [(0.001, 1), (1.0, 1), (1.4, 1), (1.5, 2), (2.8, 2), (2.9, 4), (8.0, 8), (11.0, 8), (12.0, 16), (500.0, 512)],
+)
+def test_a_batch_is_the_nearest_power_of_two(sequences: float, expected: int) -> None:
+    n = sequences_per_step(sequences * budget.STEPS * 128, 128)
+    assert n == expected
+    assert isinstance(n, int)
