@@ -20,7 +20,7 @@ import torch
 from gpt_model import LADDER, PRESETS, Arch, GPTConfig, GPTModel
 from gptkit import budget, checkpoints, devices
 from gptkit.batches import TrainingBatches, check_size, validation_batches
-from gptkit.bigrams import fit_to_bigrams
+from gptkit.bigrams import MIN_TOKENS_PER_WORD, fit_to_bigrams
 from gptkit.command_line import UserError, existing_path, run_command, setting
 from gptkit.compilation import Loss, compile_and_try, memory_told, optimizer_step_s
 from gptkit.evaluation import mean_loss
@@ -124,8 +124,10 @@ class PretrainingConfig(TokenizerSettings):
         0.1, "decay of matrices (with muon those of the blocks; galore_adamw has none)", at_least=0
     )
     grad_clip: float = setting(1.0, "gradients are scaled down to at most this norm", more_than=0)
-    bigram_steps: int = setting(
-        50, "modern: steps that fit embedding and head to counts of token pairs before the run", at_least=0
+    bigram_steps: int | None = setting(
+        None,
+        "modern: steps that fit embedding and head to counts of token pairs before the run (default: 50; of a small text none)",
+        at_least=0,
     )
 
     eval_freq: int | None = setting(
@@ -356,7 +358,7 @@ def choose_plan(
             f"--budget_minutes {config.budget_minutes} are over before training begins; give more, or make the tokens"
             " before (pretokenize.py)"
         )
-    chosen, passes_before = None, 0.0
+    chosen = None
     for size in LADDER if auto else (config.model_size,):
         model = choose_model_config(config, size, vocab_size)
         tokens_per_s = measure_tokens_per_s(config, model, device, dtype)
@@ -367,21 +369,16 @@ def choose_plan(
             f" {n_passes:.2f} passes over the text, {per_parameter:.1f} for each parameter of the blocks",
             flush=True,
         )
-        if chosen and per_parameter < budget.TOKENS_PER_PARAMETER and passes_before <= budget.MAX_PASSES:
+        if chosen and per_parameter < budget.TOKENS_PER_PARAMETER:
             break  # larger ones see still less
-        chosen, passes_before = (size, model, total_tokens), n_passes
+        chosen = size, model, total_tokens
     assert chosen
     size, model, total_tokens = chosen
     n_sequences = budget.sequences_per_step(total_tokens, model.context_length)
     at_once = max(MICRO_STEP_TOKENS["cuda" if device.type == "cuda" else "cpu"] // model.context_length, 1)
     batch_size = config.batch_size or min(n_sequences, at_once)
     plan = Plan(model, batch_size, config.grad_accum_steps or max(n_sequences // batch_size, 1))
-    why = "as asked for"
-    if auto:
-        why = (
-            f"the largest that sees {budget.TOKENS_PER_PARAMETER:g} tokens a parameter, or the text at most"
-            f" {budget.MAX_PASSES} times"
-        )
+    why = f"the largest with {budget.TOKENS_PER_PARAMETER:g} tokens a parameter" if auto else "as asked for"
     print(
         f"chosen: {size}, {why}; {plan.batch_size} x {plan.grad_accum_steps} sequences a step, for about"
         f" {budget.STEPS} steps",
@@ -467,10 +464,12 @@ def choose_length(
 
 def start_from_bigrams(config: PretrainingConfig, model: GPTModel, tokens: TokenStream) -> None:
     """Fit embedding and head of a new modern model to the counts of token pairs."""
-    if config.arch == "modern" and config.bigram_steps:
+    known = len(tokens) >= MIN_TOKENS_PER_WORD * model.config.vocab_size
+    n_steps = (50 if known else 0) if config.bigram_steps is None else config.bigram_steps
+    if config.arch == "modern" and n_steps:
         start = time.monotonic()
         weights = model.tok_emb.weight, model.head_weight
-        loss = fit_to_bigrams(tokens, *weights, model.config.vocab_size, config.bigram_steps, config.seed)
+        loss = fit_to_bigrams(tokens, *weights, model.config.vocab_size, n_steps, config.seed)
         print(f"start: fitted to token pairs, {loss:.3f} nats a token, {time.monotonic() - start:.1f} s", flush=True)
 
 

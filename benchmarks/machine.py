@@ -1,5 +1,9 @@
-"""What the benchmarks share: the machine's name, running a command, reading texts, and the result file."""
+"""What the benchmarks share: the machine's name, running a command, reading texts, and the result file.
 
+Importing it lets a benchmark import gpt_model and gptkit, which lie beside this folder and not in it.
+"""
+
+import importlib.metadata
 import json
 import lzma
 import os
@@ -12,8 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("RESULTS_DIR") or ROOT / "benchmarks" / "results")
 SEPARATOR = "<|endoftext|>"  # prepare_aozora_jsonl.py's default
+sys.path.insert(1, str(ROOT))  # behind this folder, which leads already
 
 
 def cpu_name() -> str:
@@ -28,6 +33,17 @@ def cpu_name() -> str:
 
 def machine() -> dict[str, Any]:
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """The installed version of each package, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def say(message: str) -> None:
@@ -76,9 +92,10 @@ def read_texts(path: Path) -> list[str]:
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:
-    """Print the result, with the machine, and write it to benchmarks/results/NAME.json."""
+    """Print the result, with the machine, and write it to NAME.json in benchmarks/results, or in $RESULTS_DIR."""
     content = json.dumps(result | {"machine": machine()}, ensure_ascii=False, indent=1) + "\n"
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(content, encoding="utf-8")
+    path = RESULTS / f"{name}.json"
+    path.write_text(content, encoding="utf-8")
     print(content, end="")
-    say(f"written: benchmarks/results/{name}.json")
+    say(f"written: {path}")

@@ -18,6 +18,7 @@ from gptkit.token_shards import TokenStream
 
 MAX_TOKENS = 1 << 24  # counted; more of them change frequent pairs little
 MAX_PER_ROW = 1 << 16  # followers looked at for one token
+MIN_TOKENS_PER_WORD = 100  # of text for each token of the vocabulary; of less, pairs would be learnt by heart
 LR = 0.02
 BATCH = 1024  # tokens drawn a step, by frequency; each stands for all that is known to follow it
 

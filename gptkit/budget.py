@@ -12,9 +12,6 @@ from collections.abc import Callable
 # text is English; a small model pays for its vocabulary besides.
 TOKENS_PER_PARAMETER = 2.0
 STEPS = 2000  # optimizer steps in a run; fewer leave Muon too little time, more make a batch too noisy
-MAX_PASSES = 4  # Muennighoff et al. 2023: up to so many passes over the text are nearly as good as new text
-
-
 CLOSING_S = 3.0  # of a budget: the last evaluation, sample, checkpoint and curve
 
 

@@ -95,7 +95,7 @@ def test_failure_to_compile_is_a_warning(monkeypatch: pytest.MonkeyPatch, capsys
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 @pytest.mark.parametrize("compile", [False, True])
 def test_out_of_memory_is_no_failure_to_compile(
-    monkeypatch: pytest.MonkeyPatch, compile: bool, error: Exception
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compile: bool, error: Exception
 ) -> None:
     def too_large(self: GPTModel, ids: torch.Tensor) -> torch.Tensor:
         raise error
@@ -105,6 +105,7 @@ def test_out_of_memory_is_no_failure_to_compile(
     model, batch = model_and_batch()
     with pytest.raises(type(error)):
         compile_and_try(model, VOCAB, compile, batch, CPU, torch.float32)
+    assert capsys.readouterr().err == ""
     message = "with --batch_size 3: give a --batch_size of 1 and twice the --grad_accum_steps"
     with pytest.raises(UserError, match=message), memory_told(3):
         raise error
@@ -180,7 +181,8 @@ def test_compiled_run_and_its_checkpoint(tmp_path: Path, sample_shards: Path) ->
     """A compiled run learns what an eager one does, and its checkpoint has no prefixes: an eager run goes on from it."""
     flags = ("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER, "--data_dir", sample_shards)
     size = ("--n_layers", 1, "--emb_dim", 16, "--n_heads", 1, "--context_length", 16, "--batch_size", 2)
-    common = (*flags, *size, "--lr", 0.01, "--warmup_steps", 0, "--eval_freq", 2, "--eval_iter", 4)
+    rate = ("--optimizer", "adamw", "--lr", 0.03, "--warmup_steps", 0, "--bigram_steps", 0)
+    common = (*flags, *size, *rate, "--eval_freq", 2, "--eval_iter", 4)
     losses = {}
     for name in ("--compile", "--no-compile"):
         output = ("--output_dir", tmp_path / name)

@@ -1,0 +1,147 @@
+"""Models side by side, each as its own project trains it: what train_speed.py and memory.py share.
+
+All have GPT-2's architecture in the dimensions of one GPTConfig, with biases and without dropout, and AdamW; only
+ours_modern_muon has the modern architecture and Muon. Differences that are the peers' own: transformers' labels are
+its inputs, and it shifts them itself; llms-from-scratch has an output head of its own; nanoGPT's vocabulary is padded
+to a multiple of 64, as its author advises. AdamW is fused wherever the peer leaves the choice (transformers' Trainer
+takes the fused one by default).
+
+Shapes: B batch, T time.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import machine  # noqa: F401  it brings gpt_model and gptkit within reach
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gpt_model import GPTConfig, GPTModel
+from gptkit import devices
+from gptkit.compilation import Loss, loss_of
+from gptkit.optimizers import BETAS, DEFAULT_LR, OptimizerName, build_optimizer
+
+LR, ADAM_LR, WEIGHT_DECAY, GRAD_CLIP = 6e-4, 0.02, 0.1, 1.0
+OURS, MODERN = "ours", "ours_modern_muon"
+TRANSFORMERS, NANOGPT, LLMS_FROM_SCRATCH = "transformers", "nanogpt", "llms_from_scratch"
+Contender = tuple[Any, Loss, torch.optim.Optimizer]  # the first is the model
+Wrap = Callable[[Any], Any]  # torch.compile, or what leaves a module as it is
+
+
+def build(name: str, config: GPTConfig, device: torch.device, compile: bool, nanogpt_dir: Path | None) -> Contender:
+    """Model, loss of a batch, and optimizer. Raises ImportError where a package is missing."""
+    wrap: Wrap = torch.compile if compile else (lambda module: module)
+    if name == OURS:
+        return _ours(config, device, wrap, "adamw")
+    if name == MODERN:
+        return _ours(dataclasses.replace(config, arch="modern"), device, wrap, "muon")
+    if name == TRANSFORMERS:
+        return _transformers(config, device, wrap)
+    if name == LLMS_FROM_SCRATCH:
+        return _llms_from_scratch(config, device, wrap)
+    assert name == NANOGPT
+    assert nanogpt_dir
+    return _nanogpt(config, device, wrap, nanogpt_dir)
+
+
+def train_step(
+    contender: Contender, inputs: torch.Tensor, targets: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """One optimizer step on a batch, each (B, T); its loss.
+
+    It is ours and nanoGPT's train.py's alike: that one's gradient scaler does nothing but in float16.
+    """
+    model, loss_of_batch, optimizer = contender
+    with devices.autocast(device, dtype):
+        loss = loss_of_batch(inputs, targets)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def random_batch(
+    config: GPTConfig, batch_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:  # inputs and targets, each (B, T)
+    ids = torch.randint(config.vocab_size, (batch_size, config.context_length + 1)).to(device)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def load_nanogpt(folder: Path) -> Any:
+    """The module model.py of a checkout."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _ours(config: GPTConfig, device: torch.device, wrap: Wrap, optimizer: OptimizerName) -> Contender:
+    model = GPTModel(config).to(device)
+    loss_of_batch = loss_of(model, wrap(model.features), config.vocab_size)
+    return model, loss_of_batch, build_optimizer(model, optimizer, DEFAULT_LR[optimizer], ADAM_LR, WEIGHT_DECAY)
+
+
+def _adamw(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(model.parameters(), LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=fused)
+
+
+def _transformers(config: GPTConfig, device: torch.device, wrap: Wrap) -> Contender:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    dimensions = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.context_length,
+        n_embd=config.emb_dim,
+        n_layer=config.n_layers,
+        n_head=config.n_heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPT2LMHeadModel(dimensions).to(device).train()
+    forward = wrap(model)
+    return model, lambda inputs, targets: forward(input_ids=inputs, labels=inputs).loss, _adamw(model, device)
+
+
+def _llms_from_scratch(config: GPTConfig, device: torch.device, wrap: Wrap) -> Contender:
+    from llms_from_scratch.ch04 import GPTModel as BookModel  # type: ignore[import-not-found]
+
+    named = ("vocab_size", "context_length", "emb_dim", "n_layers", "n_heads", "qkv_bias")
+    model = BookModel({name: getattr(config, name) for name in named} | {"drop_rate": 0.0}).to(device)
+    forward = wrap(model)
+
+    def loss_of_batch(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(forward(inputs).flatten(0, 1), targets.flatten())
+
+    return model, loss_of_batch, _adamw(model, device)
+
+
+def _nanogpt(config: GPTConfig, device: torch.device, wrap: Wrap, folder: Path) -> Contender:
+    module = load_nanogpt(folder)
+    with contextlib.redirect_stdout(sys.stderr):  # it prints about itself, and our output is the result alone
+        dimensions = module.GPTConfig(
+            block_size=config.context_length,
+            vocab_size=config.padded_vocab_size,
+            n_layer=config.n_layers,
+            n_head=config.n_heads,
+            n_embd=config.emb_dim,
+            dropout=0.0,
+            bias=True,
+        )
+        model = module.GPT(dimensions).to(device)
+        optimizer = model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, device.type)
+    forward = wrap(model)
+    return model, lambda inputs, targets: forward(inputs, targets)[1], optimizer

@@ -1,0 +1,280 @@
+"""Is what the tests hold on a CPU true on this device too? One JSON with a true or false for each check.
+
+bfloat16 against float32, compiled against eager, the fused optimizer against the plain one, the loss in chunks against
+torch's, Muon's and GaLore's steps, and a stopped run against one that never stopped, bit for bit. On a CPU the same
+checks run, except that a model is traced and not compiled to machine code, which takes a C++ compiler and a minute.
+
+A check that breaks down counts as false, and the others go on. --tiny makes all models tiny.
+
+    python benchmarks/gpu_check.py
+"""
+
+import argparse
+import copy
+import importlib.util
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from machine import ROOT, say, script, versions, write_result
+from torch import nn
+from torch.nn import functional as F
+
+from gpt_model import ARCHS, Arch, GPTConfig, GPTModel
+from gptkit import checkpoints, devices, losses
+from gptkit.compilation import loss_of
+from gptkit.losses import linear_cross_entropy
+from gptkit.optimizers import BETAS, EPS, build_optimizer, orthogonalize
+
+LR = 2e-3
+N_FITTED = 30  # AdamW steps on one batch, after which the loss is no longer that of a uniform guess
+N_RESUMED = 6  # optimizer steps of the run that is stopped after its first
+SAMPLE = ROOT / "dataset" / "sample"
+BFLOAT16_LOSS, BFLOAT16_GRADIENT = 0.02, 0.05  # relative differences from float32
+SINGULAR_VALUES = 0.7, 1.3
+Found = tuple[bool, dict[str, float]]  # whether the check holds, and what was measured
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def dimensions(tiny: bool) -> dict[str, Any]:
+    if tiny:
+        return dict(vocab_size=130, context_length=16, emb_dim=32, n_layers=1, n_heads=2)
+    return dict(vocab_size=4100, context_length=256, emb_dim=256, n_layers=2, n_heads=4)  # an end that pads both
+
+
+def fitted_model(arch: Arch, tiny: bool, device: torch.device) -> tuple[GPTModel, Batch]:
+    """A model that has learnt one batch, in float32, and the batch. A new modern one would predict nothing at all."""
+    torch.manual_seed(0)
+    config = GPTConfig(**dimensions(tiny), arch=arch)
+    model = GPTModel(config).to(device)
+    ids = torch.randint(config.vocab_size, (4, config.context_length + 1)).to(device)
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    optimizer = build_optimizer(model, "adamw", LR, LR, 0.0)
+    loss_of_batch = loss_of(model, model.features, config.vocab_size)
+    for _ in range(N_FITTED):
+        loss_of_batch(*batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model, batch
+
+
+def loss_and_gradient(
+    model: GPTModel, features: Callable[[torch.Tensor], torch.Tensor], batch: Batch, dtype: torch.dtype
+) -> tuple[float, torch.Tensor]:
+    """The loss of a batch, and its gradient by all parameters as one vector."""
+    with devices.autocast(batch[0].device, dtype):
+        loss = loss_of(model, features, model.config.vocab_size)(*batch)
+    loss.backward()
+    gradient = nn.utils.parameters_to_vector([p.grad for p in model.parameters() if p.grad is not None])
+    model.zero_grad(set_to_none=True)
+    return loss.item(), gradient
+
+
+def relative(found: torch.Tensor | float, wanted: torch.Tensor | float) -> float:
+    """The norm of the difference as a share of the norm of what is wanted."""
+    found, wanted = torch.as_tensor(found).double(), torch.as_tensor(wanted).double()
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def bfloat16_like_float32(device: torch.device, tiny: bool) -> Found:
+    figures: dict[str, float] = {}
+    for arch in ARCHS:
+        model, batch = fitted_model(arch, tiny, device)
+        wanted, wanted_gradient = loss_and_gradient(model, model.features, batch, torch.float32)
+        found, gradient = loss_and_gradient(model, model.features, batch, torch.bfloat16)
+        figures |= {f"{arch}_loss_float32": wanted, f"{arch}_loss": relative(found, wanted)}
+        figures[f"{arch}_gradient"] = relative(gradient, wanted_gradient)
+    holds = all(figures[f"{arch}_loss"] <= BFLOAT16_LOSS for arch in ARCHS)
+    return holds and all(figures[f"{arch}_gradient"] <= BFLOAT16_GRADIENT for arch in ARCHS), figures
+
+
+def compiled_like_eager(device: torch.device, tiny: bool) -> Found:
+    dtype = devices.choose_dtype("auto", device)
+    # Float32 differs by the order of sums. In bfloat16 the compiler keeps more digits than the single kernels do.
+    limits = (1e-5, 1e-4) if dtype == torch.float32 else (BFLOAT16_LOSS, BFLOAT16_GRADIENT)
+    figures: dict[str, float] = {}
+    for arch in ARCHS:
+        model, batch = fitted_model(arch, tiny, device)
+        compiled = torch.compile(model.features, backend="inductor" if device.type == "cuda" else "aot_eager")
+        wanted, wanted_gradient = loss_and_gradient(model, model.features, batch, dtype)
+        found, gradient = loss_and_gradient(model, compiled, batch, dtype)
+        figures |= {f"{arch}_loss": relative(found, wanted), f"{arch}_gradient": relative(gradient, wanted_gradient)}
+    return all(value <= limits[name.endswith("gradient")] for name, value in figures.items()), figures
+
+
+def fused_like_plain(device: torch.device, tiny: bool) -> Found:
+    """Three steps of our AdamW and of torch's plain loop over parameters."""
+    model, batch = fitted_model("modern", tiny, device)
+    other = copy.deepcopy(model)
+    ours = build_optimizer(model, "adamw", LR, LR, 0.1)
+    by_name = dict(zip(model.parameters(), other.parameters(), strict=True))
+    groups = [
+        {"params": [by_name[p] for p in group["params"]], "weight_decay": group["weight_decay"]}
+        for group in ours.param_groups
+    ]
+    plain = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=False, foreach=False)
+    for _ in range(3):
+        loss_of(model, model.features, model.config.vocab_size)(*batch).backward()
+        for one, twin in by_name.items():
+            twin.grad = one.grad.clone()  # type: ignore[union-attr]
+        ours.step()
+        plain.step()
+        model.zero_grad(set_to_none=True)
+    difference = max((one - twin).abs().max().item() for one, twin in by_name.items())
+    return difference <= 0.01 * LR, {"largest_difference": difference, "fused": float(bool(ours.defaults["fused"]))}
+
+
+def chunked_loss_like_torch(device: torch.device, tiny: bool) -> Found:
+    """linear_cross_entropy in several chunks, in float32 and bfloat16, against F.cross_entropy in float32."""
+    torch.manual_seed(0)
+    n_tokens, n_channels, vocab_size = (150, 16, 100) if tiny else (1000, 256, 32_000)
+    features = torch.randn(n_tokens, n_channels, device=device, requires_grad=True)
+    weight = (torch.randn(vocab_size + 28, n_channels, device=device) / n_channels**0.5).requires_grad_()
+    targets = torch.randint(vocab_size, (n_tokens,)).to(device)
+    wanted = F.cross_entropy(features @ weight[:vocab_size].T, targets)
+    wanted_gradients = torch.autograd.grad(wanted, (features, weight))
+    figures: dict[str, float] = {}
+    holds = True
+    with mock.patch.dict(losses.CHUNK_BYTES, {device.type: 1}):  # the least: 64 rows
+        for name, dtype in devices.DTYPES.items():
+            with devices.autocast(device, dtype):
+                found = linear_cross_entropy(features, weight, targets, vocab_size)
+            gradients = torch.autograd.grad(found, (features, weight))
+            figures[f"{name}_loss"] = relative(found.detach(), wanted.detach())
+            pairs = zip(gradients, wanted_gradients, strict=True)
+            figures[f"{name}_gradient"] = max(relative(found, wanted) for found, wanted in pairs)
+            loss_limit, limit = (1e-5, 1e-4) if dtype == torch.float32 else (BFLOAT16_LOSS, BFLOAT16_GRADIENT)
+            holds &= figures[f"{name}_loss"] <= loss_limit and figures[f"{name}_gradient"] <= limit
+    return holds, figures
+
+
+def muon_orthogonalizes(device: torch.device, tiny: bool) -> Found:
+    """Singular values after it, of random matrices and of ones whose own reach over two powers of ten."""
+    torch.manual_seed(0)
+    n, wide = (16, 32) if tiny else (256, 1024)
+    left, right = (torch.linalg.qr(torch.randn(4, size, n))[0] for size in (n, wide))
+    spread = (left * torch.logspace(-2, 0, n)) @ right.mT  # (4, n, wide)
+    found = []
+    for matrices in (torch.randn(4, n, wide), spread, spread.mT):
+        found.append(torch.linalg.svdvals(orthogonalize(matrices.to(device)).float().cpu()))
+    smallest, largest = torch.stack(found).min().item(), torch.stack(found).max().item()
+    holds = SINGULAR_VALUES[0] <= smallest and largest <= SINGULAR_VALUES[1]
+    return holds, {"smallest": smallest, "largest": largest}
+
+
+def galore_steps(device: torch.device, tiny: bool) -> Found:
+    """Two steps: the first makes the projectors. All matrices of blocks move, and nothing becomes infinite."""
+    model, batch = fitted_model("modern", tiny, device)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, "galore_adamw", LR, LR, 0.0)
+    for _ in range(2):
+        loss_of(model, model.features, model.config.vocab_size)(*batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    moved = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters()}
+    finite = all(bool(p.isfinite().all()) for p in model.parameters())
+    blocks = [moved[f"trf_blocks.{name}"] for name, p in model.trf_blocks.named_parameters() if p.dim() == 2]
+    return finite and min(blocks) > 0, {"least_moved_matrix": min(blocks), "most_moved": max(moved.values())}
+
+
+def resumed_like_whole(device: torch.device, tiny: bool) -> Found:
+    """pretraining.py on the sample, stopped after a step and gone on, against a run that never stopped.
+
+    Where they differ, a second whole run tells whether the device adds up in the same order twice at all.
+    """
+    sizes = {**dimensions(tiny), "batch_size": 4, "grad_accum_steps": 2, "drop_rate": 0.1, "max_steps": N_RESUMED}
+    del sizes["vocab_size"]  # the tokenizer's
+    fixed = {"bigram_steps": 2, "eval_iter": 1, "device": device, "tokenizer_path": SAMPLE / "tokenizer"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = {"jsonl_path": SAMPLE / "sample.jsonl", "output_dir": folder / "001"}
+        run_quietly(script("dataset/prepare_aozora_jsonl.py", **source))
+
+        def pretrain(output: str, **more: object) -> None:
+            flags = {"data_dir": folder / "001", "output_dir": folder / output, "tokenizer": "sentencepiece"}
+            command = script("pretraining.py", **flags, **fixed, **sizes, **more)
+            run_quietly([*command, "--use_pretokenized", "--no-compile"])
+
+        def weights(output: str) -> torch.Tensor:
+            path = max((folder / output).glob("step_*"))
+            tensors = checkpoints.read_tensors(path, checkpoints.MODEL_FILE, torch.device("cpu"))
+            return torch.cat([tensors[key].flatten() for key in sorted(tensors)])
+
+        def same_bytes(one: str, other: str) -> bool:
+            paths = [folder / output / f"step_{N_RESUMED:08}" / checkpoints.MODEL_FILE for output in (one, other)]
+            return paths[0].read_bytes() == paths[1].read_bytes()
+
+        pretrain("whole")
+        pretrain("stopped", max_minutes=1e-5)
+        n_before = len(list((folder / "stopped").glob("step_*")))
+        pretrain("stopped")
+        holds = same_bytes("whole", "stopped")
+        figures = {"stops": float(n_before), "largest_difference": 0.0}
+        if not holds:
+            figures["largest_difference"] = (weights("whole") - weights("stopped")).abs().max().item()
+            pretrain("again")
+            figures["whole_run_repeats_itself"] = float(same_bytes("whole", "again"))
+        return holds, figures
+
+
+def run_quietly(command: list[str]) -> None:
+    """Raises RuntimeError with what a failing command said last."""
+    process = subprocess.run(command, capture_output=True, encoding="utf-8")
+    if process.returncode:
+        raise RuntimeError(f"{Path(command[1]).name}: exit code {process.returncode}: {process.stderr[-500:]}")
+
+
+CHECKS: dict[str, Callable[[torch.device, bool], Found]] = {
+    "bfloat16 gives float32's loss within 2 % and its gradient within 5 %": bfloat16_like_float32,
+    "compiled gives eager's loss and gradient": compiled_like_eager,
+    "AdamW as built steps as the plain loop": fused_like_plain,
+    "the loss in chunks and its gradients are torch's": chunked_loss_like_torch,
+    "Muon's singular values lie between 0.7 and 1.3": muon_orthogonalizes,
+    "GaLore steps": galore_steps,
+    "a stopped run ends as a whole one, bit for bit": resumed_like_whole,
+}
+
+
+def check_all(device: torch.device, tiny: bool) -> dict[str, Any]:
+    checks: dict[str, bool] = {}
+    figures: dict[str, dict[str, float]] = {}
+    problems, skipped = {}, {}
+    for name, check in CHECKS.items():
+        if check is galore_steps and importlib.util.find_spec("galore_torch") is None:
+            skipped[name] = "galore-torch is not installed"
+            continue
+        try:
+            checks[name], figures[name] = check(device, tiny)
+        except Exception as error:  # a device fails in its own way, and the other checks are worth knowing
+            checks[name], problems[name] = False, f"{type(error).__name__}: {error}"
+        say(f"{'ok    ' if checks[name] else 'FAILED'} {name}: {figures.get(name) or problems[name]}")
+    return {
+        "device": devices.describe_device(device),
+        "versions": versions("torch", "galore-torch"),
+        "checks": checks,
+        "skipped": skipped,
+        "problems": problems,
+        "figures": {
+            name: {key: float(f"{value:.4g}") for key, value in found.items()} for name, found in figures.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What must be true on this device, checked")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--tiny", action="store_true", help="models of a few thousand parameters")
+    options = parser.parse_args()
+    try:
+        device = devices.choose_device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    write_result("gpu_check", check_all(device, options.tiny))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Everything that waits for a GPU, in one go of at most nine minutes. Without a GPU it runs on the CPU.
+#
+#     benchmarks/gpu_suite.sh
+#     DATA_DIR=dataset/001_pretok TEXT_PATH=heldout.jsonl.xz NANOGPT_DIR=../nanoGPT benchmarks/gpu_suite.sh
+#     TINY=1 OUT=/tmp/out benchmarks/gpu_suite.sh      all sizes tiny, on any machine in less than a minute
+#
+# The parts, each with its result in OUT, and what it printed in OUT/PART.txt:
+#   check       gpu_check.json: bfloat16, compiled, fused, the loss in chunks, Muon, GaLore, resuming bit for bit
+#   speed       train_speed_32000.json: tokens/s and MFU at 124M, context 1,024, against the peers
+#   quality     quality_metrics.jsonl: the default recipe at 124M for four minutes
+#   evaluation  evaluation.json: that model on the text of TEXT_PATH, if one is given
+#
+# A part that came to its end leaves OUT/PART.done and is skipped from then on, on the same kind of device. One that
+# ran out of time or failed begins again when this is run again; quality goes on from its last checkpoint, and what was
+# compiled is still at hand.
+# Exit code 0: all parts are done and each check of the first is true.
+set -euo pipefail
+
+absolute() { # $1: a path, or nothing; what the caller wrote is relative to where the caller is
+  case $1 in "" | /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
+}
+DATA_DIR=$(absolute "${DATA_DIR:-}")             # token shards (default: the sample corpus, tokenized here)
+TOKENIZER_PATH=$(absolute "${TOKENIZER_PATH:-}") # the SentencePiece tokenizer they were made by (default: the sample's)
+TEXT_PATH=$(absolute "${TEXT_PATH:-}")           # works to evaluate on
+NANOGPT_DIR=$(absolute "${NANOGPT_DIR:-}")       # a checkout of nanoGPT, to be timed too
+OUT=$(absolute "${OUT:-}")                       # results (default: benchmarks/results/gpu)
+WORK_DIR=$(absolute "${WORK_DIR:-}")             # checkpoints and tokens, gigabytes (default: OUT/work)
+TINY=${TINY:-}
+cd "$(dirname "$0")/.."
+OUT=${OUT:-$PWD/benchmarks/results/gpu}
+WORK_DIR=${WORK_DIR:-$OUT/work}
+TOKENIZER_PATH=${TOKENIZER_PATH:-$PWD/dataset/sample/tokenizer}
+
+python=${PYTHON:-python3}
+[ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
+command -v timeout >/dev/null || {
+  echo "error: timeout is not installed; install GNU coreutils" >&2
+  exit 2
+}
+device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")') || {
+  echo "error: $python has no working torch; install requirements.txt, or name another one in PYTHON" >&2
+  exit 2
+}
+kind=$device${TINY:+_tiny}
+mkdir -p "$OUT" "$WORK_DIR"
+echo '*' >"$WORK_DIR/.gitignore"
+export RESULTS_DIR=$OUT # where benchmarks/machine.py writes
+
+readonly LIMIT_S=530                               # of the nine minutes, the rest for ending a part
+readonly SPEED_S=150 QUALITY_S=250 EVALUATION_S=25 # kept for a part while the ones before it run
+unfinished=()
+
+is_done() { # $1: a part
+  [ "$(cat "$OUT/$1.done" 2>/dev/null)" = "$kind" ]
+}
+
+part() { # $1: its name, $2: seconds kept for the parts after it, then its command
+  local name=$1 left_s=$((LIMIT_S - SECONDS - $2))
+  shift 2
+  if is_done "$name"; then
+    echo "== $name: done before, skipped"
+  elif [ "$left_s" -lt 10 ]; then
+    echo "== $name: no time left"
+    unfinished+=("$name")
+  else
+    echo "== $name: on $device, at most $left_s s"
+    if timeout --kill-after=5 "$left_s" "$@" 2>&1 | tee "$OUT/$name.txt"; then
+      echo "$kind" >"$OUT/$name.done"
+    else
+      echo "== $name: failed, or out of time"
+      unfinished+=("$name")
+    fi
+  fi
+}
+
+check=(--device "$device")
+speed=(--device "$device" --size 12x768 --context_length 1024 --batch_size 16 --vocab_size 32000)
+quality=(--device "$device" --model_size 124M --budget_minutes 4)
+if [ -n "$TINY" ]; then
+  check+=(--tiny)
+  speed=(--device "$device" --size 1x32 --n_heads 2 --context_length 16 --batch_size 2 --vocab_size 500 --n_rounds 2)
+  quality+=(--n_layers 1 --emb_dim 32 --n_heads 2 --context_length 32 --max_steps 5 --bigram_steps 2 --eval_iter 1)
+fi
+[ "$device" = cpu ] || speed+=(--dtype bfloat16 --compile)
+[ -z "$NANOGPT_DIR" ] || speed+=(--nanogpt_dir "$NANOGPT_DIR")
+
+quality+=(--tokenizer sentencepiece --tokenizer_path "$TOKENIZER_PATH" --use_pretokenized)
+if [ -n "$DATA_DIR" ]; then
+  quality+=(--data_dir "$DATA_DIR/text_is_not_needed" --pretokenized_dir "$DATA_DIR")
+else
+  [ -e "$WORK_DIR/001/manifest.json" ] || "$python" dataset/prepare_aozora_jsonl.py \
+    --jsonl_path dataset/sample/sample.jsonl --output_dir "$WORK_DIR/001"
+  quality+=(--data_dir "$WORK_DIR/001" --batch_size 8 --grad_accum_steps 1) # a budget's own batch is more than it holds
+fi
+
+part check $((SPEED_S + QUALITY_S + EVALUATION_S)) "$python" benchmarks/gpu_check.py "${check[@]}"
+part speed $((QUALITY_S + EVALUATION_S)) "$python" benchmarks/train_speed.py "${speed[@]}"
+part quality $EVALUATION_S "$python" pretraining.py "${quality[@]}" --output_dir "$WORK_DIR/quality_$kind"
+if is_done quality; then
+  cp -p "$WORK_DIR/quality_$kind/metrics.jsonl" "$OUT/quality_metrics.jsonl"
+  # Its standard output is the result; what it says besides goes the way of all parts.
+  # shellcheck disable=SC2016 # the inner shell expands it
+  [ -z "$TEXT_PATH" ] || part evaluation 0 bash -c '"$@" >"$RESULTS_DIR/evaluation.json"' evaluation \
+    "$python" evaluate_model.py --exp_dir "$WORK_DIR/quality_$kind" --text_path "$TEXT_PATH" --device "$device"
+fi
+
+if [ ${#unfinished[@]} -gt 0 ]; then
+  echo "== not finished: ${unfinished[*]}; run the same command again" >&2
+  exit 1
+fi
+if grep '": false' "$OUT/gpu_check.json" >&2; then
+  echo "== these checks failed; $OUT/gpu_check.json has the figures" >&2
+  exit 1
+fi
+echo "== all parts are done; the results are in $OUT"

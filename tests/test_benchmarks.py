@@ -1,0 +1,143 @@
+"""The benchmarks of speed and memory at tiny sizes: what they write, and that it is what they measured."""
+
+import json
+import math
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, command, environment
+
+TINY = ("--n_heads", 2, "--vocab_size", 500, "--context_length", 16, "--batch_size", 2, "--device", "cpu")
+# Stand-ins with the interfaces of the real ones.
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.vocab_size % 64 == 0 and config.bias and config.dropout == 0
+        self.embedding = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        torch.nn.init.normal_(self.embedding.weight, std=0.02)
+        print("number of parameters: few")
+
+    def forward(self, ids, targets):
+        logits = self.embedding(ids) @ self.embedding.weight.T
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        assert device_type == "cpu"
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+"""
+BOOK = """
+import torch
+
+class GPTModel(torch.nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        assert cfg.keys() == {"vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "drop_rate", "qkv_bias"}
+        self.tok_emb = torch.nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
+        self.out_head = torch.nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+        torch.nn.init.normal_(self.out_head.weight, std=0.02)
+
+    def forward(self, in_idx):
+        return self.out_head(self.tok_emb(in_idx))
+"""
+
+
+def run_benchmark(script: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(f"benchmarks/{script}", *arguments),
+        cwd=ROOT,
+        env=environment() | variables,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+def result_of(name: str, folder: Path, script: str, *arguments: object, **variables: str) -> dict[str, Any]:
+    """What the benchmark wrote, which is what it printed; nothing else has been written."""
+    published = ROOT / "benchmarks" / "results"
+    before = {path: path.stat().st_mtime_ns for path in published.rglob("*")}
+    process = run_benchmark(script, *arguments, RESULTS_DIR=str(folder), **variables)
+    assert process.returncode == 0, process.stderr
+    assert [path.name for path in folder.iterdir()] == [f"{name}.json"]
+    assert {path: path.stat().st_mtime_ns for path in published.rglob("*")} == before
+    content = (folder / f"{name}.json").read_text("utf-8")
+    assert process.stdout == content
+    return json.loads(content)
+
+
+def test_train_speed_times_all_contenders(tmp_path: Path) -> None:
+    checkout, package = tmp_path / "nanogpt", tmp_path / "packages" / "llms_from_scratch"
+    checkout.mkdir()
+    package.mkdir(parents=True)
+    (checkout / "model.py").write_text(NANOGPT)
+    (package / "__init__.py").write_text("")
+    (package / "ch04.py").write_text(BOOK)
+    found = result_of(
+        "train_speed_500",
+        tmp_path / "results",
+        "train_speed.py",
+        *("--size", "1x32", *TINY, "--n_rounds", 3, "--steps_a_round", 1, "--nanogpt_dir", checkout),
+        PYTHONPATH=str(package.parent),
+    )
+    assert found["missing"] == {}
+    names = {"ours", "ours_modern_muon", "transformers", "nanogpt", "llms_from_scratch"}
+    assert found["times_s"].keys() == names
+    speed, ratio = found["median_tokens_per_s"], found["ours_to"]
+    for name, times_s in found["times_s"].items():
+        assert len(times_s) == 3
+        assert speed[name] == pytest.approx(2 * 16 / statistics.median(times_s), rel=0.1)  # they are rounded
+        first, last = found["losses_first_and_last"][name]
+        assert first == pytest.approx(math.log(500), abs=0.2)  # all at the same task, from a uniform guess
+        assert last < first
+    for name in names - {"ours"}:
+        assert ratio[name] == pytest.approx(speed["ours"] / speed[name], abs=1e-3)
+    assert found["goals"] == {"at least 1.1 times nanoGPT": ratio["nanogpt"] >= 1.1}
+    # GPT-2's parameters, counted by hand: embeddings, then a block's four matrices and biases, and three norms.
+    block = 12 * 32 * 32 + (3 + 1 + 4 + 1) * 32 + 2 * 2 * 32
+    assert found["n_parameters"]["transformers"] == (500 + 16) * 32 + block + 2 * 32
+    assert found["n_parameters"]["ours"] == (512 + 16) * 32 + block + 2 * 32  # padded to a multiple of 64
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(("--nanogpt_dir", "none"), "none holds no model.py"), (("--size", "large"), "large"), (("--n_heads", 3), "3")],
+)
+def test_what_train_speed_refuses(tmp_path: Path, flags: tuple[object, ...], named: str) -> None:
+    result = run_benchmark("train_speed.py", *flags, RESULTS_DIR=str(tmp_path / "results"))
+    assert result.returncode != 0
+    assert named in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_memory_sees_that_logits_are_never_held_whole(tmp_path: Path) -> None:
+    dimensions = ("--n_layers", 1, "--emb_dim", 16, "--n_heads", 2, "--vocab_size", 32_000, "--context_length", 128)
+    found = result_of("memory", tmp_path / "results", "memory.py", *dimensions, "--batch_size", 4)
+    memory = found["memory"]
+    assert memory.keys() == {"ours", "ours_modern_muon", "transformers"}
+    for figures in memory.values():
+        assert figures["step_mib"] == pytest.approx(figures["peak_mib"] - figures["before_mib"], abs=0.2)
+    logits_mib = 4 * 128 * 32_000 * 4 / 2**20
+    assert memory["transformers"]["step_mib"] > 2 * logits_mib  # the logits and their gradient
+    assert memory["ours"]["step_mib"] < 2 * logits_mib
+    assert found["goals"] == {"ours at most 70 % of transformers'": True}
+    assert found["share_of_transformers"]["ours"] == pytest.approx(
+        memory["ours"]["step_mib"] / memory["transformers"]["step_mib"], abs=2e-3
+    )
