@@ -55,8 +55,8 @@ run python pretokenize.py --data_dir dataset/sample_001 --output_dir dataset/sam
   --tokenizer sentencepiece --tokenizer_path dataset/sample/tokenizer --val_fraction 0.05
 run python pretraining.py --data_dir dataset/sample_001 --use_pretokenized --output_dir quickstart_run \
   --tokenizer sentencepiece --tokenizer_path dataset/sample/tokenizer \
-  --model_size tiny --drop_rate 0.1 --lr 3e-3 --n_epochs 30 --batch_size 8 --val_fraction 0.05 --save_ckpt_freq 100 \
-  --print_sample_iter 200 --device cpu
+  --model_size micro --drop_rate 0.2 --n_epochs 4 --batch_size 8 --val_fraction 0.05 --eval_freq 20 \
+  --print_sample_iter 70 --device cpu
 run python inference.py --exp_dir quickstart_run --prompt "雨の匂いが" --max_new_tokens 200 --temperature 0.8 --top_k 40
 echo
 echo "The loss curve: quickstart_run/loss_curve.png"

@@ -44,7 +44,7 @@ device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() e
 }
 kind=$device${TINY:+_tiny}
 mkdir -p "$OUT" "$WORK_DIR"
-echo '*' >"$WORK_DIR/.gitignore"
+[ -e "$WORK_DIR/.gitignore" ] || echo '*' >"$WORK_DIR/.gitignore"
 export RESULTS_DIR=$OUT # where benchmarks/machine.py writes
 
 readonly LIMIT_S=530                               # of the nine minutes, the rest for ending a part

@@ -43,8 +43,8 @@ INGREDIENTS: dict[str, tuple[str, ...]] = {
     "GPT-2's architecture": ("--arch", "gpt2"),
     "no start from token pairs": ("--bigram_steps", "0"),
     "nanoGPT's size (4 x 256, context 256)": ("--model_size", "mini"),
-    "half the batch": (),
-    "twice the batch": (),
+    "a batch of 512 tokens": ("--batch_size", "4", "--grad_accum_steps", "1"),
+    "a batch of 4,096 tokens": ("--batch_size", "32", "--grad_accum_steps", "1"),
 }
 
 
@@ -82,6 +82,7 @@ def train_nanogpt(folder: Path, data: Path, tokenizer: Any, minutes: float) -> t
         val_loss = sum(model(*batch)[1].item() for batch in found) / len(found)
 
     def forward(ids: torch.Tensor) -> torch.Tensor:  # with targets it gives the logits of all positions
+        ids = ids.contiguous()  # it takes views of it
         logits: torch.Tensor = model(ids, ids)[0]
         return logits
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-CHUNK_BYTES = {
-    "cpu": 2**25,
-    "cuda": 2**31,
-    "mps": 2**29,
-}  # of logits held at once: what a cache, or a GPU, has room for
+# Of logits held at once: what a cache, or a GPU, has room for. More tokens than CHUNK_ROWS gain nothing, and with a
+# small vocabulary fewer bytes stay nearer.
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**31, "mps": 2**29}
+CHUNK_ROWS = {"cpu": 512}
 
 
 def linear_cross_entropy(
@@ -44,7 +43,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with_gradients: bool,
     ) -> torch.Tensor:
         n_tokens, n_words = len(targets), len(weight)
-        n_rows = min(max(CHUNK_BYTES.get(features.device.type, 2**29) // (4 * n_words), 64), n_tokens)
+        kind = features.device.type
+        most = min(CHUNK_ROWS.get(kind, n_tokens), n_tokens)
+        n_rows = min(max(CHUNK_BYTES.get(kind, 2**29) // (4 * n_words), 64), most)
         rows, columns = features.to(dtype), weight.to(dtype)
         grad_features = torch.empty_like(features) if with_gradients else features.new_empty(0)
         grad_weight = torch.zeros_like(weight) if with_gradients else weight.new_empty(0)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import ROOT, SAMPLE_TOKENIZER, environment, write_jsonl
 
 RESULTS = ("gpu_check.json", "train_speed_500.json", "quality_metrics.jsonl", "evaluation.json")
@@ -28,20 +27,32 @@ def listing(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
-    """The folder of a suite that ran through, with a text named relative to where it was started."""
-    folder = tmp_path_factory.mktemp("suite")
-    write_jsonl(folder / "text.jsonl", ["　雨の朝、駅までの道は静かだった。\n傘の列がゆっくりと橋を渡る。"])
-    before = listing(ROOT / "benchmarks")
-    result = run_suite(folder / "out", folder, TEXT_PATH="text.jsonl")
+def test_it_runs_through_holds_its_checks_and_does_nothing_twice(tmp_path: Path) -> None:
+    output, published = tmp_path / "out", ROOT / "benchmarks" / "results"
+    write_jsonl(tmp_path / "text.jsonl", ["　雨の朝、駅までの道は静かだった。\n傘の列がゆっくりと橋を渡る。"])
+    before = listing(published)
+    result = run_suite(output, tmp_path, TEXT_PATH="text.jsonl")  # relative to where it is started
     assert result.returncode == 0, result.stdout + result.stderr
-    assert listing(ROOT / "benchmarks").keys() == before.keys()
-    return folder, result
+    assert listing(published) == before
+    assert_results(output)
+    assert_checks(output)
+
+    before = listing(output)
+    again = run_suite(output, tmp_path, TEXT_PATH="text.jsonl")
+    assert again.returncode == 0, again.stderr
+    skipped = [line for line in again.stdout.splitlines() if line.endswith("done before, skipped")]
+    assert skipped == [f"== {part}: done before, skipped" for part in PARTS]
+    assert listing(output) == before
+
+    path = output / "gpu_check.json"
+    path.write_text(path.read_text("utf-8").replace(": true", ": false", 1), "utf-8")
+    failed = run_suite(output, tmp_path)
+    assert failed.returncode == 1
+    assert "bfloat16" in failed.stderr
+    assert "checks failed" in failed.stderr
 
 
-def test_all_parts_leave_their_results(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
-    output = finished[0] / "out"
+def assert_results(output: Path) -> None:
     for name in (*RESULTS, *(f"{part}.{end}" for part in PARTS for end in ("done", "txt"))):
         assert (output / name).is_file(), name
     speed = json.loads((output / "train_speed_500.json").read_bytes())
@@ -54,37 +65,16 @@ def test_all_parts_leave_their_results(finished: tuple[Path, subprocess.Complete
     assert evaluation["tokenizer"] == str(SAMPLE_TOKENIZER)
 
 
-def test_all_checks_that_ran_are_true(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
-    found = json.loads((finished[0] / "out" / "gpu_check.json").read_bytes())
+def assert_checks(output: Path) -> None:
+    found = json.loads((output / "gpu_check.json").read_bytes())
     assert len(found["checks"]) + len(found["skipped"]) == 7
     assert all(found["checks"].values()), found
     assert not found["problems"]
     assert set(found["skipped"].values()) <= {"galore-torch is not installed"}
-    # The checks saw something to check: a loss below that of a uniform guess, and two runs of which one had stopped.
+    # They saw something to check: losses below that of a uniform guess, and a run that had stopped.
     named = {key: value for figures in found["figures"].values() for key, value in figures.items()}
     assert max(named["gpt2_loss_float32"], named["modern_loss_float32"]) < 4.5
     assert named["stops"] == 1
-
-
-def test_a_second_run_skips_all_and_tells_a_false_check(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
-    folder, output = finished[0], finished[0] / "out"
-    before = listing(output)
-    again = run_suite(output, folder, TEXT_PATH="text.jsonl")
-    assert again.returncode == 0, again.stderr
-    assert [line for line in again.stdout.splitlines() if line.endswith("done before, skipped")] == [
-        f"== {part}: done before, skipped" for part in PARTS
-    ]
-    after = listing(output)
-    ignored = output / "work" / ".gitignore"
-    assert {path: time for path, time in after.items() if path != ignored} == {
-        path: time for path, time in before.items() if path != ignored
-    }
-    path = output / "gpu_check.json"
-    path.write_text(path.read_text("utf-8").replace(": true", ": false", 1), "utf-8")
-    failed = run_suite(output, folder)
-    assert failed.returncode == 1
-    assert "bfloat16" in failed.stderr
-    assert "checks failed" in failed.stderr
 
 
 def test_a_part_that_fails_is_not_done_and_the_others_go_on(tmp_path: Path) -> None:
