@@ -1,19 +1,21 @@
 """Which device to run on, in what precision, and how much memory that took."""
 
 import contextlib
+import re
 import resource
 import sys
 from collections.abc import Mapping
 
 import torch
 
-# Dense bfloat16 products on tensor cores, in 1e12 operations a second, from the makers' data sheets; by a part of the
-# device's name, the first that fits.
+# Dense bfloat16 products on tensor cores, in 1e12 operations a second, from the makers' data sheets; by a word of the
+# device's name, the first that fits; a laptop's chip is another one.
 BFLOAT16_TFLOPS = {
     "B200": 2250,
     "GH200": 989,
     "H200": 989,
     "H100 PCIe": 756,
+    "H100 NVL": 835,
     "H100": 989,
     "A100": 312,
     "L40S": 362,
@@ -72,7 +74,7 @@ def utilization(flops_per_s: float, device: torch.device, dtype: torch.dtype) ->
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, tflops in BFLOAT16_TFLOPS.items():
-            if part in name:
+            if re.search(rf"\b{part}\b(?! Laptop)", name):
                 return f"{flops_per_s / (tflops * 1e12):.1%}"
     return "n/a"
 

@@ -168,6 +168,8 @@ def test_operations_a_token_are_those_that_torch_counts(arch: str, n_kv_heads: i
         ("NVIDIA A100-SXM4-80GB", torch.bfloat16, "128.2%"),
         ("NVIDIA H200", torch.float32, "n/a"),
         ("Some Other Device", torch.bfloat16, "n/a"),
+        ("NVIDIA L40", torch.bfloat16, "n/a"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, "n/a"),
     ],
 )
 def test_utilization(name: str, dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:

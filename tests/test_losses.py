@@ -172,8 +172,10 @@ def test_without_gradients_the_same_value_for_a_third_of_the_products(
     assert (with_gradients.n_products, without.n_products) == (6, 2)
 
 
-def test_no_more_than_a_chunk_of_logits_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    chunks_of(70, monkeypatch)
+@pytest.mark.parametrize("limit", ["bytes", "rows"])
+def test_no_more_than_a_chunk_of_logits_is_held(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks_of(70 if limit == "bytes" else N, monkeypatch)
+    monkeypatch.setitem(losses.CHUNK_ROWS, "cpu", N if limit == "bytes" else 70)
     features, weight, targets = random_case()
     with Watch() as watch:
         linear_cross_entropy(features, weight, targets, V).backward()
