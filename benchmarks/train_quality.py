@@ -14,7 +14,6 @@ a time, at the same minutes.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import subprocess
@@ -23,11 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import ROOT, read_texts, say, write_result
-
-sys.path.insert(0, str(ROOT))
-
 import torch
+from contenders import load_nanogpt
+from machine import ROOT, read_texts, say, write_result
 
 from gptkit.batches import TrainingBatches, validation_batches
 from gptkit.evaluation import score_works
@@ -50,11 +47,7 @@ INGREDIENTS: dict[str, tuple[str, ...]] = {
 
 def train_nanogpt(folder: Path, data: Path, tokenizer: Any, minutes: float) -> tuple[dict[str, Any], Any]:
     """Train nanoGPT's model for so long; what came out, and the model as ids -> logits."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_nanogpt(folder)
     tokens = open_tokens(data, load_manifest(data, tokenizer))
     context = NANOGPT["block_size"]
     batches = TrainingBatches(tokens["train"], int(context), BATCH_SIZE, 1, 0)

@@ -33,6 +33,7 @@ POLAR_EXPRESS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
+SAFETY = 1.01
 # GaLore's setting for 60M to 130M parameters (table 2 and appendix C; its README's scale).
 GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 
@@ -134,7 +135,9 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # a little below 1: rounding must not lead above it
-    for p, q, r in POLAR_EXPRESS:
+    for i, (p, q, r) in enumerate(POLAR_EXPRESS, 1):
+        if i < len(POLAR_EXPRESS):  # the authors' safety factor: in bfloat16 a value above 1 would run away
+            p, q, r = p / SAFETY, q / SAFETY**3, r / SAFETY**5
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=q, alpha=r), x, beta=p)
     return (x.mT if tall else x).to(matrices.dtype)
