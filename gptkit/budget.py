@@ -7,8 +7,8 @@ import math
 import time
 from collections.abc import Callable
 
-# Of the models tried on two cores of a CPU for 2.5 to 8 minutes, the best one saw about so many tokens for each
-# parameter of its blocks (benchmarks/README.md). Hoffmann et al. 2022 found 20 where the whole model counts and the
+# Of the models tried on one core of a CPU for 2.5 minutes, the best ones saw 1.5 to 2.7 tokens for each parameter of
+# their blocks (benchmarks/README.md). Hoffmann et al. 2022 found 20 where the whole model counts and the
 # text is English; a small model pays for its vocabulary besides.
 TOKENS_PER_PARAMETER = 2.0
 STEPS = 2000  # optimizer steps in a run; fewer leave Muon too little time, more make a batch too noisy

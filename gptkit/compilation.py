@@ -85,7 +85,7 @@ def compile_and_try(
 
 
 def optimizer_step_s(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    """The seconds one step of a new optimizer takes, on copies of nothing: weights and state are put back.
+    """The seconds one step of a new optimizer takes; the weights are put back, and its state is cleared.
 
     For an optimizer that has made no step yet.
     """

@@ -4,19 +4,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from conftest import Clock
 
 from gptkit import budget
 from gptkit.budget import sequences_per_step, total_steps_in
-
-
-class Clock:
-    """Seconds that pass only when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

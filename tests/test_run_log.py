@@ -13,22 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, Clock, environment
 
 from gptkit import run_log
 from gptkit.run_log import RunLog, draw_loss_curve, format_duration, keep_metrics_until, read_metrics
 
 VALUES = {"train_loss": 4.5, "val_loss": 4.75, "lr": 1e-3, "grad_norm": 0.5}
-
-
-class Clock:
-    """Seconds that pass only when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture
