@@ -263,6 +263,8 @@ def check_output_dir(config: PretrainingConfig) -> Path:
         )
     if config.optimizer == "galore_adamw":
         import_galore()
+    if config.model_size == "auto" and config.budget_minutes is None:
+        raise UserError("--model_size auto needs --budget_minutes; or name a size")
     if config.max_minutes and config.budget_minutes:
         raise UserError("--max_minutes stops a run that --budget_minutes ends; give one of them")
     if config.min_lr is not None and config.min_lr > choose_peak(config):
@@ -339,8 +341,6 @@ def choose_plan(
     """
     auto = config.model_size == "auto"
     if config.budget_minutes is None:
-        if auto:
-            raise UserError("--model_size auto needs --budget_minutes; or name a size")
         model = choose_model_config(config, config.model_size, vocab_size)
         return Plan(model, config.batch_size or 16, config.grad_accum_steps or 1)
     found = checkpoints.find_checkpoints(Path(config.output_dir))
