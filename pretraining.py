@@ -164,6 +164,7 @@ class Progress:
 
 def main(config: PretrainingConfig, began: float) -> None:
     device, dtype = choose_device_and_dtype(config)
+    devices.keep_freed_memory(device)
     output_dir = check_output_dir(config)
     tokenizer = load_tokenizer(config)
     refuse_another_run(output_dir, run_identity(config, tokenizer))

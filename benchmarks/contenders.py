@@ -67,6 +67,18 @@ def train_step(
     return loss.detach()
 
 
+def allocate_as(name: str, device: torch.device) -> None:
+    """Before a contender's turn: the allocator's settings that its project trains with.
+
+    On the CPU ours keeps freed memory, as pretraining.py does. The peers leave glibc alone, whose thresholds settle,
+    once a large tensor was freed, at these values (mallopt(3): 32 MiB for mmap, twice that for giving back).
+    """
+    if name in (OURS, MODERN):
+        devices.keep_freed_memory(device)
+    else:
+        devices.keep_freed_memory(device, trim_threshold=2 * devices.LARGEST_FROM_HEAP)
+
+
 def random_batch(
     config: GPTConfig, batch_size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:  # inputs and targets, each (B, T)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import MODERN, OURS, TRANSFORMERS, build, random_batch, train_step
+from contenders import MODERN, OURS, TRANSFORMERS, allocate_as, build, random_batch, train_step
 from machine import say, versions, write_result
 
 from gpt_model import GPTConfig
@@ -43,6 +43,7 @@ def train(name: str, config: GPTConfig, batch_size: int, device: torch.device, n
 
 def measure_one(name: str, config: GPTConfig, batch_size: int, device: torch.device) -> dict[str, float]:
     """The memory of this process, in MiB."""
+    allocate_as(name, device)
     train(name, TINY, 1, device, 1)
     before = resident_bytes(device)
     if device.type == "cuda":

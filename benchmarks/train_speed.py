@@ -45,6 +45,7 @@ def warm_up(
         start = time.monotonic()
         try:
             torch.manual_seed(0)
+            contenders.allocate_as(name, device)
             contender = build(name, config, device, options.compile, options.nanogpt_dir)
             losses[name] = [train_step(contender, *batch, device, dtype).item() for _ in range(N_WARM_UP)]
             ready[name] = contender
@@ -71,6 +72,7 @@ def measure_rounds(
     for i in range(options.n_rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             gc.collect()  # so that nobody pays for another's leavings
+            contenders.allocate_as(name, device)
             devices.synchronize(device)
             start = time.perf_counter()
             for _ in range(options.steps_a_round):
