@@ -22,6 +22,15 @@ from torch.nn import functional as F
 Arch = Literal["modern", "gpt2"]
 ARCHS = get_args(Arch)
 RMS_NORM_EPS = 1e-6  # as Qwen3's; layer norms have GPT-2's 1e-5, torch's default
+# Far above any GPT, and low enough that a damaged or hostile configuration asks for nothing absurd.
+MOST = {
+    "vocab_size": 1 << 24,
+    "context_length": 1 << 20,
+    "emb_dim": 1 << 16,
+    "n_layers": 1 << 10,
+    "n_heads": 1 << 12,
+    "vocab_multiple": 1 << 12,
+}
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (T, D)
 
 
@@ -46,9 +55,9 @@ class GPTConfig:
     rope_base: float = 10_000.0  # modern only: RoFormer, section 3.2.2
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "emb_dim", "n_layers", "n_heads", "vocab_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, most in MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {most}")
         if self.emb_dim % self.n_heads:
             raise ValueError(f"emb_dim {self.emb_dim} is not a multiple of n_heads {self.n_heads}")
         if not 0 <= self.drop_rate < 1:

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from gpt_model import GPTConfig, GPTModel
 from gptkit import devices
 from gptkit.compilation import Loss, loss_of
-from gptkit.optimizers import BETAS, DEFAULT_LR, OptimizerName, build_optimizer
+from gptkit.optimizers import BETAS, build_optimizer
+from gptkit.schedules import DEFAULT_LR, OptimizerName
 
 LR, ADAM_LR, WEIGHT_DECAY, GRAD_CLIP = 6e-4, 0.02, 0.1, 1.0
 OURS, MODERN = "ours", "ours_modern_muon"

@@ -8,7 +8,8 @@ Shapes: B sequences a batch, T time (context_length).
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,12 +55,23 @@ class TrainingBatches:
     def steps_per_epoch(self) -> int:
         return n_windows(self.tokens, self.context_length) // self.sequences_per_step
 
+    def epoch_of(self, step: int) -> int:
+        """The epoch (from 1) of the last of `step` steps."""
+        return (step - 1) // self.steps_per_epoch + 1
+
     def micro_batch(self, step: int, micro_step: int) -> Batch:
         """The batch of micro-step `micro_step` (0 … grad_accum_steps - 1) of optimizer step `step` (from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         first = (step_in_epoch * self.grad_accum_steps + micro_step) * self.batch_size
         order = epoch_order(n_windows(self.tokens, self.context_length), self.seed, epoch)
         return _batch_of_windows(self.tokens, order[first : first + self.batch_size].tolist(), self.context_length)
+
+    def from_step(self, step: int, device: torch.device) -> Iterator[Batch]:
+        """The micro-batches from the first one of `step` on, without end, on a device."""
+        for number in itertools.count(step * self.grad_accum_steps):
+            batch = self.micro_batch(*divmod(number, self.grad_accum_steps))
+            inputs, targets = (ids.to(device, non_blocking=True) for ids in batch)
+            yield inputs, targets
 
 
 def check_size(batches: TrainingBatches, n_validation_tokens: int) -> None:

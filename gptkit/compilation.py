@@ -20,19 +20,49 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and target
 PARTS = ("forward", "backward")
 
 
+class TooLarge(UserError):
+    """Memory ran out. smaller_batch is the micro-step to try at the same tokens a step, None where one is least."""
+
+    def __init__(self, batch_size: int, grad_accum_steps: int, smaller_batch: int | None, fits: bool = False) -> None:
+        self.batch_size, self.grad_accum_steps, self.smaller_batch = batch_size, grad_accum_steps, smaller_batch
+        remedy = "give a smaller --model_size or --context_length"
+        if smaller_batch:
+            accum = batch_size * grad_accum_steps // smaller_batch
+            remedy = (
+                f"--batch_size {smaller_batch} --grad_accum_steps {accum} {'fits' if fits else 'takes less'}, at the same"
+                f" tokens a step (--auto_batch tries that by itself); or {remedy}"
+            )
+        super().__init__(f"out of memory with --batch_size {batch_size}: {remedy}")
+
+
+def next_smaller(batch_size: int) -> int | None:
+    """The largest divisor that is at most half of it."""
+    return next((n for n in range(batch_size // 2, 0, -1) if batch_size % n == 0), None)
+
+
 @contextlib.contextmanager
-def memory_told(batch_size: int | None) -> Iterator[None]:
-    """Turn an out-of-memory error of device or host into a UserError that names what to try."""
+def memory_told(batch_size: int, grad_accum_steps: int) -> Iterator[None]:
+    """Turn an out-of-memory error of device or host into TooLarge."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not devices.is_out_of_memory(error):
             raise
-        raise UserError(
-            f"out of memory{f' with --batch_size {batch_size}' if batch_size else ''}: give a --batch_size of"
-            f" {max((batch_size or 16) // 2, 1)} and twice the --grad_accum_steps for the same tokens a step, or a smaller"
-            " --model_size or --context_length"
-        )
+        raise TooLarge(batch_size, grad_accum_steps, next_smaller(batch_size))
+
+
+def batch_that_fits(try_rows: Callable[[int], object], batch_size: int) -> int | None:
+    """The first of the smaller batches that does not run out of memory in try_rows(batch); None where none does."""
+    smaller = next_smaller(batch_size)
+    while smaller:
+        try:
+            try_rows(smaller)
+            return smaller
+        except (RuntimeError, MemoryError) as error:
+            if not devices.is_out_of_memory(error):
+                raise
+        smaller = next_smaller(smaller)
+    return None
 
 
 def loss_of(model: Any, features: Callable[[torch.Tensor], torch.Tensor], vocab_size: int) -> Loss:

@@ -1,12 +1,16 @@
 """Files that are whole or not there: written under a temporary name, synced, then renamed."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+LOCK_FILE = ".lock"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -31,6 +35,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
 
 
+def sync_file(path: Path) -> None:
+    """Make what was written to `path` survive a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames within `folder` survive a power cut (on systems where a folder can be opened)."""
     if os.name != "posix":
@@ -42,12 +52,37 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lock_folder(folder: Path) -> int:
-    """Hold `folder` for this process until it ends, by an advisory lock on its file .lock; returns the descriptor.
+def signature(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
+    """What changes when a file does: path, size, time of the last change (ns), inode. Raises OSError."""
+    found = [(path, path.stat()) for path in paths]
+    return [(str(path), status.st_size, status.st_mtime_ns, status.st_ino) for path, status in found]
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make `folder` and keep other processes out of it; a folder that was made here and stayed empty is removed.
 
     Raises BlockingIOError, with what the holder wrote there, where another process holds it.
     """
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder)
+    try:
+        yield
+    finally:
+        if made and os.listdir(folder) == [LOCK_FILE]:
+            (folder / LOCK_FILE).unlink()
+            for each in made:
+                each.rmdir()
+        os.close(lock)
+
+
+def lock_folder(folder: Path) -> int:
+    """Hold `folder` by an advisory lock on its file .lock until the descriptor that is returned is closed.
+
+    Raises BlockingIOError, with what the holder wrote there, where another process holds it.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

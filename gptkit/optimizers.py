@@ -10,18 +10,16 @@ of its other linear layers.
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from gptkit.command_line import UserError
+from gptkit.schedules import OptimizerName
 
-OptimizerName = Literal["muon", "adamw", "galore_adamw"]
 BETAS = (0.9, 0.95)  # GPT-3 (Brown et al. 2020), appendix B
 EPS = 1e-8
-# Of muon, the rate of the block matrices; of the others, of all parameters.
-DEFAULT_LR: dict[OptimizerName, float] = {"muon": 0.02, "adamw": 6e-4, "galore_adamw": 5e-3}
 MUON_MOMENTUM = 0.95
 HEAD_SHARE, VECTOR_SHARE = 0.2, 0.25  # of --adam_lr: the best tried (benchmarks/README.md)
 # What each of Muon's steps multiplies singular values by, p + q s^2 + r s^4, step by step: Amsel et al. 2025, "The Polar

@@ -413,6 +413,12 @@ def describe_tokens(manifest: dict[str, Any]) -> str:
     )
 
 
+def token_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+    """The manifest and the shards it names."""
+    shards = [folder / shard[split]["file"] for shard in manifest["shards"] for split in SPLITS]
+    return [folder / "manifest.json", *shards]
+
+
 def open_tokens(folder: Path, manifest: dict[str, Any]) -> dict[str, TokenStream]:
     """The tokens of each split, memory-mapped. Raises UserError where a shard is not what the manifest says."""
     try:

@@ -3,6 +3,7 @@
 Leaves to others what is reported and when.
 """
 
+import errno
 import json
 import os
 import sys
@@ -34,6 +35,7 @@ class RunLog:
         self._first_step = first_step
         self._said = self._start  # when the last line was printed
         self._reported = (first_step, self._start)
+        self._unwritten: list[bytes] = []  # lines that a full disk did not take
         keep_metrics_until(self.metrics_path, first_step)
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", desc="pretrain", disable=not sys.stderr.isatty()
@@ -70,12 +72,37 @@ class RunLog:
         self._reported = (n_done, now)
         record: dict[str, Any] = {"step": n_done, "epoch": epoch, "tokens": n_done * self.tokens_per_step, **values}
         record |= {"tokens_per_s": round(rate, 1), "elapsed_s": round(self.elapsed_s, 2)}
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._write(json.dumps(record) + "\n")
         self.say(
             f"epoch {epoch}  step {n_done}/{self.total_steps}  train {values['train_loss']:.4f}  val {values['val_loss']:.4f}"
             f"  lr {values['lr']:.2e}  grad norm {values['grad_norm']:.3f}  {rate:,.0f} tokens/s  ETA {self._eta(n_done)}"
         )
+
+    def _write(self, line: str) -> None:
+        """Append a line to metrics.jsonl, whole; what cannot be written now comes before the next one."""
+        self._unwritten.append(line.encode())
+        try:
+            with open(self.metrics_path, "ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    for part in self._unwritten:
+                        if file.write(part) < len(part):
+                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(end)
+                    raise
+            self._unwritten.clear()
+        except OSError as error:
+            self.say(f"warning: {self.metrics_path} could not be written ({error}); its lines wait for the next report")
+
+    def go_back_to(self, step: int) -> None:
+        """Forget the reports after `step`, which is done again from there."""
+        kept = [line for line in self._unwritten if json.loads(line)["step"] <= step]
+        self._unwritten[:] = kept
+        keep_metrics_until(self.metrics_path, step)
+        self._reported = (step, time.monotonic())
+        self._bar.update(step - self._bar.n)
 
     def _eta(self, n_done: int) -> str:
         per_step_s = self.session_s / max(n_done - self._first_step, 1)
@@ -102,12 +129,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def keep_metrics_until(path: Path, step: int) -> None:
     """Drop reports after `step`: they come from steps that a resumed run does again."""
-    records = read_metrics(path)
-    kept = [record for record in records if record["step"] <= step]
     if path.exists():
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def draw_loss_curve(metrics_path: Path, path: Path) -> None:
@@ -132,6 +161,9 @@ def _draw_loss_curve(metrics: list[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    os.replace(partial, path)
+    try:
+        figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
+        os.replace(partial, path)
+    finally:
+        pyplot.close(figure)
+        partial.unlink(missing_ok=True)

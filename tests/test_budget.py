@@ -78,10 +78,10 @@ def test_after_the_end_no_step_is_taken_back(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sequences", "expected"),
-    [(0.001, 1), (1.0, 1), (1.4, 1), (1.5, 2), (2.8, 2), (2.9, 4), (8.0, 8), (11.0, 8), (12.0, 16), (500.0, 512)],
+    ("total_tokens", "expected"),  # 1,000 steps for a million tokens, twice as many for eight times the tokens
+    [(100, 1), (4e4, 1), (1e6, 8), (8e6, 32), (64e6, 128), (1e9, 1024)],
 )
-def test_a_batch_is_the_nearest_power_of_two(sequences: float, expected: int) -> None:
-    n = sequences_per_step(sequences * budget.STEPS * 128, 128)
+def test_a_batch_is_the_nearest_power_of_two(total_tokens: float, expected: int) -> None:
+    n = sequences_per_step(total_tokens, 128)
     assert n == expected
     assert isinstance(n, int)

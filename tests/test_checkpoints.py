@@ -2,8 +2,11 @@
 
 import errno
 import math
+import random
 import resource
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,36 +18,50 @@ from gptkit import checkpoints
 from gptkit.checkpoints import (
     MODEL_FILE,
     STATE_FILE,
+    SUMS_FILE,
     TRAINING_FILE,
-    best_checkpoint,
+    BackgroundSaver,
+    Damaged,
+    best_first,
     choose_checkpoint,
     find_checkpoints,
+    first_whole,
     load_model,
+    newest_whole,
     read_state,
     read_tensors,
     save_checkpoint,
+    set_aside_after,
+    verify,
 )
 from gptkit.command_line import UserError
+from gptkit.files import sha256_of
 
 CPU = torch.device("cpu")
 TOKENIZER = {"spiece.model": b"\x00\x01\xff", "config.json": "{'名': 1}".encode()}
 
 
-def save(output_dir: Path, step: int, val_loss: float = 5.0, size: int = 10) -> Path:
+def save(output_dir: Path, step: int, val_loss: float | None = 5.0, size: int = 10, keep: int = 1) -> Path:
     model = {"weight": torch.full((size,), float(step))}
     state = {"step": step, "val_loss": val_loss, "identity": {"名": [1, None, True]}}
-    return save_checkpoint(output_dir, state, model, {"exp_avg.weight": torch.zeros(size)}, TOKENIZER)
+    return save_checkpoint(output_dir, state, model, {"exp_avg.weight": torch.zeros(size)}, TOKENIZER, keep)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Everything below a folder, hidden files too."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def steps(output_dir: Path) -> list[int]:
-    """The steps of the whole checkpoints; no other entry may stand beside them."""
+    """The steps of the checkpoints, all whole; no other entry but the links may stand beside them."""
     found = find_checkpoints(output_dir)
-    assert sorted(found) == sorted(output_dir.iterdir())
+    assert sorted(found) == sorted(path for path in output_dir.iterdir() if not path.is_symlink())
+    for folder in found:
+        verify(folder)
+    if found:
+        assert (output_dir / "latest").resolve() == found[-1].resolve()
+        assert (output_dir / "best").resolve() == best_first(found)[0].resolve()
     return [read_state(folder)["step"] for folder in found]
 
 
@@ -73,14 +90,14 @@ def test_gives_back_what_it_was_given(tmp_path: Path) -> None:
 
 def test_holds_no_pickle(tmp_path: Path) -> None:
     files = contents(save(tmp_path, 1))
-    assert sorted(files) == [MODEL_FILE, STATE_FILE, "tokenizer/config.json", "tokenizer/spiece.model", TRAINING_FILE]
+    tokenizer = ["tokenizer/config.json", "tokenizer/spiece.model"]
+    assert sorted(files) == [SUMS_FILE, MODEL_FILE, STATE_FILE, *tokenizer, TRAINING_FILE]
     for name in (MODEL_FILE, TRAINING_FILE):  # safetensors: the length of a JSON header, and the header
         assert files[name][8:10] == b'{"', name
 
 
-def test_a_folder_without_its_state_is_not_trusted(tmp_path: Path) -> None:
+def test_only_folders_of_that_name_are_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 1, val_loss=1.0)
-    (save(tmp_path, 2) / STATE_FILE).unlink()
     for other in ("step_00000003x", "step_3", "xstep_00000003", ".step_00000003.partial"):
         (tmp_path / other).mkdir()
         (tmp_path / other / STATE_FILE).write_text("{}")
@@ -123,7 +140,7 @@ def test_keeps_the_newest_and_the_best(losses: list[float], kept: list[int], tmp
     for step, loss in enumerate(losses, 1):
         save(tmp_path, step, loss)
     assert steps(tmp_path) == kept
-    assert best_checkpoint(find_checkpoints(tmp_path)).name == f"step_{kept[0]:08d}"
+    assert best_first(find_checkpoints(tmp_path))[0].name == f"step_{kept[0]:08d}"
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
@@ -140,23 +157,68 @@ def test_the_same_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
     assert len(read_tensors(folder, MODEL_FILE, CPU)["weight"]) == 20
 
 
-@pytest.mark.parametrize("file", [MODEL_FILE, TRAINING_FILE])
-@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "a byte short", "longer", "garbage"])
-def test_a_damaged_file_is_told_with_a_remedy(file: str, damage: str, tmp_path: Path) -> None:
-    path = save(tmp_path, 1) / file
-    whole = path.read_bytes()
-    damaged = {
-        "empty": b"",
-        "cut": whole[:30],
-        "a byte short": whole[:-1],
-        "longer": whole + b"x",
-        "garbage": b"x" * 99,
-    }
-    path.unlink() if damage == "gone" else path.write_bytes(damaged[damage])
-    with pytest.raises(UserError) as caught:
-        read_tensors(path.parent, file, CPU)
-    assert str(caught.value).startswith(f"{path}: cannot be read (")
-    assert f"remove {path.parent} to use an older checkpoint" in str(caught.value)
+def mutations(content: bytes, how_many: int, draw: random.Random) -> Iterator[tuple[str, bytes | None]]:
+    """Ways to damage a file: gone, empty, cut, longer, one bit flipped."""
+    yield from (("gone", None), ("empty", b""), ("longer", content + b"x"), ("a byte short", content[:-1]))
+    for _ in range(how_many):
+        place = draw.randrange(len(content))
+        yield f"cut at {place}", content[:place]
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << draw.randrange(8)
+        yield f"a bit of byte {place} flipped", bytes(flipped)
+
+
+def test_no_damage_of_the_newest_goes_unnoticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Some 260 mutations; each time the one before is used, and that is said."""
+    older, newest = save(tmp_path, 1, keep=2), save(tmp_path, 2, keep=2)
+    draw, n_tried = random.Random(0), 0
+    for name, content in contents(newest).items():
+        for what, damaged in mutations(content, 20, draw):
+            path = newest / name
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            assert newest_whole(tmp_path) == older, (name, what)
+            assert f"warning: {newest} is damaged (" in capsys.readouterr().err, (name, what)
+            path.write_bytes(content)
+            n_tried += 1
+    assert n_tried >= 200
+    assert newest_whole(tmp_path) == newest
+    assert capsys.readouterr().err == ""
+
+
+def test_where_all_are_damaged_that_is_told_with_a_remedy(tmp_path: Path) -> None:
+    assert newest_whole(tmp_path) is None
+    folder = save(tmp_path, 1)
+    (folder / MODEL_FILE).write_bytes(b"x")
+    with pytest.raises(
+        UserError, match=r"no checkpoint is whole \(.*step_00000001: model.safetensors is not what was sav"
+    ):
+        newest_whole(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        choose_checkpoint(str(tmp_path), "newest")
+
+
+def test_writing_does_not_need_the_optimizers_state(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / TRAINING_FILE).write_bytes(b"x")
+    assert choose_checkpoint(str(tmp_path), "newest") == folder
+    with pytest.raises(Damaged, match=r"training\.safetensors is not what was saved"):
+        verify(folder)
+
+
+def test_no_path_leads_out_of_a_checkpoint(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    folder = save(tmp_path / "run", 1)
+    sums = (folder / SUMS_FILE).read_text()
+    for name in ("../../secret", "/etc/hostname", "tokenizer/../../../secret", "tokenizer/..", str(secret)):
+        (folder / SUMS_FILE).write_text(f"{sums}{sha256_of(secret)}  {name}\n")
+        with pytest.raises(Damaged, match="does not name what a checkpoint holds"):
+            verify(folder)
+    (folder / SUMS_FILE).write_text(sums)
+    (folder / MODEL_FILE).rename(tmp_path / "elsewhere")
+    (folder / MODEL_FILE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Damaged, match=r"model\.safetensors is missing"):
+        verify(folder)
 
 
 @pytest.mark.parametrize(
@@ -164,11 +226,98 @@ def test_a_damaged_file_is_told_with_a_remedy(file: str, damage: str, tmp_path: 
     [b"", b"[]", b"{", b"null", b"\xff\xfe{", b"[" * 100_000, b"{}", b'{"format": "gptkit-checkpoint", "version": 99}'],
     ids=lambda content: repr(content[:20]),
 )
-def test_a_damaged_state_is_told_with_a_remedy(content: bytes, tmp_path: Path) -> None:
+def test_a_state_that_is_none_is_told_with_a_remedy(content: bytes, tmp_path: Path) -> None:
+    """As a stranger would write it, with a checksum that fits."""
     folder = save(tmp_path, 1)
+    before = sha256_of(folder / STATE_FILE)
     (folder / STATE_FILE).write_bytes(content)
+    sums = (folder / SUMS_FILE).read_text()
+    (folder / SUMS_FILE).write_text(sums.replace(before, sha256_of(folder / STATE_FILE)))
     with pytest.raises(UserError, match=r"step_00000001/state\.json: .*remove .*step_00000001 to use an older"):
         read_state(folder)
+    with pytest.raises(UserError, match=r"no checkpoint is whole .*state\.json"):
+        first_whole([folder])
+
+
+def test_damaged_ones_are_set_aside(tmp_path: Path) -> None:
+    older, newest = save(tmp_path, 1, keep=2), save(tmp_path, 2, keep=2)
+    (newest / MODEL_FILE).unlink()
+    set_aside_after(older)
+    assert find_checkpoints(tmp_path) == [older]
+    assert (tmp_path / "step_00000002.damaged" / STATE_FILE).is_file()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="step_00000002 is not written: b holds values that are not finite"):
+        save_checkpoint(tmp_path, {"step": 2}, {"a": torch.ones(2), "b": torch.tensor([1.0, math.nan])}, {}, TOKENIZER)
+    assert contents(tmp_path) == before
+
+
+def test_names_are_those_of_the_bare_model(tmp_path: Path) -> None:
+    """torch.compile and DistributedDataParallel put words of their own before each name."""
+    state = {"step": 1, "val_loss": None, "identity": {"model": {}}}
+    bare = nn.Linear(2, 2)
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in bare.state_dict().items()}
+    folder = save_checkpoint(tmp_path, state, wrapped, {}, TOKENIZER)
+    assert torch.equal(load_model(folder, lambda _: nn.Linear(2, 2), CPU).weight, bare.weight)
+
+
+def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    said: list[str] = []
+    saver = BackgroundSaver(tmp_path, 1, said.append)
+    weights = {"w": torch.ones(1000)}
+    drawn: list[int] = []
+    for step in (1, 2, 3):
+        saver.save({"step": step, "val_loss": None}, weights, {}, TOKENIZER, then=lambda step=step: drawn.append(step))
+        weights["w"].add_(1)  # training goes on meanwhile
+    saver.wait()
+    assert (steps(tmp_path), drawn, said, saver.failure) == ([3], [1, 2, 3], [], None)
+    assert read_tensors(tmp_path / "step_00000003", MODEL_FILE, CPU)["w"].unique().tolist() == [3.0]
+
+
+def test_a_background_save_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    saver = BackgroundSaver(tmp_path, 1, said.append)
+    saver.save({"step": 1, "val_loss": None}, {"w": torch.ones(9)}, {}, TOKENIZER)
+    saver.wait()
+    before = contents(tmp_path)
+    for failing in (
+        lambda: monkeypatch.setattr(checkpoints, "save_file", fail(SafetensorError("No space left on device"))),
+        lambda: monkeypatch.setattr(checkpoints, "save_file", fail(OSError(errno.EIO, "broken disk"))),
+        lambda: monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20)),
+    ):
+        failing()
+        saver.save({"step": 2, "val_loss": None}, {"w": torch.ones(9)}, {}, TOKENIZER)
+        saver.wait()
+        monkeypatch.undo()
+        assert saver.failure
+        assert "step 2" in saver.failure
+        assert contents(tmp_path) == before
+    assert len(said) == 3
+    saver.save({"step": 3, "val_loss": None}, {"w": torch.ones(9)}, {}, TOKENIZER)
+    saver.wait()
+    assert saver.failure is None
+    assert steps(tmp_path) == [3]
+
+
+def test_a_pickle_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "model.pt").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    for path in (tmp_path / "exp", tmp_path / "exp" / "model.pt"):
+        with pytest.raises(UserError, match=r"exp/model.pt is a pickle, which can run any code"):
+            choose_checkpoint(str(path), "newest")
+
+
+def test_dimensions_that_the_weights_do_not_have_allocate_nothing(tmp_path: Path) -> None:
+    def build(dimensions: dict[str, Any]) -> nn.Linear:
+        return nn.Linear(dimensions["inputs"], 2, bias=False)
+
+    state = {"step": 1, "val_loss": None, "identity": {"model": {"inputs": 10**12}}}
+    folder = save_checkpoint(tmp_path, state, {"weight": torch.ones(2, 3)}, {}, TOKENIZER)
+    with pytest.raises(UserError, match=r"weight is \[2, 3\], not \[2, 1000000000000\]"):
+        load_model(folder, build, CPU)
 
 
 def fail(error: BaseException) -> Any:
@@ -178,7 +327,7 @@ def fail(error: BaseException) -> Any:
     return failing
 
 
-@pytest.mark.parametrize("where", ["save_file", "write_json", "_sync", "os.replace"])
+@pytest.mark.parametrize("where", ["save_file", "write_json", "sync_file", "write_atomically", "os.replace"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=["disk full", "Ctrl-C"])
 def test_a_failed_save_leaves_the_old_checkpoint_alone(
     where: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,8 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt_model import ARCHS, GPTConfig, GPTModel
 from gptkit import devices
-from gptkit.command_line import UserError
-from gptkit.compilation import compile_and_try, memory_told, optimizer_step_s
+from gptkit.compilation import (
+    TooLarge,
+    batch_that_fits,
+    compile_and_try,
+    memory_told,
+    next_smaller,
+    optimizer_step_s,
+)
 from gptkit.optimizers import build_optimizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -106,14 +112,27 @@ def test_out_of_memory_is_no_failure_to_compile(
     with pytest.raises(type(error)):
         compile_and_try(model, VOCAB, compile, batch, CPU, torch.float32)
     assert capsys.readouterr().err == ""
-    message = "with --batch_size 3: give a --batch_size of 1 and twice the --grad_accum_steps"
-    with pytest.raises(UserError, match=message), memory_told(3):
+    message = "out of memory with --batch_size 3: --batch_size 1 --grad_accum_steps 6 takes less, at the same tokens"
+    with pytest.raises(TooLarge, match=message) as caught, memory_told(3, 2):
         raise error
+    assert caught.value.smaller_batch == 1
 
 
-def test_out_of_memory_where_no_batch_size_was_given() -> None:
-    with pytest.raises(UserError, match=r"^out of memory: give a --batch_size of 8 and twice"), memory_told(None):
-        raise MemoryError
+def test_a_smaller_batch_divides_the_larger() -> None:
+    assert [next_smaller(n) for n in (1, 2, 3, 7, 8, 12, 15)] == [None, 1, 1, 1, 4, 6, 5]
+    tried: list[int] = []
+
+    def rows(n: int) -> None:
+        tried.append(n)
+        if n > 3:
+            raise MemoryError
+
+    assert batch_that_fits(rows, 24) == 3
+    assert tried == [12, 6, 3]
+    assert batch_that_fits(rows, 5) == 1
+    assert batch_that_fits(lambda n: rows(9), 2) is None
+    with pytest.raises(TooLarge, match=r"with --batch_size 1: give a smaller --model_size or --context_length$"):
+        raise TooLarge(1, 4, None)
 
 
 def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +143,7 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_and_batch()
     with pytest.raises(RuntimeError, match="a bug"):
         compile_and_try(model, VOCAB, False, batch, CPU, torch.float32)
-    with pytest.raises(RuntimeError, match="a bug"), memory_told(3):
+    with pytest.raises(RuntimeError, match="a bug"), memory_told(3, 1):
         raise RuntimeError("a bug")
 
 

@@ -22,7 +22,7 @@ SMALL_RUN = (
 )
 
 
-def flags(shards: Path, output: Path, optimizer: str, arch: str = "modern") -> tuple[object, ...]:
+def small_run(shards: Path, output: Path, optimizer: str, arch: str = "modern") -> tuple[object, ...]:
     return (*SMALL_RUN, "--data_dir", shards, "--output_dir", output, "--optimizer", optimizer, "--arch", arch)
 
 
@@ -52,8 +52,9 @@ def newest(output: Path) -> Path:
 
 
 def curve(output: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
+    """metrics.jsonl without what depends on the clock; empty before the first report."""
+    path = output / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
     return [{key: value for key, value in r.items() if key not in ("tokens_per_s", "elapsed_s")} for r in records]
 
 
@@ -61,13 +62,13 @@ def curve(output: Path) -> list[dict]:
 def test_killed_twice_equals_never_stopped(tmp_path: Path, sample_shards: Path, optimizer: str, arch: str) -> None:
     shards = Path(shutil.copytree(sample_shards, tmp_path / "001"))
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    result = run_command("pretraining.py", *flags(shards, whole, optimizer, arch))
+    result = run_command("pretraining.py", *small_run(shards, whole, optimizer, arch))
     assert result.returncode == 0, result.stderr
     steps_per_epoch = curve(whole)[-1]["step"] // 2
 
-    run_and_kill(flags(shards, stopped, optimizer, arch), stopped, step=50)
-    run_and_kill(flags(shards, stopped, optimizer, arch), stopped, step=steps_per_epoch + 50)
-    result = run_command("pretraining.py", *flags(shards, stopped, optimizer, arch))
+    run_and_kill(small_run(shards, stopped, optimizer, arch), stopped, step=50)
+    run_and_kill(small_run(shards, stopped, optimizer, arch), stopped, step=steps_per_epoch + 50)
+    result = run_command("pretraining.py", *small_run(shards, stopped, optimizer, arch))
     assert result.returncode == 0, result.stderr
     resumed_at = int(result.stdout.partition("going on from ")[2].split()[0][-8:])
     assert steps_per_epoch < resumed_at < 2 * steps_per_epoch
@@ -76,30 +77,31 @@ def test_killed_twice_equals_never_stopped(tmp_path: Path, sample_shards: Path, 
         assert (newest(stopped) / file).read_bytes() == (newest(whole) / file).read_bytes(), file
     assert curve(stopped) == curve(whole)
 
-    again = run_command("pretraining.py", *flags(shards, stopped, optimizer, arch))
+    again = run_command("pretraining.py", *small_run(shards, stopped, optimizer, arch))
     assert again.returncode == 0
     assert "finished" in again.stdout
 
 
 def test_max_minutes_stops_and_the_same_command_goes_on(tmp_path: Path, sample_shards: Path) -> None:
     shards, output = Path(shutil.copytree(sample_shards, tmp_path / "001")), tmp_path / "out"
-    arguments = (*flags(shards, output, "adamw"), "--max_steps", 3)
+    arguments = (*small_run(shards, output, "adamw"), "--max_steps", 3)
     first = run_command("pretraining.py", *arguments, "--max_minutes", 0.00001)
     assert first.returncode == 0, first.stderr
     assert newest(output).name == "step_00000001"
+    assert curve(output) == []  # a stop reports nothing that a run without it would not
     assert "stopped at step 1 of 3" in first.stdout
     second = run_command("pretraining.py", *arguments)
     assert "going on from" in second.stdout
     assert newest(output).name == "step_00000003"
 
     whole = tmp_path / "whole"
-    run_command("pretraining.py", *flags(shards, whole, "adamw"), "--max_steps", 3)
+    run_command("pretraining.py", *small_run(shards, whole, "adamw"), "--max_steps", 3)
     assert (newest(whole) / "model.safetensors").read_bytes() == (newest(output) / "model.safetensors").read_bytes()
 
 
 def test_another_run_in_the_same_folder_is_refused(tmp_path: Path, sample_shards: Path) -> None:
     shards, output = Path(shutil.copytree(sample_shards, tmp_path / "001")), tmp_path / "out"
-    arguments = (*flags(shards, output, "adamw"), "--max_steps", 2)
+    arguments = (*small_run(shards, output, "adamw"), "--max_steps", 2)
     assert run_command("pretraining.py", *arguments).returncode == 0
     before = {path: path.read_bytes() for path in newest(output).glob("*.*")}
     assert_user_error(run_command("pretraining.py", *arguments, "--seed", 7), "seed", "123", "7")

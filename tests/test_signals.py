@@ -1,0 +1,145 @@
+"""SIGTERM, SIGINT and SIGHUP in each phase of a run: a state to go on from within 10 seconds, exit code 75, and an
+end that is byte for byte the one of a run that was never stopped.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import command, environment, run_command
+from test_resume import curve, n_reported, newest, small_run
+
+from gptkit.checkpoints import verify
+from gptkit.signals import STOPPED
+
+STEPS = ("--max_steps", 60)
+
+
+def run_until(
+    output: Path, arguments: tuple[object, ...], is_time: Callable[[str], bool], number: int
+) -> tuple[int, float, str]:
+    """Start the run, send it a signal once `is_time` of what it has printed; exit code, seconds it took, its errors."""
+    log, errors = output.with_suffix(".log"), output.with_suffix(".err")
+    with open(log, "w") as out, open(errors, "w") as err:
+        process = subprocess.Popen(command("pretraining.py", *arguments), env=environment(), stdout=out, stderr=err)
+    deadline = time.monotonic() + 120
+    while not is_time(log.read_text("utf-8")):
+        assert process.poll() is None, errors.read_text("utf-8")
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(number)
+    start = time.monotonic()
+    code = process.wait(timeout=60)
+    return code, time.monotonic() - start, errors.read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -> Path:
+    return Path(shutil.copytree(sample_shards, tmp_path_factory.mktemp("signals") / "001"))
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path) -> Path:
+    """A run that nobody stopped."""
+    output = shards.parent / "whole"
+    result = run_command("pretraining.py", *small_run(shards, output, "muon"), *STEPS)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.mark.parametrize(
+    ("phase", "number", "more"),
+    [
+        ("start", signal.SIGTERM, ()),
+        ("training", signal.SIGTERM, ("--eval_freq", 1000)),
+        ("training", signal.SIGINT, ("--eval_freq", 1000)),
+        ("training", signal.SIGHUP, ("--eval_freq", 1000)),
+        ("evaluation", signal.SIGTERM, ("--eval_freq", 1, "--eval_iter", 400)),
+        ("sampling", signal.SIGTERM, ("--print_sample_iter", 1)),
+        ("saving", signal.SIGTERM, ("--save_ckpt_freq", 1)),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_a_signal_in_any_phase(
+    tmp_path: Path, shards: Path, whole: Path, phase: str, number: signal.Signals, more: tuple[object, ...]
+) -> None:
+    output = tmp_path / "out"
+    arguments = (*small_run(shards, output, "muon"), *STEPS)
+    is_time = {
+        "start": lambda said: (output / ".lock").exists(),
+        "training": lambda said: "time: about" in said,
+        "evaluation": lambda said: "step 3/" in said,
+        "sampling": lambda said: "after step 5:" in said,
+        "saving": lambda said: any(output.glob(".step_*.partial")),
+    }[phase]
+    code, seconds, errors = run_until(output, (*arguments, *more), is_time, number)
+    assert code == STOPPED == 75, errors
+    assert seconds < 10
+    assert f"stopped by {number.name}: " in errors
+    assert "Traceback" not in errors
+    if phase == "start":
+        assert not output.exists() or not any(output.glob("*step_*"))
+    else:
+        verify(newest(output))
+        assert not list(output.glob(".step_*.partial"))
+
+    result = run_command("pretraining.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    for file in ("model.safetensors", "training.safetensors"):
+        assert (newest(output) / file).read_bytes() == (newest(whole) / file).read_bytes(), file
+    if phase in ("start", "training"):  # else its reports were others
+        last = slice(-1, None) if phase == "training" else slice(None)
+        assert [r["val_loss"] for r in curve(output)[last]] == [r["val_loss"] for r in curve(whole)[last]]
+
+
+def test_a_stop_between_two_reports_leaves_no_trace(tmp_path: Path, shards: Path, whole: Path) -> None:
+    """The training loss of a report is the mean of all steps since the last one, also those of an earlier session."""
+    output = tmp_path / "out"
+    arguments = (*small_run(shards, output, "muon"), *STEPS)
+    code, _, errors = run_until(output, arguments, lambda said: n_reported(output) >= 20, signal.SIGTERM)
+    assert code == STOPPED, errors
+    state = json.loads((newest(output) / "state.json").read_bytes())
+    assert state["n_losses"] == state["step"] % 10
+    assert run_command("pretraining.py", *arguments).returncode == 0
+    assert curve(output) == curve(whole)
+
+
+def test_nohup_stays_deaf_to_the_terminal(tmp_path: Path, shards: Path) -> None:
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        ["nohup", *command("pretraining.py", *small_run(shards, output, "muon"), *STEPS)],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not n_reported(output):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0
+
+
+def test_a_second_signal_quits_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import sys, time\nsys.path.insert(0, sys.argv[1])\nfrom gptkit.signals import StopSignals\n"
+        "stop = StopSignals()\nstop.at_once = False\nprint('ready', flush=True)\n"
+        "while not stop.received:\n    time.sleep(0.01)\nprint(stop.received, flush=True)\ntime.sleep(60)\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    process = subprocess.Popen(
+        [*command("x")[:1], str(script), str(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "SIGTERM\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == -signal.SIGTERM
+    process.communicate()
