@@ -8,8 +8,8 @@ codes: 0 finished (or --max_minutes are over), 2 a mistake, told in one line, 75
 
 import contextlib
 import dataclasses
-import gc
 import math
+import os
 import shutil
 import sys
 import time
@@ -610,24 +610,21 @@ def closing_words(output_dir: Path, progress: Progress, n_steps: int) -> str:
 
 
 def run(config: PretrainingConfig) -> None:
-    """main, again with a smaller batch where memory ran out and --auto_batch is given."""
+    """main; where memory ran out and --auto_batch is given, this process begins anew with a smaller batch."""
     began = time.monotonic() - time.process_time()  # imports took that long
     stop = StopSignals()
-    while True:
-        smaller = None
-        try:
-            with memory_told(config.batch_size or 16, config.grad_accum_steps or 1):
-                return main(config, began, stop)
-        except TooLarge as error:
-            if not config.auto_batch or not error.smaller_batch:
-                raise
-            print(f"warning: {error}; trying that", file=sys.stderr)
-            smaller = error.smaller_batch, error.batch_size * error.grad_accum_steps // error.smaller_batch
-        stop.at_once = True
-        config = dataclasses.replace(config, batch_size=smaller[0], grad_accum_steps=smaller[1])
-        gc.collect()  # the model that did not fit is gone only now
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    try:
+        with memory_told(config.batch_size or 16, config.grad_accum_steps or 1):
+            main(config, began, stop)
+    except TooLarge as error:
+        if not config.auto_batch or not error.smaller_batch:
+            raise
+        print(f"warning: {error}; trying that", file=sys.stderr)
+        n_sequences = error.batch_size * error.grad_accum_steps
+        smaller = {"batch_size": error.smaller_batch, "grad_accum_steps": n_sequences // error.smaller_batch}
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [*sys.orig_argv, *(str(part) for k, v in smaller.items() for part in (f"--{k}", v))])
 
 
 if __name__ == "__main__":

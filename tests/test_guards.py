@@ -204,10 +204,10 @@ def test_saves_by_the_clock_change_nothing_but_the_folders(tmp_path: Path, shard
 
 
 def in_a_small_disk(tmp_path: Path, script: str) -> subprocess.CompletedProcess:
-    """Run a shell script with a tmpfs of 6 MB at tmp_path/disk; skips where the system does not allow that."""
+    """Run a shell script with a tmpfs of 16 MB at tmp_path/disk; skips where the system does not allow that."""
     (tmp_path / "disk").mkdir(exist_ok=True)
     namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
-    mount = f"mount -t tmpfs -o size=6m none '{tmp_path}/disk'; "
+    mount = f"mount -t tmpfs -o size=16m none '{tmp_path}/disk'; "
     if not shutil.which("unshare") or subprocess.run([*namespace, mount], capture_output=True).returncode:
         pytest.skip("no user namespaces here")
     return subprocess.run(
@@ -260,7 +260,7 @@ torch.nn.utils.clip_grad_norm_ = fill
 
 
 def test_a_disk_too_small_from_the_start(tmp_path: Path, shards: Path) -> None:
-    wide = ("--emb_dim", 256, "--pretokenized_dir", tmp_path / "tokens", "--max_steps", 3)
+    wide = ("--emb_dim", 1024, "--pretokenized_dir", tmp_path / "tokens", "--max_steps", 3)
     arguments = (*small_run(shards, tmp_path / "disk" / "out", "muon"), *wide)
     script = " ".join(f"'{part}'" for part in command("pretraining.py", *arguments))
     result = in_a_small_disk(tmp_path, script)
