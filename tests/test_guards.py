@@ -108,23 +108,23 @@ def test_broken_weights_are_never_saved(tmp_path: Path, shards: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to RLIMIT_AS")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="CUDA's libraries alone take more addresses")
 def test_a_batch_that_does_not_fit(tmp_path: Path, shards: Path) -> None:
-    wide = ("--emb_dim", 512, "--n_layers", 4, "--context_length", 64, "--optimizer", "adamw", "--max_steps", 2)
-    arguments = (*small_run(shards, tmp_path / "out", "adamw"), *wide, "--batch_size", 256, "--grad_accum_steps", 1)
+    deep = ("--emb_dim", 64, "--n_layers", 8, "--context_length", 64, "--eval_iter", 1, "--max_steps", 2)
+    arguments = (*small_run(shards, tmp_path / "out", "adamw"), *deep, "--batch_size", 512, "--grad_accum_steps", 1)
 
     def run(*more: object) -> subprocess.CompletedProcess:
         train = command("pretraining.py", *arguments, *more)
         return subprocess.run(train, env=environment(), capture_output=True, encoding="utf-8", preexec_fn=limit_memory)
 
     refused = run()
-    assert_user_error(refused, "out of memory with --batch_size 256", "fits", "--auto_batch")
-    fits = int(refused.stderr.rpartition("--batch_size 256: --batch_size ")[2].split()[0])
-    assert 1 <= fits <= 128
+    assert_user_error(refused, "out of memory with --batch_size 512", "fits", "--auto_batch")
+    fits = int(refused.stderr.rpartition("--batch_size 512: --batch_size ")[2].split()[0])
+    assert 1 <= fits <= 256
     by_itself = run("--auto_batch")
     assert by_itself.returncode == 0, by_itself.stderr
     state = state_of(newest(tmp_path / "out"))
-    assert state["plan"]["batch_size"] * state["plan"]["grad_accum_steps"] == 256
+    assert state["plan"]["batch_size"] * state["plan"]["grad_accum_steps"] == 512
     assert state["plan"]["batch_size"] <= fits
-    assert curve(tmp_path / "out")[-1]["tokens"] == 2 * 256 * 64  # the same tokens a step
+    assert curve(tmp_path / "out")[-1]["tokens"] == 2 * 512 * 64  # the same tokens a step
 
 
 def test_tokens_that_change_under_a_run(tmp_path: Path, shards: Path) -> None:
@@ -216,8 +216,8 @@ def in_a_small_disk(tmp_path: Path, script: str) -> subprocess.CompletedProcess:
 
 
 def test_a_disk_that_fills_up_within_a_run(tmp_path: Path, shards: Path) -> None:
-    """At step 12 something else fills the disk: saves and reports fail, the run goes on to its end, and says so. With
-    room again, the same command ends well, and as if nothing had happened but for the reports that were not written.
+    """At step 12 something else fills the disk: saves fail, the run goes on to its end, and says so. With
+    room again, the same command ends well, and as if nothing had happened.
     """
     disk, whole = tmp_path / "disk", tmp_path / "whole"
     fill = """
@@ -248,7 +248,6 @@ torch.nn.utils.clip_grad_norm_ = fill
     )
     assert result.returncode == 0, result.stderr
     assert "warning: the checkpoint of step 20 could not be saved" in result.stdout
-    assert "could not be written" in result.stdout
     assert "code 2" in result.stderr
     assert "step_00000010" in result.stderr
     assert "step_00000020" not in result.stderr.partition("code 2")[2].partition("going on")[0]

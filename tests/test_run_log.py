@@ -229,3 +229,23 @@ def test_a_picture_that_fails_is_a_warning(tmp_path: Path, capsys: pytest.Captur
     draw_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss_curve.png")
     assert "could not be drawn" in capsys.readouterr().err
     assert not (tmp_path / "loss_curve.png").exists()
+
+
+def test_a_line_that_cannot_be_written_waits_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = RunLog(tmp_path, 0, 10, 8, 0.0)
+    values = dict(train_loss=2.0, val_loss=3.0, lr=0.1, grad_norm=1.0)
+    log.report(1, 1, **values)
+    before = log.metrics_path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("gptkit.run_log.os.fsync", full)
+        log.report(2, 1, **values)
+    assert log.metrics_path.read_bytes() == before
+    assert "could not be written" in capsys.readouterr().out
+    log.report(3, 1, **values)
+    log.close()
+    assert [record["step"] for record in read_metrics(log.metrics_path)] == [1, 2, 3]
