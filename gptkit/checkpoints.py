@@ -80,8 +80,7 @@ def save_checkpoint(
         for path in files:
             sync_file(path)
         sync_folder(partial / TOKENIZER_DIR)
-        sums = "".join(f"{sha256_of(path)}  {path.relative_to(partial).as_posix()}\n" for path in files)
-        write_atomically(partial / SUMS_FILE, sums.encode())
+        write_sums(partial, files)
         if folder.exists():  # the same step, saved again
             _remove(folder)
         os.replace(partial, folder)
@@ -92,6 +91,12 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
     _prune(output_dir, keep)
     return folder
+
+
+def write_sums(folder: Path, files: list[Path]) -> None:
+    """Write SHA256SUMS of the files in a checkpoint, as sha256sum would."""
+    sums = "".join(f"{sha256_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+    write_atomically(folder / SUMS_FILE, sums.encode())
 
 
 class BackgroundSaver:

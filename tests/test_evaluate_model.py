@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import evaluate_model
 from evaluate_model import EvaluationConfig
 from gpt_model import GPTConfig, GPTModel
+from gptkit.checkpoints import write_sums
 from gptkit.command_line import UserError
 
 CONTEXT = 16
@@ -115,6 +116,11 @@ def test_the_first_works_alone(measured, experiment: Path, text: Path) -> None:
     assert (found["works"], found["characters"]) == (2, len(WORKS[0]) + 2)
 
 
+def sign(checkpoint: Path) -> None:
+    """Checksums that fit what a test has put there."""
+    write_sums(checkpoint, [path for path in checkpoint.rglob("*.*") if path.is_file()])
+
+
 def test_newest_and_best(measured, experiment: Path, text: Path, tmp_path: Path) -> None:
     """A later checkpoint with a higher validation loss, whose weights are all zero: it knows nothing."""
     copy = Path(shutil.copytree(experiment, tmp_path / "exp"))
@@ -123,6 +129,7 @@ def test_newest_and_best(measured, experiment: Path, text: Path, tmp_path: Path)
     save_file({k: w * 0 for k, w in load_file(best / "model.safetensors").items()}, newest / "model.safetensors")
     state = json.loads((newest / "state.json").read_text("utf-8"))
     (newest / "state.json").write_text(json.dumps(state | {"val_loss": state["val_loss"] + 1}), "utf-8")
+    sign(newest)
 
     found, _ = measured(copy, text)
     assert found["checkpoint"] == str(newest)
@@ -137,6 +144,7 @@ def test_without_dropout(measured, experiment: Path, text: Path, tmp_path: Path)
     state = json.loads((checkpoint_of(copy) / "state.json").read_text("utf-8"))
     state["identity"]["model"]["drop_rate"] = 0.5
     (checkpoint_of(copy) / "state.json").write_text(json.dumps(state), "utf-8")
+    sign(checkpoint_of(copy))
     assert measured(copy, text)[0]["loss"] == measured(experiment, text)[0]["loss"]
 
 
@@ -167,6 +175,7 @@ def test_a_model_that_broke_down(measured, experiment: Path, text: Path, tmp_pat
     copy = Path(shutil.copytree(experiment, tmp_path / "exp"))
     weights = checkpoint_of(copy) / "model.safetensors"
     save_file({name: weight * math.nan for name, weight in load_file(weights).items()}, weights)
+    sign(weights.parent)
     with pytest.raises(UserError, match="step_00000002 predicts nothing: its loss is nan"):
         measured(copy, text)
 
