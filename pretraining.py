@@ -264,7 +264,7 @@ def go_back(run: Run, progress: Progress, saver: checkpoints.BackgroundSaver) ->
     good = [
         folder
         for folder in checkpoints.find_checkpoints(run.output_dir)
-        if checkpoints.read_state(folder).get("n_skipped_in_a_row") == 0
+        if checkpoints.state_if_readable(folder).get("n_skipped_in_a_row") == 0
     ]
     if not good:
         raise UserError(f"{trouble}, and there is no checkpoint to go back to; {remedy}, or a smaller --save_ckpt_freq")

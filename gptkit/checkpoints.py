@@ -131,20 +131,14 @@ class BackgroundSaver:
             {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
             for tensors in (model, training)
         )
-        self._future = self._pool.submit(self._write, state, weights, rest, tokenizer, then)
+        write = functools.partial(save_checkpoint, self.output_dir, state, weights, rest, tokenizer, self.keep)
+        self._future = self._pool.submit(self._write, state["step"], write, then)
 
-    def _write(
-        self,
-        state: dict[str, Any],
-        model: Mapping[str, torch.Tensor],
-        training: Mapping[str, torch.Tensor],
-        tokenizer: Mapping[str, bytes],
-        then: Callable[[], None],
-    ) -> None:
+    def _write(self, step: int, write: Callable[[], Path], then: Callable[[], None]) -> None:
         try:
-            save_checkpoint(self.output_dir, state, model, training, tokenizer, self.keep)
+            write()
         except (UserError, OSError) as error:
-            self._fail(state["step"], str(error))
+            self._fail(step, str(error))
         else:
             self.failure = None
             then()
@@ -275,8 +269,8 @@ def best_first(checkpoints: list[Path]) -> list[Path]:
 
     def val_loss(folder: Path) -> float:
         try:
-            loss = float(_read_state(folder)["val_loss"])
-        except (OSError, KeyError, TypeError, ValueError):
+            loss = float(state_if_readable(folder)["val_loss"])
+        except (KeyError, TypeError, ValueError):
             return math.inf
         return math.inf if math.isnan(loss) else loss
 
@@ -324,6 +318,14 @@ def _read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("version") != VERSION:
         raise ValueError("not a checkpoint that this version reads")
     return state
+
+
+def state_if_readable(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint that may be damaged; empty where it cannot be read."""
+    try:
+        return _read_state(folder)
+    except (OSError, ValueError):
+        return {}
 
 
 def read_state(folder: Path) -> dict[str, Any]:
