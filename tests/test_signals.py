@@ -17,7 +17,7 @@ from test_resume import curve, n_reported, newest, small_run
 from gptkit.checkpoints import verify
 from gptkit.signals import STOPPED
 
-STEPS = ("--max_steps", 60)
+STEPS = ("--max_steps", 200)  # enough for a signal to come in time
 
 
 def run_until(
