@@ -16,6 +16,7 @@ a time, at the same minutes.
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -85,7 +86,8 @@ def train_nanogpt(folder: Path, data: Path, tokenizer: Any, minutes: float) -> t
 def train_ours(
     data: Path, tokenizer: Path, minutes: float, output_dir: Path, extra: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Run pretraining.py for so long; what came out."""
+    """Run pretraining.py for so long, from the beginning; what came out."""
+    shutil.rmtree(output_dir, ignore_errors=True)
     command = [sys.executable, str(ROOT / "pretraining.py"), "--data_dir", str(data / "text_is_not_needed")]
     command += ["--use_pretokenized", "--pretokenized_dir", str(data), "--tokenizer", "sentencepiece"]
     command += ["--tokenizer_path", str(tokenizer), "--output_dir", str(output_dir), "--device", "cpu"]

@@ -344,13 +344,16 @@ def read_tensors(folder: Path, file: str, device: torch.device) -> dict[str, tor
         raise UserError(f"{folder / file}: cannot be read ({error}); remove {folder} to use an older checkpoint")
 
 
-def load_model(folder: Path, build: Callable[[dict[str, Any]], Model], device: torch.device) -> Model:
+def load_model(folder: Path, build: Callable[[dict[str, Any]], Model], vocab_size: int, device: torch.device) -> Model:
     """The model of a checkpoint, which `build` makes from its dimensions and the weights are put into.
 
-    Nothing is allocated before the dimensions are known to be those of the weights in the file. Raises UserError.
+    vocab_size is the tokenizer's. Nothing is allocated before the dimensions are known to be those of the weights in
+    the file. Raises UserError.
     """
     try:
         dimensions = read_state(folder)["identity"]["model"]
+        if dimensions["vocab_size"] != vocab_size:
+            raise ValueError(f"its tokenizer has {vocab_size} ids, and the model {dimensions['vocab_size']!r}")
         with torch.device("meta"):
             expected = {name: list(tensor.shape) for name, tensor in build(dimensions).state_dict().items()}
         with safe_open(folder / MODEL_FILE, "pt") as file:

@@ -40,6 +40,7 @@ UNKNOWN_BITS = 12.5
 SEPARATOR = "<|endoftext|>"  # between the works of a .txt file
 JSONL_NAMES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 BLOCK_CHARS = 1 << 20
+MAX_LINE_BYTES = 32 << 20  # of JSONL: ten million characters, more than any novel
 # How compressed files begin: a name may lie, when a browser has unpacked what it fetched.
 MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open}
 
@@ -224,7 +225,10 @@ def _works_of_jsonl(path: Path) -> Iterator[str]:
         opened = next((opener for magic, opener in MAGIC.items() if head.startswith(magic)), None)
         number = 0
         try:
-            for number, line in enumerate(cast(BinaryIO, opened(raw, "rb") if opened else raw), start=1):
+            file = cast(BinaryIO, opened(raw, "rb") if opened else raw)
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte-order mark
                 if line.strip():
                     yield _text_of_line(line)

@@ -37,6 +37,7 @@ DEFAULT_SEPARATOR = "<|endoftext|>"
 SPLITS = ("train", "val")
 SELF_CHECK_CHARS = 200_000  # characters of the corpus on which a tokenizer is tried before tokens are written
 COUNTS = ("documents", "tokens", "characters", "unknown_tokens")
+MAX_COUNT = 1 << 53  # of one shard: all sums stay exact
 WRITTEN_HERE = re.compile(rf"(?:{'|'.join(SPLITS)})_.*\.npy|\..*\.(?:npy|json)(?:\.\d+)?\.partial")
 
 
@@ -67,11 +68,12 @@ def find_text_shards(data_dir: Path) -> TextShards:
                 str(manifest["separator"]),
                 [shard.get("sha256") for shard in shards],
             )
+            found.separator.encode()  # a lone surrogate is in no UTF-8 text
+            missing = [path.name for path in found.paths if not path.is_file()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{data_dir / 'manifest.json'} describes no text shards ({error!r}); prepare the folder again"
             )
-        missing = [path.name for path in found.paths if not path.is_file()]
         if missing:
             raise UserError(f"{data_dir} lacks {missing[0]}, which its manifest names; prepare the folder again")
     else:
@@ -190,7 +192,7 @@ def tokenize_shard(
     return record
 
 
-def _difference(old: dict[str, Any] | None, sources: dict[str, Any], output: Path) -> str | None:
+def _difference(old: dict[str, Any] | None, sources: dict[str, Any], output: Path, vocab_size: int) -> str | None:
     """Why the record of an earlier run does not serve (None: it does)."""
     if old is None:
         return "new"
@@ -200,18 +202,28 @@ def _difference(old: dict[str, Any] | None, sources: dict[str, Any], output: Pat
         return "the tokenizer changed"
     if old.get("threshold") != sources["threshold"]:
         return "the choice of validation works changed"
-    return _damage(old, output)
+    return _damage(old, output, vocab_size)
 
 
-def _damage(record: dict[str, Any], folder: Path) -> str | None:
-    """What is wrong with the token shards of a record (None: nothing)."""
+def _damage(record: Any, folder: Path, vocab_size: int) -> str | None:
+    """What is wrong with a record, or with the token shards it names (None: nothing)."""
     for split in SPLITS:
         try:
-            path = folder / Path(record[split]["file"]).name
-            if not path.is_file() or sha256_of(path) != record[split]["sha256"]:
+            shard = record[split]
+            path = folder / shard["file"]
+            if path.name != shard["file"] or not WRITTEN_HERE.fullmatch(path.name):  # no path leads out of the folder
+                return f"its record names {shard['file']!a}"
+            if not all(type(shard[name]) is int and 0 <= shard[name] < MAX_COUNT for name in COUNTS):
+                return "its record has counts that are none"
+            if not path.is_file() or sha256_of(path) != shard["sha256"]:
                 return f"{path.name} is missing or damaged"
+            tokens = open_token_shard(path, token_dtype(vocab_size), shard["tokens"])
+            if len(tokens) and int(tokens.max()) >= vocab_size:
+                return f"{path.name} has the id {tokens.max()}, and the tokenizer has {vocab_size} ids"
         except (KeyError, TypeError):
             return "its record is damaged"
+        except ValueError as error:
+            return str(error)
     return None
 
 
@@ -270,7 +282,9 @@ def _update(
     """Tokenize, by `run`, what does not match its sources; the records that hold then."""
     output.mkdir(parents=True, exist_ok=True)
     old = [_read_record(output / f"{path.stem}.json") for path in text.paths]
-    reasons = {i: why for i, record in enumerate(old) if (why := _difference(record, sources[i], output))}
+    reasons = {
+        i: why for i, record in enumerate(old) if (why := _difference(record, sources[i], output, tokenizer.vocab_size))
+    }
     records = {i: record for i, record in enumerate(old) if record is not None and i not in reasons}
     reasons = {i: why for i, why in reasons.items() if i % part[1] == part[0] - 1}
     if reasons:
@@ -347,23 +361,13 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _write_manifest(
-    output: Path, tokenizer: "Tokenizer", text: TextShards, val_fraction: float, records: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Clear away shards of text that is gone, then write manifest.json and return it."""
-    named = {"manifest.json", *(f"{path.stem}.json" for path in text.paths)} | {
-        record[split]["file"] for record in records for split in SPLITS
-    }
-    stale = [path for path in output.iterdir() if path.name not in named and _is_ours(path)]
-    if stale:
-        (output / "manifest.json").unlink(missing_ok=True)  # it may name them
-    for path in stale:
-        path.unlink()
-    manifest = {
+def _manifest(name: str, tokenizer: "Tokenizer", val_fraction: float, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What manifest.json says of such records; `name` is what the tokenizer was called when they were made."""
+    return {
         "format": TOKEN_FORMAT,
         "version": 1,
         "tokenizer": {
-            "name": tokenizer.name,
+            "name": name,
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "end_of_text_id": tokenizer.end_of_text_id,
@@ -379,6 +383,21 @@ def _write_manifest(
         ).hexdigest(),
         "shards": records,
     }
+
+
+def _write_manifest(
+    output: Path, tokenizer: "Tokenizer", text: TextShards, val_fraction: float, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Clear away shards of text that is gone, then write manifest.json and return it."""
+    named = {"manifest.json", *(f"{path.stem}.json" for path in text.paths)} | {
+        record[split]["file"] for record in records for split in SPLITS
+    }
+    stale = [path for path in output.iterdir() if path.name not in named and _is_ours(path)]
+    if stale:
+        (output / "manifest.json").unlink(missing_ok=True)  # it may name them
+    for path in stale:
+        path.unlink()
+    manifest = _manifest(tokenizer.name, tokenizer, val_fraction, records)
     if _read_record(output / "manifest.json") != manifest:  # a folder that matches may be one that cannot be written
         write_json(output / "manifest.json", manifest)
     return manifest
@@ -393,7 +412,10 @@ def load_manifest(folder: Path, tokenizer: "Tokenizer") -> dict[str, Any]:
         made_by = manifest["tokenizer"]
         if made_by["fingerprint"] != tokenizer.fingerprint:
             raise UserError(f"{folder} was made by another tokenizer, {made_by['name']}, and not {tokenizer.name}")
-        damage = next(filter(None, (_damage(record, folder) for record in manifest["shards"])), None)
+        records = manifest["shards"]
+        damage = next(filter(None, (_damage(record, folder, tokenizer.vocab_size) for record in records)), None)
+        if not damage and manifest != _manifest(made_by["name"], tokenizer, manifest["val_fraction"], records):
+            damage = "its manifest.json does not agree with its shards"
     except (KeyError, TypeError) as error:
         damage = f"its manifest.json is damaged ({error!r})"
     if damage:
@@ -408,7 +430,7 @@ def describe_tokens(manifest: dict[str, Any]) -> str:
     train, val, by = manifest["train"], manifest["val"], manifest["tokenizer"]
     return (
         f"{manifest['documents']:,} works, {manifest['tokens']:,} tokens ({train['tokens']:,} to train on, {val['tokens']:,}"
-        f" for validation), {manifest['characters'] / manifest['tokens']:.2f} characters a token,"
+        f" for validation), {manifest['characters'] / max(manifest['tokens'], 1):.2f} characters a token,"
         f" {unknown:,} unknown{share}; {by['name']}, {by['vocab_size']:,} ids"
     )
 

@@ -6,9 +6,18 @@ never read out of text. What files to fetch, end-of-text, newlines and lower cas
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
+
+MAX_IDS = 1 << 24  # far above any vocabulary; what a damaged file claims is bounded by it
+
+
+def _require_ids(ids: Iterable[Any], what: str) -> None:
+    """Raise ValueError where one is no id."""
+    for found in ids:
+        if type(found) is not int or not 0 <= found < MAX_IDS:
+            raise ValueError(f"{what} has the id {found!r}")
 
 
 class Backend(Protocol):
@@ -51,6 +60,7 @@ class SentencePieceBackend:
         self._model = model
         sp = self._processor
         self.vocab_size = sp.vocab_size()
+        self.pieces()  # raises UnicodeDecodeError, a ValueError, where one is no text
         self.unknown_id: int | None = sp.unk_id()
         self.special_ids = frozenset(
             i for i in range(self.vocab_size) if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
@@ -110,10 +120,12 @@ class TokenizersBackend:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        _require_ids(vocabulary.values(), "its vocabulary")
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
         model = json.loads(content).get("model", {})
         unknown = model.get("unk_token")
         self.unknown_id: int | None = model.get("unk_id") if unknown is None else vocabulary.get(unknown)
+        _require_ids([] if self.unknown_id is None else [self.unknown_id], "its unknown token")
         added = self._tokenizer.get_added_tokens_decoder()
         unknown_ids = frozenset() if self.unknown_id is None else frozenset({self.unknown_id})
         self.special_ids = frozenset(i for i, token in added.items() if token.special) | unknown_ids
@@ -171,10 +183,13 @@ class TiktokenBackend:
             mergeable_ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
             options = json.loads(settings)
             self._special: dict[str, int] = options["special_tokens"]
+            _require_ids((*mergeable_ranks.values(), *self._special.values()), "it")
+            if len({*mergeable_ranks.values(), *self._special.values()}) != len(mergeable_ranks) + len(self._special):
+                raise ValueError("two tokens have one id")
             self._encoding = tiktoken.Encoding(
                 "saved", pat_str=options["pattern"], mergeable_ranks=mergeable_ranks, special_tokens=self._special
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a saved tiktoken encoding ({error})")
         self._files = {self.RANKS_FILE: ranks, self.SETTINGS_FILE: settings}
         self.vocab_size = self._encoding.max_token_value + 1

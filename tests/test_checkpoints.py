@@ -257,11 +257,11 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 
 def test_names_are_those_of_the_bare_model(tmp_path: Path) -> None:
     """torch.compile and DistributedDataParallel put words of their own before each name."""
-    state = {"step": 1, "val_loss": None, "identity": {"model": {}}}
+    state = {"step": 1, "val_loss": None, "identity": {"model": {"vocab_size": 7}}}
     bare = nn.Linear(2, 2)
     wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in bare.state_dict().items()}
     folder = save_checkpoint(tmp_path, state, wrapped, {}, TOKENIZER)
-    assert torch.equal(load_model(folder, lambda _: nn.Linear(2, 2), CPU).weight, bare.weight)
+    assert torch.equal(load_model(folder, lambda _: nn.Linear(2, 2), 7, CPU).weight, bare.weight)
 
 
 def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
@@ -314,10 +314,10 @@ def test_dimensions_that_the_weights_do_not_have_allocate_nothing(tmp_path: Path
     def build(dimensions: dict[str, Any]) -> nn.Linear:
         return nn.Linear(dimensions["inputs"], 2, bias=False)
 
-    state = {"step": 1, "val_loss": None, "identity": {"model": {"inputs": 10**12}}}
+    state = {"step": 1, "val_loss": None, "identity": {"model": {"vocab_size": 7, "inputs": 10**12}}}
     folder = save_checkpoint(tmp_path, state, {"weight": torch.ones(2, 3)}, {}, TOKENIZER)
     with pytest.raises(UserError, match=r"weight is \[2, 3\], not \[2, 1000000000000\]"):
-        load_model(folder, build, CPU)
+        load_model(folder, build, 7, CPU)
 
 
 def fail(error: BaseException) -> Any:
@@ -383,15 +383,17 @@ def test_a_model_from_its_dimensions_and_weights(tmp_path: Path) -> None:
     def build(dimensions: dict[str, Any]) -> nn.Linear:
         return nn.Linear(dimensions["inputs"], dimensions["outputs"])
 
-    kept, dimensions = nn.Linear(3, 2), {"inputs": 3, "outputs": 2}
+    kept, dimensions = nn.Linear(3, 2), {"vocab_size": 7, "inputs": 3, "outputs": 2}
     state = {"step": 1, "val_loss": 5.0, "identity": {"model": dimensions}}
     folder = save_checkpoint(tmp_path, state, kept.state_dict(), {}, TOKENIZER)
-    loaded = load_model(folder, build, CPU)
+    loaded = load_model(folder, build, 7, CPU)
     assert torch.equal(loaded.weight, kept.weight)
     assert torch.equal(loaded.bias, kept.bias)
     with pytest.raises(
         UserError, match=r"step_00000001 is damaged or from another version \(.*\); use another checkpoint"
     ):
-        load_model(folder, lambda dimensions: build(dimensions | {"inputs": 4}), CPU)
+        load_model(folder, lambda dimensions: build(dimensions | {"inputs": 4}), 7, CPU)
     with pytest.raises(UserError, match=r"damaged or from another version \('width'\)"):
-        load_model(folder, lambda dimensions: build({"inputs": dimensions["width"]}), CPU)
+        load_model(folder, lambda dimensions: build({"inputs": dimensions["width"]}), 7, CPU)
+    with pytest.raises(UserError, match=r"its tokenizer has 9 ids, and the model 7"):
+        load_model(folder, build, 9, CPU)

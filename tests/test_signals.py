@@ -97,6 +97,19 @@ def test_a_signal_in_any_phase(
         assert [r["val_loss"] for r in curve(output)[last]] == [r["val_loss"] for r in curve(whole)[last]]
 
 
+def test_a_signal_while_the_model_is_compiled(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's own processes end too."""
+    cache, output = tmp_path / "inductor", tmp_path / "out"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    arguments = (*small_run(shards, output, "muon"), *STEPS, "--compile")
+    code, seconds, errors = run_until(output, arguments, lambda said: any(cache.rglob("*.cpp")), signal.SIGTERM)
+    assert code == STOPPED, errors
+    assert seconds < 10
+    assert "stopped by SIGTERM: " in errors
+    assert "Traceback" not in errors
+    assert not output.exists() or not any(output.glob("*step_*"))
+
+
 def test_a_stop_between_two_reports_leaves_no_trace(tmp_path: Path, shards: Path, whole: Path) -> None:
     """The training loss of a report is the mean of all steps since the last one, also those of an earlier session."""
     output = tmp_path / "out"
