@@ -6,22 +6,17 @@ The figure to compare models by is bits_per_char, whatever their tokenizers; gpt
 output gets the JSON object alone, standard error the rest.
 """
 
-import contextlib
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
-
-from tqdm import tqdm
 
 from gpt_model import GPTConfig, GPTModel
 from gptkit import checkpoints, devices
 from gptkit.command_line import UserError, existing_path, run_command, setting
 from gptkit.evaluation import read_works, score_works
-from gptkit.run_log import QUIET_S, format_duration
+from gptkit.run_log import shown
 from gptkit.tokenization import load_saved
 
 
@@ -56,7 +51,9 @@ def main(config: EvaluationConfig) -> None:
         raise UserError(f"--text_path {path} is no file; name a .jsonl or .txt file")
     folder = checkpoints.choose_checkpoint(config.exp_dir, config.checkpoint)
     tokenizer = load_saved(folder / "tokenizer")
-    model = checkpoints.load_model(folder, lambda model: GPTModel(GPTConfig(**model)), device).eval()
+    model = checkpoints.load_model(
+        folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, device
+    ).eval()
     context_length = model.config.context_length
     if config.stride is not None and config.stride > context_length:
         raise UserError(f"--stride {config.stride} is more than the model's context; give at most {context_length}")
@@ -65,7 +62,7 @@ def main(config: EvaluationConfig) -> None:
     print(
         f"{folder}: {model.n_parameters():,} parameters on {devices.describe_device(device)}, {dtype}", file=sys.stderr
     )
-    with shown(n_tokens) as progress:
+    with shown(n_tokens, "token", "evaluate") as progress:
         score = score_works(
             model,
             tokenizer,
@@ -91,29 +88,6 @@ def main(config: EvaluationConfig) -> None:
         "tokenizer": tokenizer.name,
     }
     print(json.dumps(result))  # in ASCII, which every locale shows as it is
-
-
-@contextlib.contextmanager
-def shown(n_tokens: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; elsewhere a line every QUIET_S, and at the end. Gives what is told of tokens just scored."""
-    start = said = time.monotonic()
-    n_done = 0
-
-    def say() -> None:
-        rate = n_done / max(time.monotonic() - start, 1e-9)
-        left = format_duration((n_tokens - n_done) / rate)
-        print(f"{n_done:,} of {n_tokens:,} tokens, {rate:,.0f} tokens/s, ETA {left}", file=sys.stderr, flush=True)
-
-    def update(n_new: int) -> None:
-        nonlocal n_done, said
-        n_done += n_new
-        bar.update(n_new)
-        if bar.disable and (n_done == n_tokens or time.monotonic() - said > QUIET_S):
-            said = time.monotonic()
-            say()
-
-    with tqdm(total=n_tokens, unit="token", unit_scale=True, desc="evaluate", disable=not sys.stderr.isatty()) as bar:
-        yield update
 
 
 def run(config: EvaluationConfig) -> None:

@@ -7,12 +7,12 @@ keys (Henry et al. 2020), SwiGLU (Shazeer 2020), grouped-query attention (Ainsli
 head of its own. Both have pre-norm blocks. Names follow Raschka's "Build a Large Language Model From Scratch". Loss,
 optimizer, sampling and files live elsewhere.
 
-Shapes: B batch, T time (at most context_length), C channels (emb_dim), H heads, G heads of keys and values, D = C / H,
-V vocabulary (padded).
+Shapes: B batch, T time (at most context_length), C channels (emb_dim), H heads, G heads of keys and values, D channels of a
+head (C / H where nothing else is asked for), V vocabulary (padded), L layers, S slots of a cache.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -31,7 +31,7 @@ MOST = {
     "n_heads": 1 << 12,
     "vocab_multiple": 1 << 12,
 }
-Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (T, D)
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (T, D) or (B, T, D)
 
 
 @dataclass(frozen=True)
@@ -53,25 +53,43 @@ class GPTConfig:
     arch: Arch = "gpt2"
     n_kv_heads: int = 0  # modern only: heads of keys and values, each shared by a group of query heads (0: n_heads)
     rope_base: float = 10_000.0  # modern only: RoFormer, section 3.2.2
+    head_width: int = 0  # modern only: channels of a head (0: emb_dim / n_heads)
+    ff_width: int = 0  # modern only: channels within the feed-forward (0: 8/3 of emb_dim, up to a multiple of 32)
+    tied_head: bool = False  # modern only: the embedding is the output head too, as it always is in gpt2
 
     def __post_init__(self) -> None:
         for name, most in MOST.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {most}")
-        if self.emb_dim % self.n_heads:
+        if self.emb_dim % self.n_heads and not self.head_width:
             raise ValueError(f"emb_dim {self.emb_dim} is not a multiple of n_heads {self.n_heads}")
+        for name in ("head_width", "ff_width"):
+            if not 0 <= getattr(self, name) <= MOST["emb_dim"] * 8:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 0 and at most {MOST['emb_dim'] * 8}"
+                )
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate is {self.drop_rate}; it must be at least 0 and below 1")
         if self.arch == "modern" and self.head_dim % 2:
-            raise ValueError(f"emb_dim / n_heads is {self.head_dim}; with arch modern it must be even")
+            raise ValueError(
+                f"a head has {self.head_dim} channels (emb_dim / n_heads); with arch modern it must be even"
+            )
         if self.arch not in ARCHS:
             raise ValueError(f"arch {self.arch} is unknown; there are {', '.join(ARCHS)}")
         if self.rope_base <= 1:
             raise ValueError(f"rope_base is {self.rope_base}; it must be more than 1")
         if self.n_kv_heads < 0 or self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.arch == "gpt2" and self.kv_heads != self.n_heads:
-            raise ValueError(f"n_kv_heads {self.n_kv_heads} needs arch modern; gpt2 has as many as n_heads")
+        if self.arch == "gpt2":
+            for name, value in (
+                ("n_kv_heads", self.kv_heads - self.n_heads),
+                ("head_width", self.head_width),
+                ("ff_width", self.ff_width),
+            ):
+                if value:
+                    raise ValueError(
+                        f"{name} {getattr(self, name)} needs arch modern; in gpt2 it follows from the others"
+                    )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -79,7 +97,7 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.emb_dim // self.n_heads
+        return self.head_width or self.emb_dim // self.n_heads
 
     @property
     def kv_heads(self) -> int:
@@ -88,7 +106,7 @@ class GPTConfig:
     @property
     def n_block_parameters(self) -> int:
         """The entries of the blocks' matrices."""
-        attention = self.emb_dim * (2 * self.emb_dim + 2 * self.kv_heads * self.head_dim)
+        attention = self.emb_dim * self.head_dim * (2 * self.n_heads + 2 * self.kv_heads)
         feed_forward = (2 if self.arch == "gpt2" else 3) * self.emb_dim * self.hidden_dim
         return self.n_layers * (attention + feed_forward)
 
@@ -97,7 +115,11 @@ class GPTConfig:
         """The inner width of the feed-forward: four times emb_dim, or with three matrices in place of two 8/3 times."""
         if self.arch == "gpt2":
             return 4 * self.emb_dim
-        return math.ceil(self.emb_dim * 8 / 3 / 32) * 32
+        return self.ff_width or math.ceil(self.emb_dim * 8 / 3 / 32) * 32
+
+    @property
+    def is_tied(self) -> bool:
+        return self.tied_head or self.arch == "gpt2"
 
 
 # GPT-2's four sizes, and five for less than a day of a GPU.
@@ -135,9 +157,40 @@ def rotation(config: GPTConfig) -> Rotation:
 
 def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:  # (B, T, H, D) -> (B, T, H, D)
     """Turn channel i and channel i + D / 2 as a pair, by the angle of the position."""
-    cos, sin = (table[:, None].to(x.dtype) for table in by)  # (T, 1, D)
+    cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in by)  # (T, 1, D)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The keys and values of what each row of a batch has read, so that a further token costs one position's work.
+
+    Slot i of a row is position i of its text. Slots beyond a row's length hold what is to be overwritten.
+    """
+
+    keys: torch.Tensor  # (L, B, G, S, D); of a single layer (B, G, S, D)
+    values: torch.Tensor
+
+    def rows(self, which: slice) -> "Cache":
+        """Some rows: what is written there is written here."""
+        return Cache(self.keys[:, which], self.values[:, which])
+
+    def layer(self, number: int) -> "Cache":
+        return Cache(self.keys[number], self.values[number])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a call that uses a cache stands in its rows: at the beginning (T > 1), or one token further (T = 1)."""
+
+    cache: Cache
+    positions: torch.Tensor  # (T,), or where T = 1 (B, 1)
+    mask: torch.Tensor | None  # (B, 1, 1, n_slots): the slots a row has filled. None: all of them
+    n_slots: int  # the first so many are looked at where T = 1
+
+    def of_layer(self, number: int) -> "Reading":
+        return replace(self, cache=self.cache.layer(number))
 
 
 class CausalSelfAttention(nn.Module):
@@ -149,19 +202,40 @@ class CausalSelfAttention(nn.Module):
         modern = config.arch == "modern"
         self.widths = [heads * config.head_dim for heads in (config.n_heads, config.kv_heads, config.kv_heads)]
         self.qkv = nn.Linear(config.emb_dim, sum(self.widths), bias=config.qkv_bias and not modern)
-        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim, bias=not modern)
+        self.out_proj = nn.Linear(self.widths[0], config.emb_dim, bias=not modern)
         self.q_norm, self.k_norm = (norm_of(config, config.head_dim) if modern else nn.Identity() for _ in range(2))
 
-    def forward(self, x: torch.Tensor, by: Rotation | None) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
-        B, T, C = x.shape
+    def forward(
+        self, x: torch.Tensor, by: Rotation | None, reading: Reading | None = None
+    ) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
+        B, T, _ = x.shape
         q, k, v = (t.view(B, T, -1, self.config.head_dim) for t in self.qkv(x).split(self.widths, dim=-1))
         if by is not None:
             q, k = rotate(self.q_norm(q), by), rotate(self.k_norm(k), by)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
         dropout = self.config.drop_rate if self.training else 0.0
         grouped = self.config.kv_heads < self.config.n_heads
-        context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
-        return self.out_proj(context.transpose(1, 2).reshape(B, T, C))
+        mask = None
+        if reading is not None:
+            k, v, mask = self.remember(k, v, reading)
+        context = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p=dropout, is_causal=T > 1, enable_gqa=grouped
+        )  # (B, H, T, D)
+        return self.out_proj(context.transpose(1, 2).reshape(B, T, -1))
+
+    @staticmethod
+    def remember(
+        k: torch.Tensor, v: torch.Tensor, reading: Reading
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Put keys and values, each (B, G, T, D), into the cache of a layer; those to attend to, and which of them."""
+        keys, values = reading.cache.keys, reading.cache.values
+        T = k.shape[2]
+        if T > 1:
+            keys[:, :, :T], values[:, :, :T] = k, v
+            return k, v, None
+        rows, slots = torch.arange(len(k), device=k.device), reading.positions[:, 0]
+        keys[rows, :, slots], values[rows, :, slots] = k[:, :, 0], v[:, :, 0]
+        return keys[:, :, : reading.n_slots], values[:, :, : reading.n_slots], reading.mask
 
 
 class FeedForward(nn.Module):
@@ -193,8 +267,10 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(config)
         self.dropout = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: torch.Tensor, by: Rotation | None) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.dropout(self.att(self.norm1(x), by))
+    def forward(
+        self, x: torch.Tensor, by: Rotation | None, reading: Reading | None = None
+    ) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.dropout(self.att(self.norm1(x), by, reading))
         return x + self.dropout(self.ff(self.norm2(x)))
 
 
@@ -208,16 +284,18 @@ class GPTModel(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.tok_emb = nn.Embedding(config.padded_vocab_size, config.emb_dim)  # gpt2: also the output head
+        self.tok_emb = nn.Embedding(config.padded_vocab_size, config.emb_dim)  # tied: also the output head
         if config.arch == "gpt2":
             self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         else:
-            self.out_head = nn.Linear(config.emb_dim, config.padded_vocab_size, bias=False)
+            if not config.is_tied:
+                self.out_head = nn.Linear(config.emb_dim, config.padded_vocab_size, bias=False)
             for name, table in zip(("cos", "sin"), rotation(config), strict=True):
                 self.register_buffer(name, table, persistent=False)
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.final_norm = norm_of(config, config.emb_dim)
+        self.quick_head: nn.Module | None = None  # in place of the last product where it is only to write, not to train
         # A bias of the last product, not a mask after it: padding costs no second pass over the logits.
         padding_bias = torch.zeros(config.padded_vocab_size)
         padding_bias[config.vocab_size :] = -torch.inf
@@ -241,8 +319,8 @@ class GPTModel(nn.Module):
     def _initialize_modern(self, module: nn.Module) -> None:
         """As modded-nanogpt (Jordan et al. 2024): a block begins as the identity, the head with all words alike."""
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
-        elif module is self.out_head:
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5 if self.config.is_tied else 1.0)
+        elif not self.config.is_tied and module is self.out_head:
             nn.init.zeros_(self.out_head.weight)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=(2 * module.in_features) ** -0.5)
@@ -250,27 +328,59 @@ class GPTModel(nn.Module):
     @property
     def head_weight(self) -> torch.Tensor:
         """The matrix of the last product: (V, C)."""
-        return self.tok_emb.weight if self.config.arch == "gpt2" else self.out_head.weight
+        return self.tok_emb.weight if self.config.is_tied else self.out_head.weight
 
-    def features(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T) -> (B, T, C)
+    def features(self, ids: torch.Tensor, reading: Reading | None = None) -> torch.Tensor:  # (B, T) -> (B, T, C)
         """What the last product turns into logits."""
         T = ids.shape[1]
         if T > self.config.context_length:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context_length}")
+        positions = torch.arange(T, device=ids.device) if reading is None else reading.positions
         x = self.tok_emb(ids)  # (B, T, C)
         by: Rotation | None = None
         if self.config.arch == "gpt2":
-            x = x + self.pos_emb(torch.arange(T, device=ids.device))
+            x = x + self.pos_emb(positions)
         else:
-            by = self.cos[:T], self.sin[:T]
+            by = (self.cos[:T], self.sin[:T]) if reading is None else (self.cos[positions], self.sin[positions])
         x = self.drop_emb(x)
-        for block in self.trf_blocks:
-            x = block(x, by)
+        for number, block in enumerate(self.trf_blocks):
+            x = block(x, by, reading.of_layer(number) if reading else None)
         return self.final_norm(x)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T) -> (B, T, V)
+    def logits(self, x: torch.Tensor) -> torch.Tensor:  # (…, C) -> (…, V)
         bias = self.padding_bias if self.config.vocab_size < self.config.padded_vocab_size else None
-        return F.linear(self.features(ids), self.head_weight, bias)
+        return F.linear(x, self.head_weight, bias) if self.quick_head is None else self.quick_head(x)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T) -> (B, T, V)
+        return self.logits(self.features(ids))
+
+    def new_cache(self, batch_size: int, n_slots: int) -> Cache:
+        """An empty cache, of the weights' type and on their device."""
+        weight = self.tok_emb.weight
+        shape = (self.config.n_layers, batch_size, self.config.kv_heads, n_slots, self.config.head_dim)
+        keys, values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        return Cache(keys, values)
+
+    def next_logits(
+        self, ids: torch.Tensor, lengths: torch.Tensor, cache: Cache, n_slots: int | None
+    ) -> torch.Tensor:  # (B, T), (B,) -> (B, V)
+        """Logits of the id that follows each row, which then has `lengths` ids, by means of what the cache holds.
+
+        With T > 1 a row is read from its beginning, its ids to the left, and what stands beyond its length is not
+        looked at; with T = 1 its last id is read. Then only the first n_slots of the cache are looked at: as many as
+        the longest row has ids, or (for shapes that never change) None, all of them.
+        """
+        B, T = ids.shape
+        if T > 1:
+            reading = Reading(cache, torch.arange(T, device=ids.device), None, T)
+        else:
+            n_looked_at = n_slots or cache.keys.shape[3]
+            is_filled = torch.arange(n_looked_at, device=ids.device) < lengths[:, None]  # (B, n_slots)
+            mask = None if B == 1 and n_slots else is_filled[:, None, None]
+            reading = Reading(cache, lengths[:, None] - 1, mask, n_looked_at)
+        x = self.features(ids, reading)  # (B, T, C)
+        last = x[torch.arange(B, device=ids.device), lengths - 1] if T > 1 else x[:, 0]  # (B, C)
+        return self.logits(last)
 
     def n_parameters(self) -> int:
         """All parameters, a tied embedding counted once."""
@@ -283,4 +393,4 @@ class GPTModel(nn.Module):
         """
         config = self.config
         n_matrix = config.n_block_parameters + config.padded_vocab_size * config.emb_dim
-        return 6 * n_matrix + 12 * config.n_layers * config.emb_dim * config.context_length
+        return 6 * n_matrix + 12 * config.n_layers * config.n_heads * config.head_dim * config.context_length

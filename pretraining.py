@@ -28,7 +28,7 @@ from gptkit.command_line import UserError, existing_path, run_command, setting
 from gptkit.compilation import Loss, TooLarge, batch_that_fits, compile_and_try, memory_told, optimizer_step_s
 from gptkit.evaluation import mean_loss
 from gptkit.files import held, read_json, signature, write_json
-from gptkit.generation import generate
+from gptkit.generation import SamplingSettings, Text, write
 from gptkit.optimizers import (
     build_optimizer,
     import_galore,
@@ -482,7 +482,7 @@ def start_from_bigrams(config: PretrainingConfig, model: GPTModel, batches: Trai
     """Fit embedding and head of a new modern model to the counts of token pairs."""
     known = len(batches.tokens) >= MIN_TOKENS_PER_WORD * model.config.vocab_size
     n_steps = (50 if known else 0) if config.bigram_steps is None else config.bigram_steps
-    if config.arch == "modern" and n_steps:
+    if not model.config.is_tied and n_steps:
         start = time.monotonic()
         weights = model.tok_emb.weight, model.head_weight
         loss = fit_to_bigrams(batches.tokens, *weights, model.config.vocab_size, n_steps, config.seed)
@@ -583,20 +583,10 @@ def announce(run: Run, progress: Progress, n_steps: int, step_s: dict[str, float
 
 def sample_text(run: Run) -> str:
     """What the model writes after --start_context; the same random numbers each time."""
-    config, model, tokenizer = run.config, run.model, run.tokenizer
-    prompt = [tokenizer.end_of_text_id, *tokenizer.encode(config.start_context)]
-    ids = generate(
-        model,
-        prompt,
-        max_new_tokens=50,
-        context_length=model.config.context_length,
-        temperature=0.8,
-        top_k=40,
-        end_of_text_id=tokenizer.end_of_text_id,
-        banned_ids=tokenizer.never_written,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    return config.start_context + tokenizer.decode_continuation(prompt, list(ids))
+    tokenizer, start = run.tokenizer, run.config.start_context
+    text = Text(tokenizer, [tokenizer.end_of_text_id, *tokenizer.encode(start)], run.config.seed)
+    how = SamplingSettings(temperature=0.8, top_k=40)
+    return start + "".join(piece for _, piece in write(run.model, [text], how, 50, run.model.config.context_length))
 
 
 def closing_words(output_dir: Path, progress: Progress, n_steps: int) -> str:

@@ -49,7 +49,7 @@ class _OneLineParser(argparse.ArgumentParser):
 def parse(config_class: type[Config], arguments: Sequence[str] | None = None) -> Config:
     """The settings that `arguments` (default: the command line) ask for.
 
-    Fields may be bool, int, float, str, a Literal of strings, or one of these `| None`.
+    Fields may be bool, int, float, str, a Literal of strings, or one of these `| None`; or tuple[str, ...].
     Raises UserError for an unknown flag, a value of the wrong type or one out of its bounds.
     """
     parser = _OneLineParser(description=config_class.__doc__, allow_abbrev=False)
@@ -65,16 +65,38 @@ def parse(config_class: type[Config], arguments: Sequence[str] | None = None) ->
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple:
+            options |= {"nargs": "+", "type": str, "metavar": "TEXT"}
         else:
             options["type"] = kind
             options["metavar"] = kind.__name__.upper()
-        if field.default not in (dataclasses.MISSING, None) and kind is not bool:
+        if field.default not in (dataclasses.MISSING, None, ()) and kind is not bool:
             options["help"] += f" (default: {str(field.default).replace('%', '%%')})"
         parser.add_argument(f"--{field.name}", **options)
-    values = vars(parser.parse_args(arguments))
-    for field in fields:
-        _check_bounds(field, values[field.name])
-    return config_class(**values)
+    values = vars(parser.parse_args(arguments)).items()
+    config = config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
+    check_bounds(config)
+    return config
+
+
+def check_bounds(config: Any) -> None:
+    """Raise UserError where a number among the settings is out of its bounds."""
+    for field in dataclasses.fields(config):
+        _check_bounds(field, getattr(config, field.name))
+
+
+def changed(config: Config, name: str, value: str) -> Config:
+    """The settings, of which none is required, with one given anew as its flag would be; "none" where it may be left out.
+
+    Raises UserError.
+    """
+    hints = typing.get_type_hints(type(config))
+    if name not in hints:
+        raise UserError(f"there is no setting {name}; there are {', '.join(hints)}")
+    given: Any = None
+    if value.lower() != "none" or _without_none(hints[name]) is hints[name]:
+        given = getattr(parse(type(config), [f"--{name}={value}"]), name)
+    return dataclasses.replace(typing.cast(Any, config), **{name: given})
 
 
 def _without_none(hint: Any) -> Any:

@@ -1,60 +1,280 @@
-"""Text by a language model, one token after the other.
+"""Text by a language model, one token after the other, with a cache; several texts at once.
 
-Shapes: T time, V vocabulary.
+`prefill` reads prompts, `decode_one_token` goes one token further, `sample` chooses: each a function of its arguments
+(and of the cache, which the first two fill). `generate` is the loop over them, in ids, and `write` gives their text
+as it comes.
+
+Past the context's end: a text of n ids is read from `window_start(n)` on. So the window moves on by half a context at
+a time, when it is full, and is read anew; in between a token costs one position's work.
+
+The model gives new_cache(B, S) and next_logits(ids, lengths, cache, n_slots), as gpt_model.py describes them.
+
+Shapes: B batch (rows), T time, V vocabulary, S slots of the cache.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from gptkit.command_line import setting
 
-def sample(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """One id drawn from softmax(logits / temperature) over the top_k likeliest; logits (V,) float32 on the CPU.
+if TYPE_CHECKING:
+    from gptkit.tokenization import Tokenizer
 
-    Temperature 0 takes the likeliest. Top-k: Fan et al. 2018, "Hierarchical Neural Story Generation", section 5.
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
+Decode = Callable[[Any, torch.Tensor, torch.Tensor, Any, int | None], torch.Tensor]
+Finish = Literal["length", "end_of_text", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How the next token is drawn. They apply in this order: repetition penalty, temperature, top-k, top-p, min-p."""
+
+    temperature: float = setting(0.8, "0 takes the likeliest token; higher is bolder", at_least=0)
+    top_k: int | None = setting(None, "draw from the k likeliest tokens only", at_least=1)
+    top_p: float | None = setting(
+        None, "draw from the likeliest tokens that together have this probability", more_than=0, at_most=1
+    )
+    min_p: float | None = setting(
+        None, "draw from tokens at least so likely, in parts of the likeliest one", at_least=0, at_most=1
+    )
+    repetition_penalty: float = setting(
+        1.0, "above 1: tokens that stand in the text already are less likely", more_than=0, at_most=100
+    )
+
+
+def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:  # (V,), (n,) -> (V,)
+    """Logits of the ids seen, divided by the penalty where positive, else multiplied: Keskar et al. 2019 (CTRL), 4.1."""
+    of_seen = logits[seen]
+    return logits.scatter(0, seen, torch.where(of_seen < 0, of_seen * penalty, of_seen / penalty))
+
+
+def kept(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:  # (V,) -> (V,) float64
+    """Logits over the temperature, which must not be 0, with -inf for what is not drawn from.
+
+    Top-k: Fan et al. 2018, "Hierarchical Neural Story Generation", section 5. Top-p: Holtzman et al. 2020, "The Curious
+    Case of Neural Text Degeneration", section 3.1. Min-p: Nguyen et al. 2024, "Turning Up the Heat", section 3.
     """
-    if temperature == 0:
+    scaled = (logits - logits.max()).double() / settings.temperature  # the likeliest at 0: no temperature overflows
+    if settings.top_k is not None and settings.top_k < len(scaled):
+        scaled = scaled.masked_fill(scaled < scaled.topk(settings.top_k).values[-1], -torch.inf)
+    if settings.top_p is not None and settings.top_p < 1:
+        ascending, order = scaled.sort()
+        is_out = ascending.softmax(-1).cumsum(-1) <= 1 - settings.top_p
+        is_out[-1] = False  # the likeliest stays
+        scaled = scaled.masked_fill(is_out.scatter(0, order, is_out), -torch.inf)
+    if settings.min_p:
+        probabilities = scaled.softmax(-1)
+        scaled = scaled.masked_fill(probabilities < settings.min_p * probabilities.max(), -torch.inf)
+    return scaled
+
+
+def sample(logits: torch.Tensor, settings: SamplingSettings, seen: Sequence[int], generator: torch.Generator) -> int:
+    """One id drawn by the settings after the ids seen; logits (V,) float32 on the CPU. Draws one random number."""
+    if settings.repetition_penalty != 1:
+        logits = penalize(logits, torch.tensor(seen), settings.repetition_penalty)
+    if settings.temperature == 0:
         return int(logits.argmax())
-    candidates = torch.arange(len(logits))
-    if top_k is not None and top_k < len(logits):
-        logits, candidates = logits.topk(top_k)
-    scaled = (logits - logits.max()).double() / temperature  # the likeliest at 0: no temperature overflows
-    return int(candidates[torch.multinomial(torch.softmax(scaled, dim=-1), 1, generator=generator)])
+    cumulative = kept(logits, settings).softmax(-1).cumsum(-1)
+    at = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
+    return int(torch.searchsorted(cumulative, at, right=True))  # never one of probability 0: it ends where it begins
+
+
+def window_start(n_ids: int, context_length: int) -> int:
+    """From which id on a text of n_ids is read: from the first, or a multiple of half the context later."""
+    hop = max(context_length // 2, 1)
+    return hop * max(-(-(n_ids - context_length) // hop), 0)
+
+
+def prefill(model: Any, rows: Sequence[Sequence[int]], cache: Any) -> torch.Tensor:
+    """Read each row from its beginning into the cache; logits (B, V) of what follows each."""
+    longest = max(map(len, rows))
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)  # (B, T)
+    return model.next_logits(ids, torch.tensor([len(row) for row in rows], device=device), cache, longest)
+
+
+def decode_one_token(
+    model: Any, ids: torch.Tensor, lengths: torch.Tensor, cache: Any, n_slots: int | None
+) -> torch.Tensor:  # (B, 1), (B,) -> (B, V)
+    """Read the last id of each row into the cache; logits of what follows each. n_slots: the longest row's length."""
+    return model.next_logits(ids, lengths, cache, n_slots)
+
+
+def compiled_decode() -> Decode:
+    """decode_one_token by torch.compile: shapes stay what they are, so all of the cache is looked at each time."""
+    step = torch.compile(
+        lambda model, ids, lengths, cache: decode_one_token(model, ids, lengths, cache, None),
+        mode="reduce-overhead",
+        fullgraph=True,
+    )
+
+    def decode(model: Any, ids: torch.Tensor, lengths: torch.Tensor, cache: Any, n_slots: int | None) -> torch.Tensor:
+        return step(model, ids, lengths, cache).clone()  # what it gives is overwritten by its next call
+
+    return decode
+
+
+def next_of_rows(
+    model: Any, rows: Sequence[Sequence[int]], starts: list[int], cache: Any, context_length: int, decode: Decode
+) -> torch.Tensor:
+    """Logits (B, V) after the last id of each row; a row whose window has moved is read anew up to that id."""
+    for i, row in enumerate(rows):
+        start = window_start(len(row), context_length)
+        if start > starts[i]:
+            starts[i] = start
+            if len(row) - start > 1:
+                prefill(model, [row[start:-1]], cache.rows(slice(i, i + 1)))
+    device = next(model.parameters()).device
+    lengths = [len(row) - start for row, start in zip(rows, starts, strict=True)]
+    ids = torch.tensor([[row[-1]] for row in rows], device=device)
+    return decode(model, ids, torch.tensor(lengths, device=device), cache, max(lengths))
 
 
 def generate(
     model: nn.Module,
-    ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    settings: SamplingSettings,
     *,
     max_new_tokens: int,
     context_length: int,
-    temperature: float,
-    top_k: int | None,
     end_of_text_id: int,
     banned_ids: Iterable[int],
-    generator: torch.Generator,
-) -> Iterator[int]:
-    """The ids that follow `ids`, at most max_new_tokens, up to (and without) end-of-text.
+    generators: Sequence[torch.Generator],
+    stopped: set[int] | None = None,
+    decode: Decode = decode_one_token,
+) -> Iterator[list[int | None]]:
+    """The next id of each prompt's text, step by step, at most max_new_tokens times; None once a text has ended.
 
-    The model maps (1, T) to logits (1, T, V) and sees the last context_length ids. `generator` is a CPU generator:
-    the same seed gives the same text on every device whose logits agree.
+    A text ends at (and without) end-of-text, or where the reader adds its row to `stopped`. Each row draws from its
+    own generator, of the CPU: the same seed and prompt give the same text, alone or in a batch, on every device
+    whose logits agree.
     """
+    banned = torch.tensor(sorted(banned_ids), dtype=torch.int64)
+    rows = [list(prompt) for prompt in prompts]
+    ended = set() if stopped is None else stopped
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    banned = torch.tensor(sorted(banned_ids), dtype=torch.int64)
-    seen = list(ids)
     try:
+        with torch.inference_mode():
+            starts = [window_start(len(row), context_length) for row in rows]
+            windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
+            n_slots = min(max(map(len, windows)) + max_new_tokens, context_length)
+            cache = model.new_cache(len(rows), n_slots)  # type: ignore[operator]
+        logits: torch.Tensor | None = None
         for _ in range(max_new_tokens):
-            with torch.no_grad():
-                window = torch.tensor([seen[-context_length:]], device=device)  # (1, T)
-                logits = model(window)[0, -1].float().cpu()  # (V,)
-            logits[banned] = -torch.inf
-            new = sample(logits, temperature, top_k, generator)
-            if new == end_of_text_id:
+            with torch.inference_mode():
+                if logits is None:
+                    logits = prefill(model, windows, cache)
+                else:
+                    logits = next_of_rows(model, rows, starts, cache, context_length, decode)
+                shown = logits.float().cpu()
+                shown[:, banned] = -torch.inf
+            new: list[int | None] = [None] * len(rows)
+            for i, row in enumerate(rows):
+                if i in ended:
+                    continue
+                drawn = sample(shown[i], settings, row, generators[i])
+                if drawn == end_of_text_id:
+                    ended.add(i)
+                else:
+                    new[i] = drawn
+                    row.append(drawn)
+            if len(ended) < len(rows):
+                yield new
+            if len(ended) == len(rows):
                 return
-            seen.append(new)
-            yield new
     finally:
         model.train(was_training)
+
+
+class Text:
+    """A text that is being written: ids come in, whole characters come out, up to a stop string.
+
+    A character may take several tokens (its bytes), and the beginning of a stop string may be nothing of the kind:
+    such characters are held until it is known what they are.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int], seed: int, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.prompt, self.stop = tokenizer, list(prompt), [text for text in stop if text]
+        self.generator = torch.Generator().manual_seed(seed)  # of the CPU
+        self.n_new = 0  # tokens written
+        self.finish: Finish | None = None  # why it has ended
+        self._context, self._pending = self.prompt, []  # type: tuple[list[int], list[int]]
+        self._held = ""
+
+    def push(self, new: int) -> str:
+        """What can be shown now that `new` has come."""
+        self.n_new += 1
+        self._pending.append(new)
+        text = self.tokenizer.decode_continuation(self._context, self._pending)
+        if not text or text.endswith(REPLACEMENT):
+            return ""
+        self._context, self._pending = self._pending, []
+        return self._release(text)
+
+    def close(self, finish: "Finish") -> str:
+        """What was still held, for the text ends here; bytes of a character that did not come whole are left out."""
+        rest = self.tokenizer.decode_continuation(self._context, self._pending).rstrip(REPLACEMENT)
+        rest = self._release(rest) + self._held
+        self.finish = self.finish or finish
+        self._pending, self._held = [], ""
+        return rest
+
+    def _release(self, text: str) -> str:
+        self._held += text
+        found = [at for at in map(self._held.find, self.stop) if at >= 0]
+        if found:
+            self.finish = "stop"
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        n_sure = len(self._held) - max((_n_begun(self._held, stop) for stop in self.stop), default=0)
+        shown, self._held = self._held[:n_sure], self._held[n_sure:]
+        return shown
+
+
+def _n_begun(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def write(
+    model: nn.Module,
+    texts: Sequence[Text],
+    settings: SamplingSettings,
+    max_new_tokens: int,
+    context_length: int,
+    decode: Decode = decode_one_token,
+) -> Generator[tuple[int, str], None, None]:
+    """Write the texts, all by one tokenizer, at once: (row, characters) as they come, the last ones when it ends."""
+    tokenizer = texts[0].tokenizer
+    stopped: set[int] = set()
+    steps = generate(
+        model,
+        [text.prompt for text in texts],
+        settings,
+        max_new_tokens=max_new_tokens,
+        context_length=context_length,
+        end_of_text_id=tokenizer.end_of_text_id,
+        banned_ids=tokenizer.never_written,
+        generators=[text.generator for text in texts],
+        stopped=stopped,
+        decode=decode,
+    )
+    for new in steps:
+        for i, text in enumerate(texts):
+            drawn = new[i]
+            if text.finish:
+                continue
+            shown = text.close("end_of_text") if drawn is None else text.push(drawn)
+            if text.finish:
+                stopped.add(i)
+            if shown or text.finish:
+                yield i, shown
+    for i, text in enumerate(texts):
+        if not text.finish:
+            yield i, text.close("end_of_text" if i in stopped else "length")

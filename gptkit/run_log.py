@@ -3,11 +3,13 @@
 Leaves to others what is reported and when.
 """
 
+import contextlib
 import errno
 import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,29 @@ def format_duration(seconds: float) -> str:
     """Hours, minutes and seconds, such as 1:02:03."""
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+@contextlib.contextmanager
+def shown(total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
+    """How far something has come, on standard error: a bar on a terminal, elsewhere a line every QUIET_S and at the end.
+
+    Gives what is to be told of each number of units just done.
+    """
+    start = said = time.monotonic()
+    n_done = 0
+
+    def update(n_new: int) -> None:
+        nonlocal n_done, said
+        n_done += n_new
+        bar.update(n_new)
+        if bar.disable and (n_done == total or time.monotonic() - said > QUIET_S):
+            said = time.monotonic()
+            rate = n_done / max(said - start, 1e-9)
+            eta = format_duration((total - n_done) / rate)
+            print(f"{n_done:,} of {total:,} {unit}s, {rate:,.1f} {unit}s/s, ETA {eta}", file=sys.stderr, flush=True)
+
+    with tqdm(total=total, unit=unit, unit_scale=True, desc=what, disable=not sys.stderr.isatty()) as bar:
+        yield update
 
 
 class RunLog:

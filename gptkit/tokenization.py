@@ -127,12 +127,29 @@ def _of_pickled_files(files: tuple[tuple[str, bytes], ...]) -> Tokenizer:
     return _of_files(dict(files).__getitem__)
 
 
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """End-of-text, which stood before each work in training, and the prompt's ids. Raises UserError."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"prompt {prompt!a} is not valid text; give it in UTF-8")
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise UserError(f"prompt {prompt!r} holds no text for this tokenizer; give a beginning, such as 吾輩は")
+    return [tokenizer.end_of_text_id, *ids]
+
+
 def load_saved(folder: Path) -> Tokenizer:
     """The tokenizer whose files() were written to `folder`. Raises UserError."""
     try:
-        return _of_files(lambda name: (folder / name).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: no usable tokenizer ({error})")
+        tokenizer = _of_files(lambda name: (folder / name).read_bytes())
+        tokenizer.decode([*tokenizer.encode(PROBE), *range(tokenizer.vocab_size)])
+        return tokenizer
+    except BaseException as error:  # a library written in Rust ends a mistake by a class of its own
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: no usable tokenizer ({reason})")
 
 
 def _of_files(read: Callable[[str], bytes]) -> Tokenizer:

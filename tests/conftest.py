@@ -1,5 +1,6 @@
 """What the tests share: commands as real processes, and a small corpus of the repository's own sample."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -8,12 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from gpt_model import GPTConfig, GPTModel
+from gptkit.checkpoints import save_checkpoint
+from gptkit.tokenization import load_sentencepiece
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real texts and rinna's tokenizer, where a checkout has them
 SAMPLE = ROOT / "dataset" / "sample" / "sample.jsonl"
 SAMPLE_TOKENIZER = ROOT / "dataset" / "sample" / "tokenizer"
 SEPARATOR = "<|endoftext|>"
+POEM_CONTEXT = 64
 
 Run = Callable[..., subprocess.CompletedProcess]
 
@@ -76,3 +83,43 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
+
+
+def save_experiment(folder: Path, model: GPTModel) -> Path:
+    """An experiment folder with that model, by the sample's tokenizer."""
+    state = {"step": 1, "val_loss": 2.0, "identity": {"model": vars(model.config)}}
+    files = load_sentencepiece(str(SAMPLE_TOKENIZER)).files()
+    save_checkpoint(folder / "model_checkpoints", state, model.state_dict(), {"x": torch.zeros(1)}, files)
+    return folder
+
+
+def untrained(n_layers: int = 1, **changes: int) -> GPTModel:
+    torch.manual_seed(0)
+    vocab_size = load_sentencepiece(str(SAMPLE_TOKENIZER)).vocab_size
+    dimensions = {"context_length": POEM_CONTEXT, "emb_dim": 64, "n_heads": 2} | changes
+    return GPTModel(GPTConfig(vocab_size, n_layers=n_layers, arch="modern", **dimensions))
+
+
+@pytest.fixture(scope="session")
+def poem(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An experiment whose model goes on with the one id that follows the last in a text, and what it says after 春."""
+    tokenizer = load_sentencepiece(str(SAMPLE_TOKENIZER))
+    ids = list(dict.fromkeys(tokenizer.encode("春は花、夏𠮟祭り。\n秋になれば月を見て冬龘雪。")))
+    model = untrained()  # a new model's blocks do nothing: the last product sees the last id alone
+    with torch.no_grad():
+        seen = torch.nn.functional.normalize(model.tok_emb.weight, dim=1)
+        for now, following in itertools.pairwise([*ids, tokenizer.end_of_text_id]):
+            model.out_head.weight[following] += 30 * seen[now]
+    said = tokenizer.decode_continuation(ids[:1], ids[1:])
+    assert "𠮟" in said
+    assert "龘" in said
+    assert "\ufffd" not in said
+    return save_experiment(tmp_path_factory.mktemp("poem"), model), said
+
+
+@pytest.fixture(scope="session")
+def babble(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment whose model writes anything, bytes that are no characters too."""
+    model = untrained()
+    torch.nn.init.normal_(model.out_head.weight, std=0.1)
+    return save_experiment(tmp_path_factory.mktemp("babble"), model)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import evaluate_model
 from evaluate_model import EvaluationConfig
 from gpt_model import GPTConfig, GPTModel
+from gptkit import run_log
 from gptkit.checkpoints import write_sums
 from gptkit.command_line import UserError
 
@@ -151,7 +152,7 @@ def test_without_dropout(measured, experiment: Path, text: Path, tmp_path: Path)
 def test_progress(measured, experiment: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, quiet = measured(experiment, text)
     assert quiet.count(" tokens/s, ETA ") == 1  # the last line, as less than a minute passed
-    monkeypatch.setattr(evaluate_model, "QUIET_S", -1)
+    monkeypatch.setattr(run_log, "QUIET_S", -1)
     _, chatty = measured(experiment, text, batch_size=1)
     assert chatty.count(" tokens/s, ETA ") > found["tokens"] / CONTEXT
     assert f"\n{CONTEXT} of {found['tokens']} tokens, " in chatty

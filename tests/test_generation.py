@@ -1,40 +1,91 @@
-"""gptkit/generation.py: against loops and probabilities worked out by hand, and transformers' generate."""
+"""gptkit/generation.py: against the same without a cache, transformers' generate and its logits processors, and chance."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
-from test_gpt_model import CONTEXT, VOCAB, hugging_face_twin, random_model
+from conftest import SAMPLE_TOKENIZER
+from test_gpt_model import CONTEXT, VOCAB, both_archs, hugging_face_twin, random_model
+from test_modern_model import qwen3_twin
 from torch import nn
 
-from gptkit.generation import generate, sample
+from gpt_model import GPTModel
+from gptkit.generation import (
+    SamplingSettings,
+    Text,
+    compiled_decode,
+    decode_one_token,
+    generate,
+    kept,
+    penalize,
+    prefill,
+    sample,
+    window_start,
+    write,
+)
+from gptkit.quick_linear import ChunkedLinear, replace_linear_layers
+from gptkit.tokenization import Tokenizer, load_sentencepiece
 
 END = 0
+GREEDY = SamplingSettings(temperature=0.0)
+PROMPTS = [[5, 60, 33], [7], list(range(20, 40)), [1, 2], [90] * 9, [3, 4, 5, 6], list(range(23)), [50, 51]]
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def write(model: nn.Module, ids: list[int], seed: int = 0, **changes: object) -> Iterator[int]:
-    settings = {"max_new_tokens": 20, "context_length": CONTEXT, "temperature": 1.0, "top_k": None}
-    settings |= {"end_of_text_id": -1, "banned_ids": ()}
-    return generate(model, ids, generator=generator(seed), **(settings | changes))
+def written(
+    model: nn.Module, prompts: Sequence[Sequence[int]], seed: int = 0, settings: SamplingSettings = GREEDY, **more: Any
+) -> list[list[int]]:
+    """The new ids of each prompt's text."""
+    options = {"max_new_tokens": 20, "context_length": CONTEXT, "end_of_text_id": -1, "banned_ids": ()} | more
+    generators = [generator(seed) for _ in prompts]
+    texts: list[list[int]] = [[] for _ in prompts]
+    for new in generate(model, prompts, settings, generators=generators, **options):
+        for text, i in zip(texts, new, strict=True):
+            text += [] if i is None else [i]
+    return texts
+
+
+def without_cache(model: GPTModel, prompt: list[int], n_new: int) -> list[int]:
+    """Greedy, by the whole window each time."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(n_new):
+            window = ids[window_start(len(ids), CONTEXT) :]
+            ids.append(int(model(torch.tensor([window]))[0, -1].argmax()))
+    return ids[len(prompt) :]
 
 
 class Bigrams(nn.Module):
-    """A model whose logits depend on the last id alone; it remembers what it was shown."""
+    """A model whose logits depend on the last id alone; as a cache it keeps the ids that were read."""
+
+    class Cache:
+        def __init__(self, read: list[list[int]]) -> None:
+            self.read = read
+
+        def rows(self, which: slice) -> "Bigrams.Cache":
+            return Bigrams.Cache(self.read[which])
 
     def __init__(self, table: torch.Tensor) -> None:
         super().__init__()
         self.table = nn.Parameter(table)  # (V, V)
-        self.shown: list[list[int]] = []
+        self.windows: list[list[list[int]]] = []  # what each row had read, call by call
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def new_cache(self, batch_size: int, n_slots: int) -> Cache:
+        return self.Cache([[] for _ in range(batch_size)])
+
+    def next_logits(self, ids: torch.Tensor, lengths: torch.Tensor, cache: Cache, n_slots: int) -> torch.Tensor:
         assert not torch.is_grad_enabled()
         assert not self.training
-        self.shown.append(ids[0].tolist())
-        return self.table[ids]
+        for row, length, read in zip(ids.tolist(), lengths.tolist(), cache.read, strict=True):
+            read[:] = row[:length] if len(row) > 1 else [*read[: length - 1], *row]
+            assert len(read) == length
+        self.windows.append([list(read) for read in cache.read])
+        return self.table[torch.tensor([read[-1] for read in cache.read])]
 
 
 def counting(n: int = 10) -> Bigrams:
@@ -46,38 +97,141 @@ def random_bigrams(n: int = 12, seed: int = 3) -> Bigrams:
     return Bigrams(torch.randn(n, n, generator=generator(seed)) * 2)
 
 
-def test_temperature_zero_takes_the_likeliest() -> None:
-    model, expected = random_model(), [5, 60, 33]
-    with torch.no_grad():
-        for _ in range(15):
-            expected.append(int(model(torch.tensor([expected]))[0, -1, :VOCAB].argmax()))
-    assert list(write(model, [5, 60, 33], temperature=0.0, max_new_tokens=15)) == expected[3:]
-    assert len(set(expected[3:])) > 3  # or it would say little
+@pytest.mark.parametrize(
+    "changes", [{"arch": "gpt2"}, {"arch": "modern"}, {"arch": "modern", "n_kv_heads": 2}], ids=str
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_cache_changes_nothing(changes: dict[str, Any], chunked: bool) -> None:
+    """Alone and eight prompts of unequal length at once, far past the context's end."""
+    model = random_model(**changes)
+    expected = [without_cache(model, prompt, 3 * CONTEXT) for prompt in PROMPTS]
+    assert len({tuple(text[-10:]) for text in expected}) > 4  # or it would say little
+    if chunked:
+        replace_linear_layers(model, ChunkedLinear)
+    assert written(model, PROMPTS, max_new_tokens=3 * CONTEXT) == expected
+    assert [written(model, [prompt], max_new_tokens=3 * CONTEXT)[0] for prompt in PROMPTS] == expected
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_one_candidate_is_the_likeliest(seed: int) -> None:
-    greedy = list(write(random_model(), [5], temperature=0.0))
-    assert list(write(random_model(), [5], seed, temperature=1.7, top_k=1)) == greedy
+@both_archs
+def test_logits_by_the_cache_are_those_of_the_whole_text(arch: str) -> None:
+    model, ids = random_model(arch=arch), torch.randint(VOCAB, (3, CONTEXT), generator=generator(2))
+    with torch.inference_mode():
+        whole = model(ids)  # (3, CONTEXT, V)
+        cache = model.new_cache(3, CONTEXT)
+        lengths = torch.tensor([4, 9, 1])
+        rows = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
+        found = [prefill(model, rows, cache)]
+        while int(lengths.max()) < CONTEXT:
+            new = ids[torch.arange(3), lengths][:, None]
+            lengths = lengths + 1
+            found.append(decode_one_token(model, new, lengths, cache, int(lengths.max())))
+    for n, logits in enumerate(found):
+        expected = torch.stack([whole[row, start + n - 1] for row, start in enumerate((4, 9, 1))])
+        torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_all_of_the_cache_may_be_looked_at() -> None:
+    """As a compiled step does, whose shapes must stay."""
+    model = random_model(arch="modern")
+    with torch.inference_mode():
+        logits = []
+        for n_slots in (4, None):
+            cache = model.new_cache(1, CONTEXT)
+            cache.keys.fill_(7.0)  # what is beyond a row's length must not count
+            cache.values.fill_(7.0)
+            prefill(model, [[5, 6, 7]], cache)
+            logits.append(decode_one_token(model, torch.tensor([[8]]), torch.tensor([4]), cache, n_slots))
+    torch.testing.assert_close(*logits)
+
+
+def test_compiled_decoding_writes_the_same() -> None:
+    model = random_model(arch="modern", n_layers=1)
+    expected = written(model, [[5, 60], [7]], max_new_tokens=2 * CONTEXT)
+    assert written(model, [[5, 60], [7]], max_new_tokens=2 * CONTEXT, decode=compiled_decode()) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_ids", "context_length", "start"),
+    [(1, 8, 0), (8, 8, 0), (9, 8, 4), (12, 8, 4), (13, 8, 8), (100, 8, 92), (1, 1, 0), (2, 1, 1), (9, 1, 8), (8, 7, 3)],
+)
+def test_the_window_moves_by_half_a_context(n_ids: int, context_length: int, start: int) -> None:
+    assert window_start(n_ids, context_length) == start
+    assert 1 <= n_ids - start <= context_length
+
+
+def test_what_the_model_reads_as_the_window_moves() -> None:
+    model = counting()
+    assert written(model, [[1, 2, 3]], context_length=4, max_new_tokens=5) == [[4, 5, 6, 7, 8]]
+    assert model.windows == [[[1, 2, 3]], [[1, 2, 3, 4]], [[3, 4]], [[3, 4, 5]], [[3, 4, 5, 6]], [[5, 6]], [[5, 6, 7]]]
+    model.windows.clear()
+    assert written(model, [[1, 2, 3, 4, 5, 6]], context_length=4, max_new_tokens=1) == [[7]]
+    assert model.windows == [[[3, 4, 5, 6]]]  # of a prompt that is too long, the last
+
+
+@pytest.mark.parametrize("banned", [[], list(range(40))], ids=["all", "some banned"])
+@both_archs
+def test_equals_transformers(arch: str, banned: list[int]) -> None:
+    model = random_model(arch=arch)
+    twin = hugging_face_twin(model) if arch == "gpt2" else qwen3_twin(model)
+    for batch in ([PROMPTS[0]], PROMPTS):
+        longest = max(map(len, batch))
+        padded = torch.tensor([[0] * (longest - len(row)) + list(row) for row in batch])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch])
+        n_new = min(CONTEXT - longest, 15) if len(batch) == 1 else CONTEXT - longest
+        theirs = twin.generate(
+            padded, attention_mask=mask, do_sample=False, max_new_tokens=n_new, suppress_tokens=banned or None,
+            eos_token_id=VOCAB + 1, pad_token_id=0,
+        )  # fmt: skip
+        assert written(model, batch, banned_ids=banned, max_new_tokens=n_new) == theirs[:, longest:].tolist()
+
+
+SETTINGS = [
+    SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
+    for temperature, top_k, top_p, min_p, penalty in itertools.product(
+        (0.3, 1.0, 1.7), (None, 1, 5, 500), (None, 0.2, 0.9, 1.0), (None, 0.0, 0.05, 1.0), (1.0, 1.3, 0.7)
+    )
+]
+
+
+def test_samplers_equal_transformers_logits_processors() -> None:
+    """Every combination, on logits drawn anew: the same ids are left, with the same probabilities."""
+    from transformers import LogitsProcessorList
+    from transformers.generation import logits_process as theirs
+
+    for number, settings in enumerate(SETTINGS):
+        logits = torch.randn(200, generator=generator(number)) * 3
+        seen = torch.randint(200, (30,), generator=generator(number + 1))
+        processors = LogitsProcessorList([theirs.TemperatureLogitsWarper(settings.temperature)])
+        if settings.top_k is not None:
+            processors.append(theirs.TopKLogitsWarper(settings.top_k))
+        if settings.top_p is not None and settings.top_p < 1:
+            processors.append(theirs.TopPLogitsWarper(settings.top_p))
+        if settings.min_p is not None:
+            processors.append(theirs.MinPLogitsWarper(settings.min_p))
+        processors.insert(0, theirs.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        expected = processors(seen[None], logits.double()[None])[0]
+        found = kept(penalize(logits.double(), seen, settings.repetition_penalty), settings)
+        assert torch.equal(found.isfinite(), expected.isfinite()), settings
+        torch.testing.assert_close(found.softmax(-1), expected.softmax(-1), atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
 def test_the_smallest_temperatures_are_nearly_zero(temperature: float) -> None:
-    greedy = list(write(random_model(), [5], temperature=0.0))
-    assert list(write(random_model(), [5], temperature=temperature)) == greedy
-
-
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.7, None), (1.5, 4), (1.0, 100)])
-def test_draws_follow_the_probabilities(temperature: float, top_k: int | None) -> None:
-    """Chi-squared: counts as far from the expected ones as these come up less than once in 10,000 by chance."""
-    logits, n_draws = torch.randn(12, generator=generator(1)), 20_000
-    allowed = logits >= logits.sort(descending=True).values[min(top_k or 12, 12) - 1]
-    weights = (logits.double() / temperature).exp() * allowed
-    expected = n_draws * weights / weights.sum()
-    draws = generator(2)
-    counts = torch.bincount(
-        torch.tensor([sample(logits, temperature, top_k, draws) for _ in range(n_draws)]), minlength=12
+    assert written(random_model(), [[5]], settings=SamplingSettings(temperature=temperature)) == written(
+        random_model(), [[5]]
     )
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 9, "min_p": 0.05}], ids=str
+)
+def test_draws_follow_the_probabilities(settings: dict[str, Any]) -> None:
+    """Chi-squared: counts as far from the expected ones as these come up less than once in 10,000 by chance."""
+    how, logits, n_draws = SamplingSettings(temperature=1.2, **settings), torch.randn(12, generator=generator(1)), 5_000
+    expected = n_draws * kept(logits, how).softmax(-1)
+    allowed = expected > 0
+    draws = generator(2)
+    counts = torch.bincount(torch.tensor([sample(logits, how, [], draws) for _ in range(n_draws)]), minlength=12)
     assert (counts[~allowed] == 0).all()
     assert expected[allowed].min() > 5  # the test's own condition
     distance = ((counts - expected)[allowed] ** 2 / expected[allowed]).sum()
@@ -85,45 +239,58 @@ def test_draws_follow_the_probabilities(temperature: float, top_k: int | None) -
     assert torch.special.gammaincc(freedom / 2, distance / 2) > 1e-4
 
 
+def test_a_repetition_penalty_makes_text_less_repetitive() -> None:
+    """What stands in the prompt counts too, as with transformers."""
+    model = Bigrams(torch.eye(10) * 2 + 1)  # after i comes i, most likely
+    assert written(model, [[3]]) == [[3] * 20]
+    (text,) = written(
+        model, [[3]], settings=SamplingSettings(temperature=0.0, repetition_penalty=5.0), max_new_tokens=9
+    )
+    assert 3 not in text[:3]
+
+
 def test_banned_ids_are_never_written() -> None:
     model, banned = random_bigrams(), {0, 3, 7, 11}
-    drawn = list(write(model, [1], temperature=3.0, banned_ids=banned, max_new_tokens=500))
-    assert set(drawn) == set(range(12)) - banned
-    assert list(write(counting(), [1], temperature=0.0, banned_ids={2, *range(4, 10)}, max_new_tokens=1)) == [0]
+    hot = SamplingSettings(temperature=3.0)
+    assert set(written(model, [[1]], settings=hot, banned_ids=banned, max_new_tokens=500)[0]) == set(range(12)) - banned
+    assert written(counting(), [[1]], banned_ids={2, *range(4, 10)}, max_new_tokens=1) == [[0]]
 
 
 def test_ends_at_end_of_text_without_yielding_it() -> None:
-    assert list(write(counting(), [6], end_of_text_id=END)) == [7, 8, 9]
-    assert list(write(counting(), [9], end_of_text_id=END)) == []
-    assert list(write(counting(), [END, 6], end_of_text_id=END)) == [7, 8, 9]  # one in the prompt ends nothing
+    found = written(counting(), [[6], [9], [END, 6], [2]], end_of_text_id=END, max_new_tokens=4)
+    assert found == [[7, 8, 9], [], [7, 8, 9], [3, 4, 5, 6]]  # one in the prompt ends nothing
+    assert written(counting(), [[9], [9]], end_of_text_id=END) == [[], []]
+
+
+def test_a_row_that_the_reader_stops_ends_and_the_others_go_on() -> None:
+    stopped: set[int] = set()
+    steps = generate(
+        counting(), [[1], [4]], GREEDY, max_new_tokens=4, context_length=CONTEXT, end_of_text_id=-1, banned_ids=(),
+        generators=[generator()] * 2, stopped=stopped,
+    )  # fmt: skip
+    assert next(steps) == [2, 5]
+    stopped.add(0)
+    assert next(steps) == [None, 6]
+    stopped.add(1)
+    assert list(steps) == []
 
 
 @pytest.mark.parametrize("n", [0, 1, 25])
 def test_writes_as_many_as_asked(n: int) -> None:
-    assert list(write(counting(), [6], max_new_tokens=n)) == [(7 + i) % 10 for i in range(n)]
+    assert written(counting(), [[6]], max_new_tokens=n) == [[(7 + i) % 10 for i in range(n)]]
 
 
-def test_the_window_slides() -> None:
-    model = counting()
-    assert list(write(model, [1, 2, 3], context_length=4, max_new_tokens=4)) == [4, 5, 6, 7]
-    assert model.shown == [[1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6]]
-    model.shown.clear()
-    assert list(write(model, [1, 2, 3, 4, 5, 6], context_length=4, max_new_tokens=1)) == [7]
-    assert model.shown == [[3, 4, 5, 6]]
+def test_the_same_seed_and_prompt_write_the_same_alone_and_in_a_batch() -> None:
+    model, hot = random_model(arch="modern"), SamplingSettings(temperature=2.0)
+    alone = [written(model, [prompt], 4, hot, max_new_tokens=40)[0] for prompt in PROMPTS]
+    assert written(model, PROMPTS, 4, hot, max_new_tokens=40) == alone
+    assert written(model, PROMPTS[::-1], 4, hot, max_new_tokens=40) == alone[::-1]
+    assert written(model, PROMPTS, 5, hot, max_new_tokens=40) != alone
 
 
-def test_goes_on_past_the_context_of_a_real_model() -> None:
-    assert len(list(write(random_model(), [5], max_new_tokens=CONTEXT + 10))) == CONTEXT + 10
-
-
-def test_the_same_seed_writes_the_same() -> None:
-    texts = [list(write(random_model(), [5], seed, temperature=2.0)) for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-
-
-def test_draws_from_its_generator_alone() -> None:
+def test_draws_from_its_generators_alone() -> None:
     before = torch.get_rng_state()
-    list(write(random_bigrams(), [5]))
+    written(random_bigrams(), [[5]], settings=SamplingSettings())
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -131,30 +298,104 @@ def test_draws_from_its_generator_alone() -> None:
 def test_leaves_the_model_in_the_mode_it_found(training: bool) -> None:
     model = counting()
     model.train(training)
-    list(write(model, [1]))
+    written(model, [[1]])
     assert model.training is training
-    begun = write(model, [1])
+    options = dict(max_new_tokens=9, context_length=9, end_of_text_id=-1, banned_ids=(), generators=[generator()])
+    begun = generate(model, [[1]], GREEDY, **options)
     next(begun)
     assert torch.is_grad_enabled()  # the reader of a half-written text may train in between
     begun.close()
     assert model.training is training
     with pytest.raises(IndexError):
-        list(write(model, [99]))
+        written(model, [[99]])
     assert model.training is training
 
 
-@pytest.mark.parametrize("banned", [[], list(range(40))], ids=["all", "some banned"])
-def test_equals_transformers(banned: list[int]) -> None:
-    model, prompt = random_model(), [5, 60, 33]
-    theirs = hugging_face_twin(model).generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, 3, dtype=torch.int64),
-        do_sample=False,
-        max_new_tokens=CONTEXT - 3,
-        suppress_tokens=banned or None,
+# Ids into text
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_sentencepiece(str(SAMPLE_TOKENIZER))
+
+
+TEXT = "吾輩は𠮟られた。\n\n　「ABC、が」 🐈‍⬛ と\t鳴く。"  # some characters have no piece: they are written in bytes
+
+
+def pieces_of(text: Text, ids: Sequence[int]) -> Iterator[str]:
+    for i in ids:
+        yield text.push(i)
+        if text.finish:
+            return
+    yield text.close("length")
+
+
+def test_characters_come_whole_and_as_early_as_they_can(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXT)
+    assert len(ids) > len(TEXT)  # bytes are among them
+    pieces = list(pieces_of(Text(tokenizer, tokenizer.encode("雨"), 0), ids))
+    assert "".join(pieces) == TEXT
+    assert "\ufffd" not in "".join(pieces)
+    for n in range(1, len(ids)):
+        so_far = tokenizer.decode_continuation(tokenizer.encode("雨"), ids[:n])
+        assert "".join(pieces[:n]) == so_far.rstrip("\ufffd")
+
+
+def test_of_bytes_that_are_no_character(tokenizer: Tokenizer) -> None:
+    """A model may write such: within a text they are shown as what they are, and half a character at its end is not."""
+    cat = tokenizer.encode("🐈")
+    text = Text(tokenizer, [tokenizer.end_of_text_id], 0)
+    assert [text.push(i) for i in cat[:-1]] == [""] * (len(cat) - 1)
+    assert text.close("length") == ""
+    text = Text(tokenizer, [tokenizer.end_of_text_id], 0)
+    pieces = "".join(text.push(i) for i in [*cat[:-1], *tokenizer.encode("雨")])
+    assert pieces.startswith("\ufffd")
+    assert pieces.strip("\ufffd") == "雨"
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        (["。"], "吾輩は𠮟られた"),
+        (["鳴く", "\n\n"], "吾輩は𠮟られた。"),
+        (["られた。\n\n　「A"], "吾輩は𠮟"),
+        (["られた。\n\n　「B"], TEXT),
+        (["吾"], ""),
+        ([""], TEXT),
+        (["。"] * 3 + ["「"], "吾輩は𠮟られた"),
+    ],
+    ids=str,
+)
+def test_stop_strings(tokenizer: Tokenizer, stop: list[str], expected: str) -> None:
+    """They may lie across tokens; nothing of them is shown, and what only began like one is."""
+    text = Text(tokenizer, [tokenizer.end_of_text_id], 0, stop)
+    assert "".join(pieces_of(text, tokenizer.encode(TEXT))) == expected
+    assert text.finish == ("length" if expected == TEXT else "stop")
+
+
+class Reciting(Bigrams):
+    """A model that says the rest of a text whose ids all differ, whichever of them comes last."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: list[int]) -> None:
+        table = torch.zeros(tokenizer.vocab_size, tokenizer.vocab_size)
+        for now, following in itertools.pairwise([*ids, tokenizer.end_of_text_id]):
+            table[now, following] = 100
+        super().__init__(table)
+
+
+def test_texts_are_written_at_once_each_to_its_own_end(tokenizer: Tokenizer) -> None:
+    ids = list(dict.fromkeys(tokenizer.encode("春は花、夏は祭り。秋になれば月を見て冬は雪。")))
+    model = Reciting(tokenizer, ids)
+    whole = tokenizer.decode_continuation(ids[:1], ids[1:])
+    texts = [Text(tokenizer, ids[:1], 0, stop) for stop in ([], [whole[5:7]], [])] + [Text(tokenizer, ids[-1:], 0)]
+    shown = ["", "", "", ""]
+    for row, piece in write(model, texts, GREEDY, len(ids), CONTEXT):
+        shown[row] += piece
+    assert shown == [whole, whole[:5], whole, ""]
+    assert [text.finish for text in texts] == ["end_of_text", "stop", "end_of_text", "end_of_text"]
+    assert texts[0].n_new == len(ids) - 1
+    short = Text(tokenizer, ids[:1], 0)
+    assert "".join(piece for _, piece in write(model, [short], GREEDY, 3, CONTEXT)) == tokenizer.decode_continuation(
+        ids[:1], ids[1:4]
     )
-    ours = list(write(model, prompt, temperature=0.0, end_of_text_id=END, banned_ids=banned))
-    expected = theirs[0, 3:].tolist()
-    assert len(ours) == 20 or expected[len(ours)] == END
-    assert ours == expected[: len(ours)]
-    assert len(ours) > 5
+    assert (short.finish, short.n_new) == ("length", 3)

@@ -1,0 +1,172 @@
+"""New tokens a second: ours with the cache, in float32 and int8, against transformers' generate, in one process.
+
+All have GPT-2's architecture in the same dimensions, with random weights, a prompt of 32 tokens, 64 new ones, top-k 40,
+and no end-of-text. They take turns, in an order that turns too, because the machines are shared.
+
+With --exp_dir, a trained model: what int8 costs in bits per character on --text_path, and the seconds from the command
+to the first character, in new processes.
+
+    python benchmarks/generation_speed.py --exp_dir quickstart_run --text_path HELDOUT
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import read_texts, say, script, versions, write_result
+
+from gpt_model import GPTConfig, GPTModel
+from gptkit import checkpoints
+from gptkit.evaluation import score_works
+from gptkit.generation import SamplingSettings, generate
+from gptkit.quick_linear import ChunkedLinear, Int8Linear, replace_linear_layers
+from gptkit.tokenization import load_saved
+
+OURS, INT8, TRANSFORMERS = "ours", "ours_int8", "transformers"
+TOP_K = 40
+Write = Callable[[list[list[int]], int], int]  # prompts and how many new tokens each -> how many came
+
+
+def ours(model: GPTModel, kind: type[ChunkedLinear] | type[Int8Linear]) -> Write:
+    model = copy.deepcopy(model)
+    replace_linear_layers(model, kind)
+
+    def write(prompts: list[list[int]], n_new: int) -> int:
+        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        how = SamplingSettings(temperature=1.0, top_k=TOP_K)
+        steps = generate(
+            model, prompts, how, max_new_tokens=n_new, context_length=model.config.context_length, end_of_text_id=-1,
+            banned_ids=(), generators=generators,
+        )  # fmt: skip
+        return sum(len(new) for new in steps)
+
+    return write
+
+
+def transformers(config: GPTConfig) -> Write:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    dimensions = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.context_length,
+        n_embd=config.emb_dim,
+        n_layer=config.n_layers,
+        n_head=config.n_heads,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = GPT2LMHeadModel(dimensions).eval()
+
+    def write(prompts: list[list[int]], n_new: int) -> int:
+        ids = torch.tensor(prompts)
+        found = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=TOP_K, max_new_tokens=n_new, min_new_tokens=n_new,
+            pad_token_id=0,
+        )  # fmt: skip
+        return int(found.numel() - ids.numel())
+
+    return write
+
+
+def measure(contenders: dict[str, Write], options: argparse.Namespace, batch_size: int) -> dict[str, list[float]]:
+    """Tokens a second of each contender, round by round; the first round is not counted."""
+    prompts = torch.randint(options.vocab_size, (batch_size, options.n_prompt)).tolist()
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for i in range(options.n_rounds + 1):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            n_tokens = contenders[name](prompts, options.n_new)
+            assert n_tokens == batch_size * options.n_new, name
+            if i:
+                found[name].append(n_tokens / (time.perf_counter() - start))
+        say(f"batch {batch_size}, round {i}: " + ", ".join(f"{n} {v[-1]:.1f}" for n, v in found.items() if v))
+    return found
+
+
+def cost_of_int8(exp_dir: Path, text_path: Path) -> dict[str, float]:
+    """Bits per character of a trained model in float32 and in int8."""
+    folder = checkpoints.choose_checkpoint(str(exp_dir), "newest")
+    tokenizer = load_saved(folder / "tokenizer")
+    found = {}
+    for name in (OURS, INT8):
+        model = checkpoints.load_model(
+            folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, torch.device("cpu")
+        ).eval()
+        if name == INT8:
+            replace_linear_layers(model, Int8Linear)
+        score = score_works(model, tokenizer, read_texts(text_path), model.config.context_length)
+        found[name] = round(score.bits_per_char, 5)
+    return found
+
+
+def first_character_s(exp_dir: Path, n_times: int) -> list[float]:
+    """From the command to the first character that is the model's."""
+    command = script("inference.py", exp_dir=exp_dir, prompt="雨", max_new_tokens=20, device="cpu")
+    found = []
+    for _ in range(n_times):
+        start = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as process:
+            assert process.stdout
+            process.stdout.read(len("雨".encode()) + 1)
+            found.append(round(time.perf_counter() - start, 2))
+            process.stdout.read()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="New tokens a second, against transformers' generate")
+    parser.add_argument("--n_layers", type=int, default=12)
+    parser.add_argument("--emb_dim", type=int, default=768)
+    parser.add_argument("--n_heads", type=int, default=12)
+    parser.add_argument("--vocab_size", type=int, default=32_000)
+    parser.add_argument("--context_length", type=int, default=1024)
+    parser.add_argument("--n_prompt", type=int, default=32)
+    parser.add_argument("--n_new", type=int, default=64)
+    parser.add_argument("--n_rounds", type=int, default=5)
+    parser.add_argument("--exp_dir", type=Path, help="an experiment with a trained model")
+    parser.add_argument("--text_path", type=Path, help="JSONL of works, to measure that model on")
+    options = parser.parse_args()
+    config = GPTConfig(
+        options.vocab_size, options.context_length, options.emb_dim, options.n_layers, options.n_heads, arch="gpt2"
+    )
+    torch.manual_seed(0)
+    model = GPTModel(config).eval()
+    contenders = {OURS: ours(model, ChunkedLinear), INT8: ours(model, Int8Linear), TRANSFORMERS: transformers(config)}
+    result: dict[str, Any] = {"size": f"{config.n_layers}x{config.emb_dim}", "vocab_size": config.vocab_size}
+    result |= {"n_parameters": model.n_parameters(), "versions": versions("torch", "transformers")}
+    result["prompt_and_new_tokens"] = [options.n_prompt, options.n_new]
+    goals: dict[str, bool] = {}
+    for batch_size, least in ((1, 2.0), (8, 1.5)):
+        rounds = measure(contenders, options, batch_size)
+        speed = {name: statistics.median(values) for name, values in rounds.items()}
+        ratio = {
+            "ours_to_transformers": round(speed[OURS] / speed[TRANSFORMERS], 2),
+            "int8_to_ours": round(speed[INT8] / speed[OURS], 2),
+        }
+        result[f"batch_{batch_size}"] = {
+            "median_tokens_per_s": {name: round(value, 1) for name, value in speed.items()},
+            **ratio,
+            "rounds": {name: [round(value, 1) for value in values] for name, values in rounds.items()},
+        }
+        goals[f"batch {batch_size}: at least {least} times transformers"] = ratio["ours_to_transformers"] >= least
+        if batch_size == 1:
+            goals["int8 at least 2 times float32"] = ratio["int8_to_ours"] >= 2
+    if options.exp_dir:
+        result["first_character_s"] = first_character_s(options.exp_dir, options.n_rounds)
+        goals["first character in less than 3 s"] = statistics.median(result["first_character_s"]) < 3
+        if options.text_path:
+            bits = result["bits_per_char"] = cost_of_int8(options.exp_dir, options.text_path)
+            goals["int8: at most 1 % more bits per character"] = bits[INT8] <= 1.01 * bits[OURS]
+    write_result("generation_speed", json.loads(json.dumps(result)) | {"goals": goals})
+
+
+if __name__ == "__main__":
+    main()

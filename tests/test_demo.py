@@ -1,0 +1,137 @@
+"""demo.py in a real browser (headless Chromium by Playwright), and what it answers to requests that mean it harm."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, assert_user_error, command, environment, run_command
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# A closed network refuses what a browser sends by itself.
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def url(poem: tuple[Path, str], babble: Path) -> Iterator[str]:
+    """The address of the page, served by a process."""
+    line = command(
+        "demo.py", "--exp_dir", poem[0], "--compare_exp_dir", babble, "--port", 0, "--most_new_tokens", 100_000
+    )
+    with subprocess.Popen(
+        [line[0], "-u", *line[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        env=environment(),
+    ) as process:
+        assert process.stdout
+        said = ""
+        for shown in process.stdout:
+            said += shown
+            if found := re.search(r"http://\S+", shown):
+                assert found[0].startswith("http://127.0.0.1:")  # this machine alone
+                yield found[0]
+                break
+        else:
+            pytest.fail(said)
+        process.terminate()
+
+
+@pytest.fixture
+def page(url: str) -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="ja-JP")
+        page.goto(url)
+        page.get_by_role("button", name="書く", exact=True).wait_for(timeout=60_000)
+        yield page
+        browser.close()
+
+
+def slide(page: Any, label: str, value: float) -> None:
+    box = page.get_by_label(re.compile(f"number input for {label}")).first
+    box.fill(str(value))
+    box.press("Enter")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
+def test_writing_in_a_browser(page: Any, poem: tuple[Path, str]) -> None:
+    """Type, write, go on from a place in the text, stop, turn the text upright, compare."""
+    said, text = poem[1], page.locator("#text textarea")
+    slide(page, "温度", 0)
+    slide(page, "繰り返しを抑える", 1)
+    page.get_by_label("書き出し").first.fill("雨、春")
+    page.get_by_role("button", name="書く", exact=True).click()
+    page.wait_for_function(
+        "([text, end]) => text.value.endsWith(end)", arg=[text.element_handle(), said[-3:]], timeout=60_000
+    )
+    assert text.input_value() == f"雨、春{said}"
+
+    text.evaluate("element => { element.focus(); element.setSelectionRange(0, 4); }")  # 雨、春 and one character
+    text.dispatch_event("select")
+    page.wait_for_timeout(500)
+    page.get_by_role("button", name=re.compile("続きを書く")).click()
+    page.wait_for_timeout(1500)
+    assert text.input_value() == f"雨、春{said}"
+
+    text.fill("雪の日")  # by a model that comes to no end
+    page.get_by_label(re.compile("モデル")).first.click()
+    page.get_by_role("option", name=re.compile("babble")).click()
+    slide(page, "長さ", 100_000)
+    page.get_by_role("button", name=re.compile("続きを書く")).click()
+    page.wait_for_function("text => text.value.length > 10", arg=text.element_handle(), timeout=60_000)
+
+    page.get_by_label("縦書き").check()
+    assert text.evaluate("element => getComputedStyle(element).writingMode") == "vertical-rl"
+    if os.environ.get("SCREENSHOT"):
+        page.screenshot(path=os.environ["SCREENSHOT"])
+    page.get_by_role("button", name="止める").first.click()
+    page.wait_for_timeout(1500)
+    stopped = text.input_value()
+    assert len(stopped) > 10
+    page.wait_for_timeout(1500)
+    assert text.input_value() == stopped
+    page.get_by_label("縦書き").uncheck()
+    assert text.evaluate("element => getComputedStyle(element).writingMode") == "horizontal-tb"
+
+    page.get_by_role("tab", name="くらべる").click()
+    page.get_by_role("button", name="両方で書く").click()
+    for number in (0, 1):
+        element = page.locator(f"#text_{number} textarea").element_handle()
+        page.wait_for_function("text => text.value.length > 10", arg=element, timeout=60_000)
+
+
+def test_hostile_requests(poem: tuple[Path, str], tmp_path: Path) -> None:
+    """benchmarks/demo_requests.py, shortened."""
+    benchmark = command("benchmarks/demo_requests.py", "--exp_dir", poem[0], "--n_requests", 40)
+    variables = environment() | {"RESULTS_DIR": str(tmp_path)}
+    result = subprocess.run(benchmark, cwd=ROOT, env=variables, capture_output=True, encoding="utf-8", timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "demo_requests.json").read_text("utf-8"))
+    assert found["requests"] >= 40
+    assert all(found["goals"].values()), found
+    assert any(name.startswith("refused") for name in found["outcomes"])
+
+
+def test_mistakes(tmp_path: Path, poem: tuple[Path, str]) -> None:
+    assert_user_error(run_command("demo.py", "--exp_dir", tmp_path / "none"), "--exp_dir")
+    assert_user_error(
+        run_command("demo.py", "--exp_dir", poem[0], "--host", "256.1.1.1", "--port", 7999), "--host 256.1.1.1"
+    )
+
+
+def test_without_gradio_one_line_says_what_to_install(poem: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "gradio.py").write_text("raise ImportError('none')")
+    variables = environment() | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        command("demo.py", "--exp_dir", poem[0]), env=variables, capture_output=True, encoding="utf-8"
+    )
+    assert_user_error(result, "pip install gradio")
