@@ -150,6 +150,8 @@ def norm_of(config: GPTConfig, width: int) -> nn.Module:
 
 def rotation(config: GPTConfig) -> Rotation:
     """Cosines and sines of the angle of each position and channel, the two halves of a head alike: each (T, D)."""
+    if torch.get_default_device().type == "meta":  # where only shapes are asked for, arithmetic is slow to start
+        return torch.empty(config.context_length, config.head_dim), torch.empty(config.context_length, config.head_dim)
     frequencies = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
@@ -186,7 +188,7 @@ class Reading:
 
     cache: Cache
     positions: torch.Tensor  # (T,), or where T = 1 (B, 1)
-    mask: torch.Tensor | None  # (B, 1, 1, n_slots): the slots a row has filled. None: all of them
+    mask: torch.Tensor | None  # (B, 1, 1, n_slots): the slots a row has filled. None: all of them, the last one now
     n_slots: int  # the first so many are looked at where T = 1
 
     def of_layer(self, number: int) -> "Reading":
@@ -233,8 +235,11 @@ class CausalSelfAttention(nn.Module):
         if T > 1:
             keys[:, :, :T], values[:, :, :T] = k, v
             return k, v, None
-        rows, slots = torch.arange(len(k), device=k.device), reading.positions[:, 0]
-        keys[rows, :, slots], values[rows, :, slots] = k[:, :, 0], v[:, :, 0]
+        if reading.mask is None:
+            keys[:, :, reading.n_slots - 1], values[:, :, reading.n_slots - 1] = k[:, :, 0], v[:, :, 0]
+        else:
+            rows, slots = torch.arange(len(k), device=k.device), reading.positions[:, 0]
+            keys[rows, :, slots], values[rows, :, slots] = k[:, :, 0], v[:, :, 0]
         return keys[:, :, : reading.n_slots], values[:, :, : reading.n_slots], reading.mask
 
 

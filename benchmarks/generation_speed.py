@@ -14,6 +14,7 @@ import copy
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,15 @@ def first_character_s(exp_dir: Path, n_times: int) -> list[float]:
     return found
 
 
+def import_torch_s(n_times: int) -> list[float]:
+    found = []
+    for _ in range(n_times):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import torch"], check=True)
+        found.append(round(time.perf_counter() - start, 2))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="New tokens a second, against transformers' generate")
     parser.add_argument("--n_layers", type=int, default=12)
@@ -161,6 +171,7 @@ def main() -> None:
             goals["int8 at least 2 times float32"] = ratio["int8_to_ours"] >= 2
     if options.exp_dir:
         result["first_character_s"] = first_character_s(options.exp_dir, options.n_rounds)
+        result["import_torch_s"] = import_torch_s(options.n_rounds)  # the most of it
         goals["first character in less than 3 s"] = statistics.median(result["first_character_s"]) < 3
         if options.text_path:
             bits = result["bits_per_char"] = cost_of_int8(options.exp_dir, options.text_path)

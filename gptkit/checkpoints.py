@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from gptkit.command_line import UserError, existing_path
 from gptkit.files import read_json, sha256_of, sync_file, sync_folder, write_atomically, write_json
@@ -344,6 +345,16 @@ def read_tensors(folder: Path, file: str, device: torch.device) -> dict[str, tor
         raise UserError(f"{folder / file}: cannot be read ({error}); remove {folder} to use an older checkpoint")
 
 
+class _WithoutInitialization(TorchFunctionMode):
+    """Parameters are made without first values, which would be overwritten, and cost seconds on the meta device too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def load_model(folder: Path, build: Callable[[dict[str, Any]], Model], vocab_size: int, device: torch.device) -> Model:
     """The model of a checkpoint, which `build` makes from its dimensions and the weights are put into.
 
@@ -354,14 +365,15 @@ def load_model(folder: Path, build: Callable[[dict[str, Any]], Model], vocab_siz
         dimensions = read_state(folder)["identity"]["model"]
         if dimensions["vocab_size"] != vocab_size:
             raise ValueError(f"its tokenizer has {vocab_size} ids, and the model {dimensions['vocab_size']!r}")
-        with torch.device("meta"):
+        with _WithoutInitialization(), torch.device("meta"):
             expected = {name: list(tensor.shape) for name, tensor in build(dimensions).state_dict().items()}
         with safe_open(folder / MODEL_FILE, "pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  it is no mapping
         different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         if different:
             raise ValueError(f"{different[0]} is {found.get(different[0])}, not {expected.get(different[0])}")
-        model = build(dimensions)
+        with _WithoutInitialization():
+            model = build(dimensions)
         model.load_state_dict(read_tensors(folder, MODEL_FILE, torch.device("cpu")))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]

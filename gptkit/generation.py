@@ -78,9 +78,14 @@ def sample(logits: torch.Tensor, settings: SamplingSettings, seen: Sequence[int]
         logits = penalize(logits, torch.tensor(seen), settings.repetition_penalty)
     if settings.temperature == 0:
         return int(logits.argmax())
+    candidates = None
+    if settings.top_k is not None and settings.top_k < len(logits):  # then the rest of the work is over few
+        candidates = (logits >= logits.topk(settings.top_k).values[-1]).nonzero()[:, 0]
+        logits = logits[candidates]
     cumulative = kept(logits, settings).softmax(-1).cumsum(-1)
     at = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
-    return int(torch.searchsorted(cumulative, at, right=True))  # never one of probability 0: it ends where it begins
+    drawn = int(torch.searchsorted(cumulative, at, right=True))  # never one of probability 0: it ends where it begins
+    return drawn if candidates is None else int(candidates[drawn])
 
 
 def window_start(n_ids: int, context_length: int) -> int:

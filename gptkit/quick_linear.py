@@ -29,16 +29,20 @@ class ChunkedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = weight.detach(), bias if bias is None else bias.detach()
         self.n_chunks = math.gcd(N_CHUNKS, len(weight))
+        self.chunks = self.weight.view(self.n_chunks, -1, weight.shape[1]).transpose(1, 2)  # (chunks, K, N / chunks)
+        self.bias_chunks = None if self.bias is None else self.bias.view(self.n_chunks, 1, -1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, K) -> (…, N)
         n_outputs, n_inputs = self.weight.shape
         rows = x.reshape(-1, n_inputs)  # (M, K)
         if len(rows) > MOST_ROWS:
             return F.linear(x, self.weight, self.bias)
-        chunks = self.weight.view(self.n_chunks, -1, n_inputs).transpose(1, 2)  # (chunks, K, N / chunks)
-        rows = torch.bmm(rows.expand(self.n_chunks, *rows.shape), chunks)  # (chunks, M, N / chunks)
-        out = rows.transpose(0, 1).reshape(*x.shape[:-1], n_outputs)
-        return out if self.bias is None else out + self.bias
+        rows = rows.expand(self.n_chunks, *rows.shape)
+        if self.bias_chunks is None:
+            out = torch.bmm(rows, self.chunks)  # (chunks, M, N / chunks)
+        else:
+            out = torch.baddbmm(self.bias_chunks, rows, self.chunks)
+        return out.transpose(0, 1).reshape(*x.shape[:-1], n_outputs)
 
 
 class Int8Linear(nn.Module):
