@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -138,6 +138,7 @@ class Terminal:
         self.may_be_broken = may_be_broken
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has jobs in its background ignore it
             os.environ.update(environment() | {"TERM": "dumb", "LC_ALL": "C.UTF-8"})
             os.execv(line[0], line)
         self.shown = b""
@@ -155,15 +156,16 @@ class Terminal:
         return bool(new)
 
     def text(self) -> str:
-        return codecs.getincrementaldecoder("utf-8")().decode(self.shown)
+        errors = "replace" if self.may_be_broken else "strict"  # at Ctrl-C a terminal throws away what it holds
+        return codecs.getincrementaldecoder("utf-8")(errors).decode(self.shown)
 
     def wait_for(self, text: str, after: int = 0) -> int:
-        """Until `text` is shown, beyond the first `after` characters; how many characters are shown then."""
+        """Until `text` is shown, beyond the first `after` characters; where it ends."""
         deadline = time.monotonic() + 60
         while text not in self.text()[after:]:
             assert time.monotonic() < deadline, self.text()
             self.read(1)
-        return len(self.text())
+        return self.text().index(text, after) + len(text)
 
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
@@ -177,19 +179,26 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(poem: tuple[Path, str]) -> Iterator[Terminal]:
-    arguments = ("--exp_dir", poem[0], "--interactive", "--temperature", 0, "--max_new_tokens", 6)
-    opened = Terminal(command("inference.py", *arguments))
-    yield opened
-    try:
-        os.kill(opened.pid, signal.SIGKILL)
-        os.waitpid(opened.pid, 0)
-    except (ProcessLookupError, ChildProcessError):
-        pass
+def opened() -> Iterator[Callable[..., Terminal]]:
+    """Opens terminals, and ends what still runs in them."""
+    terminals: list[Terminal] = []
+
+    def open_terminal(*arguments: object, may_be_broken: bool = False) -> Terminal:
+        terminals.append(Terminal(command("inference.py", *arguments), may_be_broken))
+        return terminals[-1]
+
+    yield open_terminal
+    for terminal in terminals:
+        try:
+            os.kill(terminal.pid, signal.SIGKILL)
+            os.waitpid(terminal.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
 
 
-def test_writing_in_turns_on_a_terminal(poem: tuple[Path, str], terminal: Terminal) -> None:
+def test_writing_in_turns_on_a_terminal(poem: tuple[Path, str], opened: Callable[..., Terminal]) -> None:
     """A beginning, more, a setting, the beginning changed, and no character that is not whole."""
+    terminal = opened("--exp_dir", poem[0], "--interactive", "--temperature", 0, "--max_new_tokens", 6)
     said = poem[1]
     at = terminal.wait_for("> ")
     assert "/set" in terminal.text()
@@ -218,9 +227,9 @@ def test_writing_in_turns_on_a_terminal(poem: tuple[Path, str], terminal: Termin
     assert terminal.end() == 0
 
 
-def test_ctrl_c_stops_the_text_and_not_the_session(babble: Path) -> None:
-    line = command("inference.py", "--exp_dir", babble, "--interactive", "--top_k", 1, "--max_new_tokens", 1_000_000)
-    terminal = Terminal(line, may_be_broken=True)
+def test_ctrl_c_stops_the_text_and_not_the_session(babble: Path, opened: Callable[..., Terminal]) -> None:
+    arguments = ("--exp_dir", babble, "--interactive", "--top_k", 1, "--max_new_tokens", 1_000_000)
+    terminal = opened(*arguments, may_be_broken=True)
     at = terminal.wait_for("> ")
     terminal.type("雨\n")
     at = terminal.wait_for("goes on from the last half", at)
