@@ -482,7 +482,7 @@ def start_from_bigrams(config: PretrainingConfig, model: GPTModel, batches: Trai
     """Fit embedding and head of a new modern model to the counts of token pairs."""
     known = len(batches.tokens) >= MIN_TOKENS_PER_WORD * model.config.vocab_size
     n_steps = (50 if known else 0) if config.bigram_steps is None else config.bigram_steps
-    if not model.config.is_tied and n_steps:
+    if config.arch == "modern" and n_steps:
         start = time.monotonic()
         weights = model.tok_emb.weight, model.head_weight
         loss = fit_to_bigrams(batches.tokens, *weights, model.config.vocab_size, n_steps, config.seed)
