@@ -31,6 +31,7 @@ MOST = {
     "n_heads": 1 << 12,
     "vocab_multiple": 1 << 12,
 }
+MOST_ROPE_BASE = 1e9
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (T, D) or (B, T, D)
 
 
@@ -66,8 +67,8 @@ class GPTConfig:
             raise ValueError(f"emb_dim / n_heads is {self.head_dim}; with arch modern it must be even")
         if self.arch not in ARCHS:
             raise ValueError(f"arch {self.arch} is unknown; there are {', '.join(ARCHS)}")
-        if self.rope_base <= 1:
-            raise ValueError(f"rope_base is {self.rope_base}; it must be more than 1")
+        if not 1 < self.rope_base <= MOST_ROPE_BASE:
+            raise ValueError(f"rope_base is {self.rope_base}; it must be more than 1 and at most {MOST_ROPE_BASE:.0e}")
         if self.n_kv_heads < 0 or self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.arch == "gpt2" and self.kv_heads != self.n_heads:

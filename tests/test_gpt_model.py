@@ -179,6 +179,9 @@ def test_presets_are_valid(size: str) -> None:
         ({"drop_rate": -0.1}, "drop_rate is -0.1"),
         ({"drop_rate": math.nan}, "drop_rate is nan"),
         ({"vocab_multiple": 0}, "vocab_multiple is 0"),
+        ({"rope_base": 1.0}, "rope_base is 1.0"),
+        ({"rope_base": 2**70}, "rope_base is 1180591620717411303424"),
+        ({"rope_base": math.nan}, "rope_base is nan"),
     ],
     ids=str,
 )
