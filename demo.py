@@ -21,7 +21,7 @@ from gpt_model import GPTConfig, GPTModel
 from gptkit import checkpoints, devices
 from gptkit.command_line import UserError, check_bounds, run_command, setting
 from gptkit.generation import SamplingSettings, Text, write
-from gptkit.quick_linear import ChunkedLinear, replace_linear_layers
+from gptkit.quick_linear import PackedLinear, can_pack, replace_linear_layers
 from gptkit.tokenization import Tokenizer, encode_prompt, load_saved
 
 MAX_CHARS = 20_000  # of a prompt, or of a text to go on from
@@ -137,8 +137,8 @@ def load_model(folder: Path, device: torch.device) -> Model:
     checkpoints.first_whole([folder], training=False)
     tokenizer = load_saved(folder / "tokenizer")
     model = checkpoints.load_model(folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, device)
-    if device.type == "cpu":
-        replace_linear_layers(model, ChunkedLinear)
+    if device.type == "cpu" and can_pack():
+        replace_linear_layers(model, PackedLinear)
     return Model(model.eval(), tokenizer)
 
 

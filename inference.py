@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from gpt_model import GPTConfig, GPTModel
 from gptkit import checkpoints, devices
 from gptkit.command_line import UserError, changed, existing_path, run_command, setting
 from gptkit.generation import Decode, SamplingSettings, Text, compiled_decode, decode_one_token, window_start, write
-from gptkit.quick_linear import ChunkedLinear, Int8Linear, replace_linear_layers
+from gptkit.quick_linear import Int8Linear, PackedLinear, can_pack, replace_linear_layers
 from gptkit.run_log import shown
 from gptkit.tokenization import Tokenizer, encode_prompt, load_saved
 
@@ -107,14 +108,17 @@ def load_writer(config: InferenceConfig) -> Writer:
     model = checkpoints.load_model(folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, device)
     dtype = devices.choose_dtype(config.dtype, device)
     model = model.to(dtype).eval()
-    if device.type == "cpu" and dtype == torch.float32:
-        replace_linear_layers(model, Int8Linear if config.quantize == "int8" else ChunkedLinear)
-    compile = config.compile
-    if compile is None:
-        compile = device.type == "cuda" and config.max_new_tokens >= 500
     kind = "int8" if config.quantize == "int8" else str(dtype).removeprefix("torch.")
     about = f"{model.n_parameters():,} parameters on {devices.describe_device(device)}, {kind}"
     print(f"{folder}: {about}", file=sys.stderr)
+    compile = config.compile
+    if compile is None:
+        compile = device.type == "cuda" and config.max_new_tokens >= 500
+    if config.quantize == "int8":
+        replace_linear_layers(model, Int8Linear)
+    elif device.type == "cpu" and dtype == torch.float32 and not compile and can_pack():
+        n_rows = config.batch_size if config.prompts_file else min(config.num_samples, config.batch_size)
+        replace_linear_layers(model, partial(PackedLinear, n_rows=n_rows))
     return Writer(model, tokenizer, compiled_decode() if compile else decode_one_token)
 
 

@@ -12,7 +12,7 @@ The model gives new_cache(B, S) and next_logits(ids, lengths, cache, n_slots), a
 Shapes: B batch (rows), T time, V vocabulary, S slots of the cache.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,6 +88,27 @@ def sample(logits: torch.Tensor, settings: SamplingSettings, seen: Sequence[int]
     return drawn if candidates is None else int(candidates[drawn])
 
 
+def next_bytes(begun: bytes) -> range:
+    """The bytes that may follow the first ones of a character in UTF-8, none if it is whole: Unicode 17, table 3-7."""
+    if not begun or len(begun) == sum(begun[0] >= least for least in (0, 0xC2, 0xE0, 0xF0)):
+        return range(0)
+    narrower = {0xE0: range(0xA0, 0xC0), 0xED: range(0x80, 0xA0), 0xF0: range(0x90, 0xC0), 0xF4: range(0x80, 0x90)}
+    return narrower.get(begun[0], range(0x80, 0xC0)) if len(begun) == 1 else range(0x80, 0xC0)
+
+
+def continuing(row: Sequence[int], byte_of: Mapping[int, int]) -> range:
+    """The bytes one of which must follow a row that ends within a character, as ids of bytes leave it; else none."""
+    begun: list[int] = []
+    for i in reversed(row[-3:]):
+        byte = byte_of.get(i, 0)
+        if byte < 0x80:
+            break
+        begun.insert(0, byte)
+        if byte >= 0xC0:
+            return next_bytes(bytes(begun))
+    return range(0)
+
+
 def window_start(n_ids: int, context_length: int) -> int:
     """From which id on a text of n_ids is read: from the first, or a multiple of half the context later."""
     hop = max(context_length // 2, 1)
@@ -148,17 +169,21 @@ def generate(
     context_length: int,
     end_of_text_id: int,
     banned_ids: Iterable[int],
+    byte_ids: Sequence[int] = (),
     generators: Sequence[torch.Generator],
     stopped: set[int] | None = None,
     decode: Decode = decode_one_token,
 ) -> Iterator[list[int | None]]:
     """The next id of each prompt's text, step by step, at most max_new_tokens times; None once a text has ended.
 
-    A text ends at (and without) end-of-text, or where the reader adds its row to `stopped`. Each row draws from its
+    A text ends at (and without) end-of-text, or where the reader adds its row to `stopped`. byte_ids are the ids of the
+    bytes 0 … 255, where there are such: they are drawn in an order only that makes characters. Each row draws from its
     own generator, of the CPU: the same seed and prompt give the same text, alone or in a batch, on every device
     whose logits agree.
     """
-    banned = torch.tensor(sorted(banned_ids), dtype=torch.int64)
+    byte_of = {i: byte for byte, i in enumerate(byte_ids)}
+    begins_nothing = {i for i, byte in byte_of.items() if 0x80 <= byte < 0xC2 or byte > 0xF4}
+    banned = torch.tensor(sorted({*banned_ids, *begins_nothing}), dtype=torch.int64)
     rows = [list(prompt) for prompt in prompts]
     ended = set() if stopped is None else stopped
     was_training = model.training
@@ -177,7 +202,13 @@ def generate(
                 else:
                     logits = next_of_rows(model, rows, starts, cache, context_length, decode)
                 shown = logits.float().cpu()
-                shown[:, banned] = -torch.inf
+                for i, row in enumerate(rows):
+                    if may_follow := [byte_ids[byte] for byte in continuing(row, byte_of)]:
+                        shown[i] = torch.full_like(shown[i], -torch.inf).index_copy(
+                            0, torch.tensor(may_follow), shown[i, may_follow]
+                        )
+                    else:
+                        shown[i, banned] = -torch.inf
             new: list[int | None] = [None] * len(rows)
             for i, row in enumerate(rows):
                 if i in ended:
@@ -266,6 +297,7 @@ def write(
         context_length=context_length,
         end_of_text_id=tokenizer.end_of_text_id,
         banned_ids=tokenizer.never_written,
+        byte_ids=tokenizer.byte_ids,
         generators=[text.generator for text in texts],
         stopped=stopped,
         decode=decode,

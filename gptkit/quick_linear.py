@@ -1,48 +1,42 @@
 """Linear layers for writing on a CPU, where a token costs as long as the weights take to come out of memory.
 
-For few rows torch hands a product to a routine that reads the weights with one core, or, for some rows, again and
-again; `ChunkedLinear` gives each core a part of them. `Int8Linear` has a quarter of the bytes to read. Both are for
-inference alone: they have no parameters of their own.
+For few rows torch hands a float32 product to a routine that reads the weights with one core, or, for some rows, again
+and again. `PackedLinear` has oneDNN do it, with the weights laid out for it; `Int8Linear` has a quarter of the bytes
+to read. Both are for inference alone: they have no parameters of their own.
 
 Shapes: M rows (of all dimensions but the last), K inputs, N outputs.
 """
 
-import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from gptkit.command_line import UserError
 
-MOST_ROWS = 16  # above, torch's own product is the quicker one
-N_CHUNKS = 32
 INPUT_LEVELS = 63  # AVX2 adds products of inputs and weights in pairs, in 16 bits: 2 x 127 x 127 is the most that fits
 
 
-class ChunkedLinear(nn.Module):
-    """x W^T + b in the weights' own type."""
+class PackedLinear(nn.Module):
+    """x W^T + b in float32, by the product that torch.compile would choose. can_pack() tells whether there is one.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    The layout is the one that oneDNN likes for n_rows rows; any number of them can be multiplied.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, n_rows: int = 1) -> None:
         super().__init__()
-        self.weight, self.bias = weight.detach(), bias if bias is None else bias.detach()
-        self.n_chunks = math.gcd(N_CHUNKS, len(weight))
-        self.chunks = self.weight.view(self.n_chunks, -1, weight.shape[1]).transpose(1, 2)  # (chunks, K, N / chunks)
-        self.bias_chunks = None if self.bias is None else self.bias.view(self.n_chunks, 1, -1)
+        self.bias = None if bias is None else bias.detach()
+        self.packed: Any = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), n_rows)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, K) -> (…, N)
-        n_outputs, n_inputs = self.weight.shape
-        rows = x.reshape(-1, n_inputs)  # (M, K)
-        if len(rows) > MOST_ROWS:
-            return F.linear(x, self.weight, self.bias)
-        rows = rows.expand(self.n_chunks, *rows.shape)
-        if self.bias_chunks is None:
-            out = torch.bmm(rows, self.chunks)  # (chunks, M, N / chunks)
-        else:
-            out = torch.baddbmm(self.bias_chunks, rows, self.chunks)
-        return out.transpose(0, 1).reshape(*x.shape[:-1], n_outputs)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def can_pack() -> bool:
+    """Whether this torch has oneDNN and its product; without it, torch's own layers stay."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 class Int8Linear(nn.Module):
@@ -77,8 +71,8 @@ class Int8Linear(nn.Module):
         return product * largest if self.bias is None else torch.addcmul(self.bias, product, largest)
 
 
-def replace_linear_layers(model: Any, kind: type[ChunkedLinear] | type[Int8Linear]) -> None:
-    """Put layers of that kind in place of a model's nn.Linear ones and of its last product. It cannot be trained then.
+def replace_linear_layers(model: Any, layer: Callable[[torch.Tensor, torch.Tensor | None], nn.Module]) -> None:
+    """Put layers made of (weight, bias) in place of a model's nn.Linear ones and of its last product, for good.
 
     The model has the matrix of its last product as head_weight, a bias of it as padding_bias, and takes another layer
     for it as quick_head.
@@ -87,5 +81,5 @@ def replace_linear_layers(model: Any, kind: type[ChunkedLinear] | type[Int8Linea
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and child.weight is not head:
-                setattr(module, name, kind(child.weight, child.bias))
-    model.quick_head = kind(head, model.padding_bias if model.padding_bias.any() else None)
+                setattr(module, name, layer(child.weight, child.bias))
+    model.quick_head = layer(head, model.padding_bias if model.padding_bias.any() else None)

@@ -70,6 +70,12 @@ class Tokenizer:
         """Ids a model must not write: they stand for no text (unknown, padding, …). End-of-text is not among them."""
         return self.backend.special_ids - {self.end_of_text_id}
 
+    @cached_property
+    def byte_ids(self) -> tuple[int, ...]:
+        """The ids that stand for the bytes 0 … 255 of characters without a piece of their own; () where none do."""
+        found = [self.backend.id_of(f"<0x{byte:02X}>") for byte in range(256)]
+        return () if None in found else tuple(i for i in found if i is not None)
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, which UTF-8 must be able to hold, with no special token added."""
         if self.lower_case:

@@ -1,5 +1,6 @@
 """gptkit/generation.py: against the same without a cache, transformers' generate and its logits processors, and chance."""
 
+import codecs
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,13 +20,14 @@ from gptkit.generation import (
     decode_one_token,
     generate,
     kept,
+    next_bytes,
     penalize,
     prefill,
     sample,
     window_start,
     write,
 )
-from gptkit.quick_linear import ChunkedLinear, replace_linear_layers
+from gptkit.quick_linear import PackedLinear, replace_linear_layers
 from gptkit.tokenization import Tokenizer, load_sentencepiece
 
 END = 0
@@ -100,14 +102,14 @@ def random_bigrams(n: int = 12, seed: int = 3) -> Bigrams:
 @pytest.mark.parametrize(
     "changes", [{"arch": "gpt2"}, {"arch": "modern"}, {"arch": "modern", "n_kv_heads": 2}], ids=str
 )
-@pytest.mark.parametrize("chunked", [False, True])
-def test_the_cache_changes_nothing(changes: dict[str, Any], chunked: bool) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_cache_changes_nothing(changes: dict[str, Any], packed: bool) -> None:
     """Alone and eight prompts of unequal length at once, far past the context's end."""
     model = random_model(**changes)
     expected = [without_cache(model, prompt, 3 * CONTEXT) for prompt in PROMPTS]
     assert len({tuple(text[-10:]) for text in expected}) > 4  # or it would say little
-    if chunked:
-        replace_linear_layers(model, ChunkedLinear)
+    if packed:
+        replace_linear_layers(model, PackedLinear)
     assert written(model, PROMPTS, max_new_tokens=3 * CONTEXT) == expected
     assert [written(model, [prompt], max_new_tokens=3 * CONTEXT)[0] for prompt in PROMPTS] == expected
 
@@ -256,6 +258,44 @@ def test_banned_ids_are_never_written() -> None:
     assert written(counting(), [[1]], banned_ids={2, *range(4, 10)}, max_new_tokens=1) == [[0]]
 
 
+def test_which_bytes_may_follow() -> None:
+    """Python's own decoder, after each beginning of one, two and three bytes."""
+
+    def may_come(begun: bytes) -> list[int]:
+        found = []
+        for byte in range(256):
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            try:
+                decoder.decode(begun)
+                if decoder.getstate()[0] == begun:  # it waits for more
+                    decoder.decode(bytes([byte]))
+                    found.append(byte)
+            except UnicodeDecodeError:
+                continue
+        return found
+
+    assert list(next_bytes(b"")) == []
+    for first in range(0xC2, 0xF5):
+        assert list(next_bytes(bytes([first]))) == may_come(bytes([first]))
+        for second in may_come(bytes([first]))[::5]:
+            assert list(next_bytes(bytes([first, second]))) == may_come(bytes([first, second]))
+            for third in may_come(bytes([first, second]))[::9]:
+                begun = bytes([first, second, third])
+                assert list(next_bytes(begun)) == may_come(begun)
+    assert list(next_bytes(b"a")) == list(next_bytes("🐈".encode())) == []
+
+
+def test_a_model_that_knows_nothing_writes_no_broken_character(tokenizer: Tokenizer) -> None:
+    """Bytes and whole pieces, each as likely as the other, far past the context's end, three texts at once."""
+    table = torch.zeros(tokenizer.vocab_size, tokenizer.vocab_size)
+    table[:, list(tokenizer.byte_ids)] = 3
+    texts = [Text(tokenizer, tokenizer.encode(prompt), 7) for prompt in ("雨", "🐈", "猫が")]
+    shown = ["", "", ""]
+    for row, piece in write(Bigrams(table), texts, SamplingSettings(temperature=1.0), 400, CONTEXT):
+        shown[row] += piece
+    assert all("\ufffd" not in text and max(text) > "\uffff" for text in shown)
+
+
 def test_ends_at_end_of_text_without_yielding_it() -> None:
     found = written(counting(), [[6], [9], [END, 6], [2]], end_of_text_id=END, max_new_tokens=4)
     assert found == [[7, 8, 9], [], [7, 8, 9], [3, 4, 5, 6]]  # one in the prompt ends nothing
@@ -342,7 +382,7 @@ def test_characters_come_whole_and_as_early_as_they_can(tokenizer: Tokenizer) ->
 
 
 def test_of_bytes_that_are_no_character(tokenizer: Tokenizer) -> None:
-    """A model may write such: within a text they are shown as what they are, and half a character at its end is not."""
+    """Within a text they are shown as what they are, and half a character at its end is not."""
     cat = tokenizer.encode("🐈")
     text = Text(tokenizer, [tokenizer.end_of_text_id], 0)
     assert [text.push(i) for i in cat[:-1]] == [""] * (len(cat) - 1)
