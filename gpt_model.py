@@ -4,11 +4,11 @@ Two architectures. "gpt2" is GPT-2's (Radford et al. 2019, "Language Models are 
 learned positions, layer norm, GELU in its tanh form, tied embeddings. "modern" has exactly the form of transformers'
 Qwen3ForCausalLM: RMS norm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021, "RoFormer"), norms of queries and
 keys (Henry et al. 2020), SwiGLU (Shazeer 2020), grouped-query attention (Ainslie et al. 2023), no biases, an output
-head of its own. Both have pre-norm blocks. Names follow Raschka's "Build a Large Language Model From Scratch". Loss,
+head of its own (where nothing else is asked for). Both have pre-norm blocks. Names follow Raschka's "Build a Large Language Model From Scratch". Loss,
 optimizer, sampling and files live elsewhere.
 
-Shapes: B batch, T time (at most context_length), C channels (emb_dim), H heads, G heads of keys and values, D = C / H,
-V vocabulary (padded), L layers, S slots of a cache.
+Shapes: B batch, T time (at most context_length), C channels (emb_dim), H heads, G heads of keys and values, D channels
+of a head (C / H where nothing else is asked for), V vocabulary (padded), L layers, S slots of a cache.
 """
 
 import math
@@ -54,17 +54,27 @@ class GPTConfig:
     arch: Arch = "gpt2"
     n_kv_heads: int = 0  # modern only: heads of keys and values, each shared by a group of query heads (0: n_heads)
     rope_base: float = 10_000.0  # modern only: RoFormer, section 3.2.2
+    head_width: int = 0  # modern only: channels of a head (0: emb_dim / n_heads)
+    ff_width: int = 0  # modern only: channels within the feed-forward (0: 8/3 of emb_dim, up to a multiple of 32)
+    tied_head: bool = False  # modern only: the embedding is the output head too, as it always is in gpt2
 
     def __post_init__(self) -> None:
         for name, most in MOST.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {most}")
-        if self.emb_dim % self.n_heads:
+        if self.emb_dim % self.n_heads and not self.head_width:
             raise ValueError(f"emb_dim {self.emb_dim} is not a multiple of n_heads {self.n_heads}")
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate is {self.drop_rate}; it must be at least 0 and below 1")
+        for name in ("head_width", "ff_width"):
+            if not 0 <= getattr(self, name) <= MOST["emb_dim"]:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at least 0 and at most {MOST['emb_dim']}"
+                )
         if self.arch == "modern" and self.head_dim % 2:
-            raise ValueError(f"emb_dim / n_heads is {self.head_dim}; with arch modern it must be even")
+            raise ValueError(
+                f"a head has {self.head_dim} channels (emb_dim / n_heads); with arch modern it must be even"
+            )
         if self.arch not in ARCHS:
             raise ValueError(f"arch {self.arch} is unknown; there are {', '.join(ARCHS)}")
         if not 1 < self.rope_base <= MOST_ROPE_BASE:
@@ -73,6 +83,8 @@ class GPTConfig:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.arch == "gpt2" and self.kv_heads != self.n_heads:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} needs arch modern; gpt2 has as many as n_heads")
+        if self.arch == "gpt2" and (self.head_width or self.ff_width):
+            raise ValueError("head_width and ff_width need arch modern; in gpt2 they follow from emb_dim and n_heads")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -80,7 +92,7 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.emb_dim // self.n_heads
+        return self.head_width or self.emb_dim // self.n_heads
 
     @property
     def kv_heads(self) -> int:
@@ -89,7 +101,7 @@ class GPTConfig:
     @property
     def n_block_parameters(self) -> int:
         """The entries of the blocks' matrices."""
-        attention = self.emb_dim * (2 * self.emb_dim + 2 * self.kv_heads * self.head_dim)
+        attention = self.emb_dim * self.head_dim * (2 * self.n_heads + 2 * self.kv_heads)
         feed_forward = (2 if self.arch == "gpt2" else 3) * self.emb_dim * self.hidden_dim
         return self.n_layers * (attention + feed_forward)
 
@@ -98,7 +110,11 @@ class GPTConfig:
         """The inner width of the feed-forward: four times emb_dim, or with three matrices in place of two 8/3 times."""
         if self.arch == "gpt2":
             return 4 * self.emb_dim
-        return math.ceil(self.emb_dim * 8 / 3 / 32) * 32
+        return self.ff_width or math.ceil(self.emb_dim * 8 / 3 / 32) * 32
+
+    @property
+    def is_tied(self) -> bool:
+        return self.tied_head or self.arch == "gpt2"
 
 
 # GPT-2's four sizes, and five for less than a day of a GPU.
@@ -183,13 +199,13 @@ class CausalSelfAttention(nn.Module):
         modern = config.arch == "modern"
         self.widths = [heads * config.head_dim for heads in (config.n_heads, config.kv_heads, config.kv_heads)]
         self.qkv = nn.Linear(config.emb_dim, sum(self.widths), bias=config.qkv_bias and not modern)
-        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim, bias=not modern)
+        self.out_proj = nn.Linear(self.widths[0], config.emb_dim, bias=not modern)
         self.q_norm, self.k_norm = (norm_of(config, config.head_dim) if modern else nn.Identity() for _ in range(2))
 
     def forward(
         self, x: torch.Tensor, by: Rotation | None, reading: Reading | None = None
     ) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q, k, v = (t.view(B, T, -1, self.config.head_dim) for t in self.qkv(x).split(self.widths, dim=-1))
         if by is not None:
             q, k = rotate(self.q_norm(q), by), rotate(self.k_norm(k), by)
@@ -202,7 +218,7 @@ class CausalSelfAttention(nn.Module):
         context = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p=dropout, is_causal=T > 1, enable_gqa=grouped
         )  # (B, H, T, D)
-        return self.out_proj(context.transpose(1, 2).reshape(B, T, C))
+        return self.out_proj(context.transpose(1, 2).reshape(B, T, -1))
 
     @staticmethod
     def remember(
@@ -268,11 +284,12 @@ class GPTModel(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.tok_emb = nn.Embedding(config.padded_vocab_size, config.emb_dim)  # gpt2: also the output head
+        self.tok_emb = nn.Embedding(config.padded_vocab_size, config.emb_dim)  # tied: also the output head
         if config.arch == "gpt2":
             self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         else:
-            self.out_head = nn.Linear(config.emb_dim, config.padded_vocab_size, bias=False)
+            if not config.is_tied:
+                self.out_head = nn.Linear(config.emb_dim, config.padded_vocab_size, bias=False)
             for name, table in zip(("cos", "sin"), rotation(config), strict=True):
                 self.register_buffer(name, table, persistent=False)
         self.drop_emb = nn.Dropout(config.drop_rate)
@@ -302,8 +319,8 @@ class GPTModel(nn.Module):
     def _initialize_modern(self, module: nn.Module) -> None:
         """As modded-nanogpt (Jordan et al. 2024): a block begins as the identity, the head with all words alike."""
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
-        elif module is self.out_head:
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5 if self.config.is_tied else 1.0)
+        elif not self.config.is_tied and module is self.out_head:
             nn.init.zeros_(self.out_head.weight)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=(2 * module.in_features) ** -0.5)
@@ -311,7 +328,7 @@ class GPTModel(nn.Module):
     @property
     def head_weight(self) -> torch.Tensor:
         """The matrix of the last product: (V, C)."""
-        return self.tok_emb.weight if self.config.arch == "gpt2" else self.out_head.weight
+        return self.tok_emb.weight if self.config.is_tied else self.out_head.weight
 
     def features(self, ids: torch.Tensor, reading: Reading | None = None) -> torch.Tensor:  # (B, T) -> (B, T, C)
         """What the last product turns into logits."""
@@ -376,4 +393,4 @@ class GPTModel(nn.Module):
         """
         config = self.config
         n_matrix = config.n_block_parameters + config.padded_vocab_size * config.emb_dim
-        return 6 * n_matrix + 12 * config.n_layers * config.emb_dim * config.context_length
+        return 6 * n_matrix + 12 * config.n_layers * config.n_heads * config.head_dim * config.context_length

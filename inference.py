@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -117,8 +116,7 @@ def load_writer(config: InferenceConfig) -> Writer:
     if config.quantize == "int8":
         replace_linear_layers(model, Int8Linear)
     elif device.type == "cpu" and dtype == torch.float32 and not compile and can_pack():
-        n_rows = config.batch_size if config.prompts_file else min(config.num_samples, config.batch_size)
-        replace_linear_layers(model, partial(PackedLinear, n_rows=n_rows))
+        replace_linear_layers(model, PackedLinear)
     return Writer(model, tokenizer, compiled_decode() if compile else decode_one_token)
 
 

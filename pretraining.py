@@ -69,7 +69,7 @@ class PretrainingConfig(TokenizerSettings, TrainingSettings):
     """Pretrain a GPT on text shards. The same command line goes on where an earlier run stopped."""
 
     arch: Arch = setting("modern", "modern: in the form of Qwen3; gpt2: GPT-2's")
-    model_size: Literal["auto", "nano", "micro", "tiny", "mini", "124M", "355M", "774M", "1558M"] = setting(
+    model_size: Literal["auto", "nano", "micro", "tiny", "mini", "midi", "124M", "355M", "774M", "1558M"] = setting(
         "124M", "dimensions to start from; auto: the best for --budget_minutes on this machine"
     )
     context_length: int | None = setting(None, "tokens the model sees at once (default: of --model_size)", at_least=1)

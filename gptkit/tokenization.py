@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from gptkit.command_line import UserError, likely_path, setting
+from gptkit.command_line import UserError, hub_folder, likely_path, setting
 from gptkit.files import read_json
 from gptkit.tokenizer_backends import Backend, SentencePieceBackend, TiktokenBackend, TokenizersBackend
 
@@ -244,7 +244,7 @@ SHIFTED_CLASSES = re.compile(
 
 def load_hf(name: str) -> Tokenizer:
     """--hf_name: a folder, or a repository of the Hugging Face hub (fetched once, then kept by huggingface_hub)."""
-    folder = _hf_folder(name)
+    folder = hub_folder(name, "--hf_name", HF_PATTERNS)
     settings = _merged_settings(folder)
     backend = _hf_backend(name, folder, settings)
     end_of_text = settings.get("eos_token")
@@ -255,31 +255,6 @@ def load_hf(name: str) -> Tokenizer:
     if not isinstance(end_of_text, str):
         raise UserError(f"--hf_name {name} names no end-of-text token (eos_token); choose a tokenizer for a GPT")
     return Tokenizer(backend, name, end_of_text, settings.get("do_lower_case") is True)
-
-
-def _hf_folder(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).is_file():
-        raise UserError(f"--hf_name {name} is a file; name the folder that holds it (or --tokenizer sentencepiece)")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        near = likely_path(Path(name))
-        remedy = f"did you mean {near}?" if near else "give a folder that holds a tokenizer, or a name on the hub"
-        raise UserError(f"--hf_name {name}: no such folder; {remedy}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=HF_PATTERNS))
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(
-            f"--hf_name {name} is neither a folder nor a repository of the Hugging Face hub (or it is a private one)"
-        )
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"--hf_name {name}: the Hugging Face hub cannot be reached ({type(error).__name__}); connect to the"
-            " network once, or give a folder that holds the tokenizer"
-        )
 
 
 def _merged_settings(folder: Path) -> dict[str, Any]:

@@ -71,6 +71,16 @@ class SentencePieceBackend:
         mark = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         self._mark = mark if self._space_is_piece and self.unknown_id not in mark else None
 
+    def score(self, ids: Sequence[int]) -> float:
+        """The sum of the scores of pieces: in a unigram model the logarithm of their probability."""
+        return float(sum(self._processor.get_score(i) for i in ids if i < self.vocab_size))
+
+    def proto(self) -> Any:
+        """The model's own message, with its pieces, scores and settings. Raises ImportError without protobuf."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[import-untyped]
+
+        return ModelProto.FromString(self._model)
+
     def id_of(self, piece: str) -> int | None:
         found = self._processor.piece_to_id(piece)
         return found if self._processor.id_to_piece(found) == piece else None
@@ -131,6 +141,12 @@ class TokenizersBackend:
         self.special_ids = frozenset(i for i, token in added.items() if token.special) | unknown_ids
         self._never_read = self.special_ids - unknown_ids
 
+    def copy(self) -> Any:
+        """A tokenizers.Tokenizer of one's own."""
+        from tokenizers import Tokenizer as HFTokenizer
+
+        return HFTokenizer.from_buffer(self._content)
+
     def id_of(self, piece: str) -> int | None:
         return self._tokenizer.token_to_id(piece)
 
@@ -182,12 +198,14 @@ class TiktokenBackend:
             pairs = (line.split() for line in ranks.splitlines())
             mergeable_ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
             options = json.loads(settings)
-            self._special: dict[str, int] = options["special_tokens"]
-            _require_ids((*mergeable_ranks.values(), *self._special.values()), "it")
-            if len({*mergeable_ranks.values(), *self._special.values()}) != len(mergeable_ranks) + len(self._special):
+            self.special_tokens: dict[str, int] = options["special_tokens"]
+            ids = (*mergeable_ranks.values(), *self.special_tokens.values())
+            _require_ids(ids, "it")
+            if len(set(ids)) != len(ids):
                 raise ValueError("two tokens have one id")
+            self.pattern: str = options["pattern"]
             self._encoding = tiktoken.Encoding(
-                "saved", pat_str=options["pattern"], mergeable_ranks=mergeable_ranks, special_tokens=self._special
+                "saved", pat_str=self.pattern, mergeable_ranks=mergeable_ranks, special_tokens=self.special_tokens
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a saved tiktoken encoding ({error})")
@@ -205,7 +223,11 @@ class TiktokenBackend:
         return cls(ranks, json.dumps(settings, ensure_ascii=False).encode())
 
     def id_of(self, piece: str) -> int | None:
-        return self._special.get(piece)
+        return self.special_tokens.get(piece)
+
+    def ranks(self) -> dict[bytes, int]:
+        """The id of each token that text is made of."""
+        return dict(self._encoding._mergeable_ranks)
 
     def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
         return [self._encoding.encode_ordinary(line) for line in lines]

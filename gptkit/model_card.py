@@ -1,0 +1,87 @@
+"""The README.md of an exported model: what it is, what it was trained on, how well it does, how to use it."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptkit.files import read_json
+from gptkit.run_log import read_metrics
+
+if TYPE_CHECKING:
+    from gptkit.tokenization import Tokenizer
+
+DATASET = "globis-university/aozorabunko-clean"
+
+
+def model_card(run_folder: Path, state: dict[str, Any], model: Any, tokenizer: "Tokenizer", samples: list[str]) -> str:
+    """Japanese, then English. What the run's folder does not tell is left out."""
+    try:
+        run = read_json(run_folder / "config.json")
+    except (OSError, ValueError):
+        run = {}
+    settings = run.get("settings", {}) if isinstance(run, dict) else {}
+    data = run.get("tokens", "unknown") if isinstance(run, dict) else "unknown"
+    metrics = [record for record in read_metrics(run_folder / "metrics.jsonl") if record["step"] <= state["step"]]
+    last = metrics[-1] if metrics else {}
+    loss = last.get("val_loss")
+    figures = [
+        ("パラメーター / parameters", f"{model.n_parameters():,}"),
+        ("形 / form", "GPT-2" if model.config.arch == "gpt2" else "Qwen3"),
+        ("層 x 幅 / layers x width", f"{model.config.n_layers} x {model.config.emb_dim}"),
+        ("文脈 / context", f"{model.config.context_length:,} tokens"),
+        ("語彙 / vocabulary", f"{tokenizer.vocab_size:,}"),
+        ("学習ステップ / steps", f"{state['step']:,}"),
+        ("学習トークン / training tokens", f"{last['tokens']:,}" if last else None),
+        ("検証損失 / validation loss", f"{loss:.4f} nats/token" if loss else None),
+        ("パープレキシティ / perplexity", f"{math.exp(loss):.2f}" if loss and loss < 100 else None),
+        ("最適化 / optimizer", settings.get("optimizer")),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in figures if value)
+    shown = "\n\n".join("> " + text.replace("\n", "\n> ") for text in samples)
+    return f"""---
+language: ja
+library_name: transformers
+pipeline_tag: text-generation
+license: cc-by-4.0
+datasets:
+- {DATASET}
+---
+
+# 日本語の文章で学習した GPT
+
+文章の続きを書くモデルです。学習した文章：{data}。
+
+文章が [{DATASET}](https://huggingface.co/datasets/{DATASET})(青空文庫、CC BY 4.0)から作られたものなら、その表示に従ってください。ほかの文章で学習したときは、上の `license` と `datasets` を直してください。
+
+A GPT that goes on with Japanese text. Trained on: {data}. Where that text was made from the dataset named above
+(Aozora Bunko, CC BY 4.0), give its attribution; where it was another text, correct `license` and `datasets`.
+
+| | |
+|---|---|
+{table}
+
+検証損失は、学習に使わなかった作品のものです。The validation loss is that of works not trained on.
+
+## 使い方 / Use
+
+```python
+from transformers import pipeline
+
+write = pipeline("text-generation", "このフォルダー、またはリポジトリの名前")
+print(write("吾輩は")[0]["generated_text"])
+```
+
+文章は学習のときと同じく `{tokenizer.end_of_text}` で始まります(トークナイザーが付けます)。A text begins with
+`{tokenizer.end_of_text}`, as in training; the tokenizer puts it there.
+
+## 見本 / Samples
+
+temperature 0.8, top-k 40:
+
+{shown}
+
+## 限界 / Limits
+
+書かれることは事実とは限りません。古い文章から学んだ、今日では差別的とされる表現を書くことがあります。
+What it writes need not be true, and may use the offensive words of old texts.
+"""
