@@ -1,30 +1,38 @@
-"""How well a trained GPT predicts a text: an experiment folder and a file of works in, one JSON object out.
+"""How well trained GPTs predict a text: experiment folders, or models of others, and a file of works in, figures out.
 
     python evaluate_model.py --exp_dir exp001 --text_path dataset/heldout.jsonl
+    python evaluate_model.py --exp_dir exp001 exp002 --hf_model rinna/japanese-gpt2-small --text_path dataset/heldout.jsonl
 
 The figure to compare models by is bits_per_char, whatever their tokenizers; gptkit/evaluation.py defines it. Standard
-output gets the JSON object alone, standard error the rest.
+output gets JSON alone: an object, or of several models an array. Standard error gets the rest, and of several models a
+table.
 """
 
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from gpt_model import GPTConfig, GPTModel
 from gptkit import checkpoints, devices
-from gptkit.command_line import UserError, existing_path, run_command, setting
+from gptkit.command_line import UserError, existing_path, hub_folder, run_command, setting
 from gptkit.evaluation import read_works, score_works
 from gptkit.run_log import shown
-from gptkit.tokenization import load_saved
+from gptkit.tokenization import HF_PATTERNS, Tokenizer, load_hf, load_saved
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How well a trained GPT predicts a text: bits per character, loss and perplexity, as one JSON object."""
+    """How well trained GPTs predict a text: bits per character, loss and perplexity, as JSON."""
 
-    exp_dir: str = setting(help="experiment folder (or the folder of checkpoints in it)")
+    exp_dir: tuple[str, ...] = setting((), "experiment folders (or the folders of checkpoints in them)")
+    hf_model: tuple[str, ...] = setting(
+        (), "causal models that transformers loads: folders, or repositories of the hub"
+    )
     text_path: str = setting(
         help="a .jsonl, .jsonl.gz or .jsonl.xz file of works, or a .txt file of works with <|endoftext|> between them"
     )
@@ -40,31 +48,101 @@ class EvaluationConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products (auto: bfloat16 on CUDA)")
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A model as scoring needs it."""
+
+    name: str
+    forward: Callable[[torch.Tensor], torch.Tensor]  # ids (B, T) -> logits (B, T, V)
+    tokenizer: Any  # a Tokenizer, or what encodes like one
+    context_length: int
+    n_parameters: int
+
+
+@dataclass(frozen=True)
+class WithinVocabulary:
+    """A tokenizer whose added newline token a model has no row for: to the model a newline is unknown."""
+
+    tokenizer: Tokenizer
+    n_words: int
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def encode(self, text: str) -> list[int]:
+        return [i if i < self.n_words else self.tokenizer.unknown_id for i in self.tokenizer.encode(text)]  # type: ignore[misc]
+
+
 def main(config: EvaluationConfig) -> None:
     try:
         device = devices.choose_device(config.device)
     except ValueError as error:
         raise UserError(str(error))
-    dtype = devices.choose_dtype(config.dtype, device)
+    if not config.exp_dir and not config.hf_model:
+        raise UserError("no model is named; give --exp_dir, --hf_model or both")
     path = existing_path(config.text_path, "--text_path")
     if not path.is_file():
         raise UserError(f"--text_path {path} is no file; name a .jsonl or .txt file")
-    folder = checkpoints.choose_checkpoint(config.exp_dir, config.checkpoint)
-    tokenizer = load_saved(folder / "tokenizer")
-    model = checkpoints.load_model(
-        folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, device
-    ).eval()
-    context_length = model.config.context_length
+    found = [evaluate(config, contender, device) for contender in contenders(config, device)]
+    if len(found) > 1:
+        print(table(found), file=sys.stderr)
+    print(json.dumps(found if len(found) > 1 else found[0]))  # in ASCII, which every locale shows as it is
+
+
+def contenders(config: EvaluationConfig, device: torch.device) -> Iterator[Contender]:
+    """One after the other, so that one is held at a time. Raises UserError."""
+    for exp_dir in config.exp_dir:
+        folder = checkpoints.choose_checkpoint(exp_dir, config.checkpoint)
+        tokenizer = load_saved(folder / "tokenizer")
+        model = checkpoints.load_model(
+            folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, device
+        ).eval()
+        yield Contender(str(folder), model, tokenizer, model.config.context_length, model.n_parameters())
+    for name in config.hf_model:
+        yield of_transformers(name, device)
+
+
+def of_transformers(name: str, device: torch.device) -> Contender:
+    """A model that transformers loads, from safetensors alone; its text is read by our rules. Raises UserError."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = hub_folder(name, "--hf_model", [*HF_PATTERNS, "*.json", "*.safetensors"])
+    tokenizer: Any = load_hf(str(folder), "--hf_model")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+        n_words = model.get_input_embeddings().num_embeddings
+        context_length = model.config.max_position_embeddings
+    except Exception as error:  # it raises many kinds for a folder without a model
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"--hf_model {name} is no causal model that transformers loads ({reason})")
+    if tokenizer.vocab_size > n_words:
+        if tokenizer.vocab_size > n_words + 1 or tokenizer.unknown_id is None:
+            raise UserError(f"--hf_model {name} has {n_words} words and its tokenizer {tokenizer.vocab_size}")
+        tokenizer = WithinVocabulary(tokenizer, n_words)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    model = model.to(device)
+    return Contender(name, lambda ids: model(ids, use_cache=False).logits, tokenizer, context_length, n_parameters)
+
+
+def evaluate(config: EvaluationConfig, contender: Contender, device: torch.device) -> dict[str, Any]:
+    """Raises UserError."""
+    dtype = devices.choose_dtype(config.dtype, device)
+    tokenizer, context_length = contender.tokenizer, contender.context_length
     if config.stride is not None and config.stride > context_length:
         raise UserError(f"--stride {config.stride} is more than the model's context; give at most {context_length}")
+    path = existing_path(config.text_path, "--text_path")
     # The works are read twice: a line that is none is found before the long work, and the time left is known.
     n_tokens = sum(len(tokenizer.encode(work)) + 1 for work in read_works(path, config.max_chars))
     print(
-        f"{folder}: {model.n_parameters():,} parameters on {devices.describe_device(device)}, {dtype}", file=sys.stderr
+        f"{contender.name}: {contender.n_parameters:,} parameters on {devices.describe_device(device)}, {dtype}",
+        file=sys.stderr,
     )
     with shown(n_tokens, "token", "evaluate") as progress:
         score = score_works(
-            model,
+            contender.forward,
             tokenizer,
             read_works(path, config.max_chars),
             context_length,
@@ -75,8 +153,8 @@ def main(config: EvaluationConfig) -> None:
             progress=progress,
         )
     if not math.isfinite(score.perplexity):
-        raise UserError(f"{folder} predicts nothing: its loss is {score.loss}; use another checkpoint")
-    result = {
+        raise UserError(f"{contender.name} predicts nothing: its loss is {score.loss}; use another checkpoint")
+    return {
         "bits_per_char": score.bits_per_char,
         "loss": score.loss,
         "perplexity": score.perplexity,
@@ -84,10 +162,22 @@ def main(config: EvaluationConfig) -> None:
         "characters": score.characters,
         "works": score.works,
         "unknown_tokens": score.unknown_tokens,
-        "checkpoint": str(folder),
+        "checkpoint": contender.name,
         "tokenizer": tokenizer.name,
     }
-    print(json.dumps(result))  # in ASCII, which every locale shows as it is
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The models by bits per character, the best first."""
+    rows = [("bits/char", "loss", "perplexity", "tokens", "unknown", "model")]
+    for result in sorted(found, key=lambda result: result["bits_per_char"]):
+        figures = (f"{result['bits_per_char']:.4f}", f"{result['loss']:.4f}", f"{result['perplexity']:,.2f}")
+        rows.append((*figures, f"{result['tokens']:,}", f"{result['unknown_tokens']:,}", result["checkpoint"]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]])
+        for row in rows
+    )
 
 
 def run(config: EvaluationConfig) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from gpt_model import LADDER, PRESETS, Arch, GPTConfig, GPTModel
-from gptkit import budget, checkpoints, devices, planning
+from gptkit import budget, checkpoints, devices, hf_conversion, planning
 from gptkit.batches import Batch, TrainingBatches, check_size, validation_batches
 from gptkit.bigrams import MIN_TOKENS_PER_WORD, fit_to_bigrams
 from gptkit.command_line import UserError, existing_path, run_command, setting
@@ -48,7 +48,7 @@ from gptkit.pretokenization import (
 )
 from gptkit.run_log import RunLog, draw_loss_curve, format_duration
 from gptkit.signals import StopSignals
-from gptkit.tokenization import Tokenizer, TokenizerSettings, load_tokenizer
+from gptkit.tokenization import Tokenizer, TokenizerSettings, load_tokenizer, with_tokenizer_of
 from gptkit.tokenizer_check import refuse_problems
 from gptkit.training_settings import (
     MAX_RETURNS,
@@ -61,6 +61,7 @@ from gptkit.training_settings import (
     time_left_s,
 )
 
+DIMENSIONS = ("arch", "context_length", "emb_dim", "n_layers", "n_heads", "n_kv_heads", "qkv_bias")
 RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"
 
 
@@ -68,7 +69,11 @@ RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"
 class PretrainingConfig(TokenizerSettings, TrainingSettings):
     """Pretrain a GPT on text shards. The same command line goes on where an earlier run stopped."""
 
-    arch: Arch = setting("modern", "modern: in the form of Qwen3; gpt2: GPT-2's")
+    init_from: str | None = setting(
+        None,
+        "begin with the weights of this folder or repository of the hub: GPT-2's or Qwen3's form, tokenizer included",
+    )
+    arch: Arch | None = setting(None, "modern: in the form of Qwen3 (the default); gpt2: GPT-2's")
     model_size: Literal["auto", "nano", "micro", "tiny", "mini", "midi", "124M", "355M", "774M", "1558M"] = setting(
         "124M", "dimensions to start from; auto: the best for --budget_minutes on this machine"
     )
@@ -123,7 +128,7 @@ def main(config: PretrainingConfig, began: float, stop: StopSignals) -> None:
     device, dtype = choose_device_and_dtype(config)
     devices.keep_freed_memory(device)
     with hold(output_dir):
-        tokenizer = load_tokenizer(config)
+        tokenizer = load_tokenizer(with_tokenizer_of(config, config.init_from))
         checkpoint = checkpoints.newest_whole(output_dir)
         state = checkpoints.read_state(checkpoint) if checkpoint else {}
         identity = run_identity(config, tokenizer)
@@ -159,6 +164,8 @@ def main(config: PretrainingConfig, began: float, stop: StopSignals) -> None:
                 print(f"going on from {checkpoint}")
                 planning.tell_changes(state.get("settings"), dataclasses.asdict(config), progress.step)
                 checkpoints.set_aside_after(checkpoint)
+            elif config.init_from:
+                hf_conversion.load_weights(config.init_from, model)
             else:
                 start_from_bigrams(config, model, batches)
             train(run, progress, began, stop)
@@ -351,6 +358,8 @@ def check_settings(config: PretrainingConfig) -> Path:
         )
     if config.optimizer == "galore_adamw":
         import_galore()
+    if config.init_from:
+        refuse_dimensions(config)
     if config.model_size == "auto" and config.budget_minutes is None:
         raise UserError("--model_size auto needs --budget_minutes; or name a size")
     if config.max_minutes and config.budget_minutes:
@@ -384,6 +393,16 @@ def hold(output_dir: Path) -> Iterator[None]:
                 f"--output_dir {output_dir} is in use by another run, {holder}; wait for it or name another folder"
             )
         yield
+
+
+def refuse_dimensions(config: PretrainingConfig) -> None:
+    """Raise UserError where a flag asks for another model than --init_from has."""
+    given = [name for name in DIMENSIONS if name != "context_length" and getattr(config, name) is not None]
+    given += ["model_size"] if config.model_size == "auto" else []
+    if given:
+        raise UserError(
+            f"--{given[0]} goes with a new model, and --init_from {config.init_from} has its own; leave it out"
+        )
 
 
 def find_tokens(config: PretrainingConfig, tokenizer: Tokenizer) -> tuple[Path, dict[str, Any]]:
@@ -467,14 +486,20 @@ def measure_tokens_per_s(
 
 
 def choose_model_config(config: PretrainingConfig, size: str, vocab_size: int) -> GPTConfig:
-    """The preset, with what the command line says otherwise. Raises UserError."""
-    named = ("context_length", "emb_dim", "n_layers", "n_heads", "n_kv_heads", "qkv_bias")
-    given = {name: getattr(config, name) for name in named if getattr(config, name) is not None}
-    if config.qkv_bias and config.arch == "modern":
+    """The preset, or the dimensions of --init_from, with what the command line says otherwise. Raises UserError."""
+    given = {name: getattr(config, name) for name in DIMENSIONS if getattr(config, name) is not None}
+    dimensions: dict[str, Any] = {"arch": "modern", **PRESETS[size]}
+    if config.init_from:
+        dimensions = hf_conversion.read_dimensions(config.init_from)
+        if given.get("context_length", 0) > dimensions["context_length"]:
+            raise UserError(
+                f"--context_length {config.context_length} is more than the {dimensions['context_length']} of --init_from"
+            )
+    elif config.qkv_bias and config.arch != "gpt2":
         raise UserError("--qkv_bias needs --arch gpt2; a modern model has no biases")
     try:
-        return GPTConfig(vocab_size, **PRESETS[size] | given, arch=config.arch, drop_rate=config.drop_rate)
-    except ValueError as error:
+        return GPTConfig(**dimensions | given | {"vocab_size": vocab_size, "drop_rate": config.drop_rate})
+    except (ValueError, TypeError) as error:
         raise UserError(str(error))
 
 
@@ -482,7 +507,7 @@ def start_from_bigrams(config: PretrainingConfig, model: GPTModel, batches: Trai
     """Fit embedding and head of a new modern model to the counts of token pairs."""
     known = len(batches.tokens) >= MIN_TOKENS_PER_WORD * model.config.vocab_size
     n_steps = (50 if known else 0) if config.bigram_steps is None else config.bigram_steps
-    if config.arch == "modern" and n_steps:
+    if not model.config.is_tied and n_steps:
         start = time.monotonic()
         weights = model.tok_emb.weight, model.head_weight
         loss = fit_to_bigrams(batches.tokens, *weights, model.config.vocab_size, n_steps, config.seed)
@@ -527,7 +552,11 @@ def run_identity(config: PretrainingConfig, tokenizer: Tokenizer) -> dict[str, A
 
 def refuse_another_run(checkpoint: Path | None, state: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raise UserError where the checkpoint to go on from belongs to a run of another identity."""
-    different = planning.difference(state.get("identity"), identity) if checkpoint else None
+    known = state.get("identity")
+    if isinstance(known, dict) and isinstance(known.get("model"), dict):
+        with contextlib.suppress(TypeError, ValueError):  # an older version had fewer dimensions
+            known = known | {"model": dataclasses.asdict(GPTConfig(**known["model"]))}
+    different = planning.difference(known, identity) if checkpoint else None
     if different:
         raise UserError(
             f"{checkpoint} is from a run with another {different}; give the settings of that run, or another --output_dir"

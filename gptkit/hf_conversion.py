@@ -1,17 +1,25 @@
-"""Weights and dimensions of a GPT under the names of transformers' models, and back, bit for bit.
+"""Weights and dimensions of a GPT under the names of transformers' models, and back, bit for bit; folders of such.
 
 gpt2 is GPT2LMHeadModel, modern is Qwen3ForCausalLM. Rows of the embedding that only pad the vocabulary are left out
-there, and put back here. Dimensions are GPTConfig's fields by name: this module knows no model class.
+there, and put back here. Weights are read from safetensors alone: a pickle is refused. Dimensions are GPTConfig's fields by name: this module knows no model class.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from gptkit.command_line import UserError
+from gptkit.command_line import UserError, hub_folder
+from gptkit.files import read_json
 
+FLAG = "--init_from"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PATTERNS = ["config.json", WEIGHTS, "model-*.safetensors", INDEX]
 Tensors = dict[str, torch.Tensor]
 RMS_NORM_EPS, LAYER_NORM_EPS = 1e-6, 1e-5
 MOST_PADDING = 1024  # rows that a model's embedding may have beyond its tokenizer's ids: Qwen3's has 267
@@ -83,6 +91,41 @@ def _with_rows(matrix: torch.Tensor, n_words: int, n_rows: int) -> torch.Tensor:
     return torch.cat([matrix, new, matrix.new_zeros(n_rows - n_words, matrix.shape[1])])
 
 
+def read_dimensions(name: str) -> dict[str, Any]:
+    """GPTConfig's fields of the model in a folder, or a repository of the hub. Raises UserError."""
+    path = hub_folder(name, FLAG, PATTERNS) / "config.json"
+    try:
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{FLAG} {name} has no config.json that can be read ({error}); name a folder of transformers")
+    return dimensions_of_hf(config)
+
+
+def load_weights(name: str, model: Any) -> None:
+    """Put the weights of such a folder into a model with GPTConfig's fields as its config. Raises UserError."""
+    folder = hub_folder(name, FLAG, PATTERNS)
+    config = model.config
+    try:
+        files = [WEIGHTS]
+        if (folder / INDEX).is_file():
+            files = sorted({Path(file).name for file in read_json(folder / INDEX)["weight_map"].values()})
+        elif not (folder / WEIGHTS).is_file():
+            raise ValueError(f"it has no {WEIGHTS}; a pickle is not read: save the model anew by transformers")
+        tensors = {key: tensor for file in files for key, tensor in load_file(folder / file).items()}
+        n_rows = config.padded_vocab_size
+        weights = from_hf(tensors, dataclasses.asdict(config), config.vocab_size, n_rows)
+        model.load_state_dict(weights)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{FLAG} {name}: its weights cannot be used ({reason})")
+    n_new = config.vocab_size - len(
+        next(t for key, t in tensors.items() if key.endswith(("wte.weight", "embed_tokens.weight")))
+    )
+    print(f"start: the weights of {name}" + (f", and {n_new} new words" if n_new > 0 else ""), flush=True)
+
+
 def dimensions_of_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """GPTConfig's fields of a config.json. Raises UserError where the model has another form."""
     kind = config.get("model_type")
@@ -93,6 +136,8 @@ def dimensions_of_hf(config: Mapping[str, Any]) -> dict[str, Any]:
             return _qwen3_dimensions(config)
     except KeyError as error:
         raise UserError(f"config.json lacks {error}; choose a folder that transformers wrote")
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError, OverflowError) as error:
+        raise UserError(f"config.json holds a value that cannot be ({error}); choose a folder that transformers wrote")
     raise UserError(f"a model of type {kind!r} has another form; gpt2 and qwen3 can be taken in")
 
 

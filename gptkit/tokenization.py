@@ -11,6 +11,7 @@ Three things that tokenizers silently get wrong on Japanese are put right here, 
 Special tokens are never read out of text: a work that contains "</s>" is only characters.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from gptkit.command_line import UserError, hub_folder, likely_path, setting
 from gptkit.files import read_json
@@ -39,6 +40,16 @@ class TokenizerSettings:
     tiktoken_name: str = setting("gpt2", "with tiktoken: the encoding, such as gpt2 or o200k_base")
     tokenizer_path: str | None = setting(None, "with sentencepiece: a .model file or its folder")
     accept_problems: bool = setting(False, "go on although the tokenizer damages this text")
+
+
+Settings = TypeVar("Settings", bound=TokenizerSettings)
+
+
+def with_tokenizer_of(settings: Settings, model: str | None) -> Settings:
+    """The settings with the tokenizer of a folder or repository, where they name none of their own."""
+    plain = TokenizerSettings()
+    chosen = any(getattr(settings, name) != getattr(plain, name) for name in ("tokenizer", "hf_name", "tokenizer_path"))
+    return settings if model is None or chosen else dataclasses.replace(settings, hf_name=model)
 
 
 class Tokenizer:
@@ -242,18 +253,18 @@ SHIFTED_CLASSES = re.compile(
 )
 
 
-def load_hf(name: str) -> Tokenizer:
-    """--hf_name: a folder, or a repository of the Hugging Face hub (fetched once, then kept by huggingface_hub)."""
-    folder = hub_folder(name, "--hf_name", HF_PATTERNS)
+def load_hf(name: str, flag: str = "--hf_name") -> Tokenizer:
+    """`flag` names a folder, or a repository of the Hugging Face hub (fetched once, then kept by huggingface_hub)."""
+    folder = hub_folder(name, flag, HF_PATTERNS)
     settings = _merged_settings(folder)
-    backend = _hf_backend(name, folder, settings)
+    backend = _hf_backend(f"{flag} {name}", folder, settings)
     end_of_text = settings.get("eos_token")
     if isinstance(end_of_text, dict):  # an AddedToken
         end_of_text = end_of_text.get("content")
     if end_of_text is None and isinstance(backend, SentencePieceBackend):
         end_of_text = backend.end_of_text_piece()
     if not isinstance(end_of_text, str):
-        raise UserError(f"--hf_name {name} names no end-of-text token (eos_token); choose a tokenizer for a GPT")
+        raise UserError(f"{flag} {name} names no end-of-text token (eos_token); choose a tokenizer for a GPT")
     return Tokenizer(backend, name, end_of_text, settings.get("do_lower_case") is True)
 
 
@@ -270,7 +281,7 @@ def _merged_settings(folder: Path) -> dict[str, Any]:
     return merged
 
 
-def _hf_backend(name: str, folder: Path, settings: dict[str, Any]) -> Backend:
+def _hf_backend(what: str, folder: Path, settings: dict[str, Any]) -> Backend:
     """SentencePiece where it alone decides the ids, else tokenizer.json, else what transformers makes of it."""
     models, fast = sorted(folder.glob("*.model")), folder / TokenizersBackend.FILE
     by_tokenizers = by_sentencepiece = None
@@ -280,19 +291,19 @@ def _hf_backend(name: str, folder: Path, settings: dict[str, Any]) -> Backend:
         if len(models) == 1:
             by_sentencepiece = SentencePieceBackend(models[0].read_bytes())
     except ValueError as error:
-        raise UserError(f"--hf_name {name}: {error}")
+        raise UserError(f"{what}: {error}")
     if by_sentencepiece and by_tokenizers and by_sentencepiece.pieces() != by_tokenizers.pieces():
         return by_tokenizers  # it has added tokens, or another order
     if by_sentencepiece and not by_tokenizers and SHIFTED_CLASSES.search(str(settings.get("tokenizer_class"))):
         raise UserError(
-            f"--hf_name {name}: the ids of {settings['tokenizer_class']} differ from its SentencePiece model's;"
+            f"{what}: the ids of {settings['tokenizer_class']} differ from its SentencePiece model's;"
             " choose a repository with a tokenizer.json"
         )
     found = by_sentencepiece or by_tokenizers
-    return found or _converted_by_transformers(name, folder)
+    return found or _converted_by_transformers(what, folder)
 
 
-def _converted_by_transformers(name: str, folder: Path) -> Backend:
+def _converted_by_transformers(what: str, folder: Path) -> Backend:
     from transformers import AutoTokenizer
 
     try:
@@ -300,6 +311,4 @@ def _converted_by_transformers(name: str, folder: Path) -> Backend:
         return TokenizersBackend(fast.to_str().encode())
     except Exception as error:  # it raises many kinds for a folder without a tokenizer
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"--hf_name {name} holds no SentencePiece model and no tokenizer.json that can be used ({reason})"
-        )
+        raise UserError(f"{what} holds no SentencePiece model and no tokenizer.json that can be used ({reason})")
