@@ -159,6 +159,7 @@ def test_the_whole_road_alone_and_then_only_what_is_missing(
     code, printed = run(repository, pod)
     assert code == 0, printed
     assert "finished 8 steps" in printed
+    assert not (repository / "dataset" / "001").exists()
 
 
 @pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGHUP, True)])
