@@ -2,6 +2,7 @@
 
 They are the dataset globis-university/aozorabunko-clean of the Hugging Face hub (CC BY 4.0) at one fixed revision.
 A download that was cut off goes on where it stopped; size and sha256 have to be those that the hub tells.
+An archive that lies there is used without a network too, and then its own checksum is what holds for it.
 `--help` and every error give the address for fetching the file by hand.
 """
 
@@ -13,6 +14,7 @@ import re
 import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,9 @@ def download(archive: Path) -> None:
         if getattr(error, "errno", None):
             raise  # of the disk, not of the network
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        if path == archive:
+            print(f"{archive} lies there and is used, not compared with the hub's: {reason}", file=sys.stderr)
+            return
         again = "check the network and run this again, which goes on where it stopped"
         raise UserError(f"{url}: {reason}; {again}, or {BY_HAND}")
     size, sha256 = path.stat().st_size, sha256_of(path)
@@ -102,6 +107,8 @@ def unpack(archive: Path, target: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(target)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{archive} is damaged ({error}); remove it and run this again, or {BY_HAND}")
     finally:
         partial.unlink(missing_ok=True)
 
@@ -109,7 +116,9 @@ def unpack(archive: Path, target: Path) -> None:
 def main() -> None:
     parser = Parser(f"Fetch the texts of Aozora Bunko from the Hugging Face hub. Or {BY_HAND}.")
     parser.add_argument("--output_dir", default=str(Path(__file__).resolve().parent), help="where (dataset/)")
-    folder = Path(parser.parse_args().output_dir)
+    parser.add_argument("--no_unpack", action="store_true", help="leave it a .gz, which prepare_aozora_jsonl.py reads")
+    arguments = parser.parse_args()
+    folder = Path(arguments.output_dir)
     archive, target = folder / ARCHIVE, folder / ARCHIVE.removesuffix(".gz")
     if target.exists():
         print(f"{target} is there already; nothing to do")
@@ -118,7 +127,10 @@ def main() -> None:
         raise UserError(f"--output_dir {folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     download(archive)
-    unpack(archive, target)
+    if arguments.no_unpack:
+        target = archive
+    else:
+        unpack(archive, target)
     print(f"{target}: {target.stat().st_size} bytes; prepare_aozora_jsonl.py reads it")
 
 

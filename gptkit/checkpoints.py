@@ -185,7 +185,8 @@ def _link(link: Path, folder: Path) -> None:
 def _remove(folder: Path) -> None:
     doomed = folder.with_name(f".{folder.name}.old.partial")  # never a half-deleted folder under a proper name
     os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    # On a mounted bucket a folder that was just renamed may not let itself be removed; the next save clears it away.
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 # Reading

@@ -143,6 +143,17 @@ def test_keeps_the_newest_and_the_best(losses: list[float], kept: list[int], tmp
     assert best_first(find_checkpoints(tmp_path))[0].name == f"step_{kept[0]:08d}"
 
 
+def test_a_folder_that_cannot_be_removed_is_cleared_away_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a mounted bucket, where a folder that was just renamed is not the same any more, by its inode."""
+    save(tmp_path, 1)
+    with monkeypatch.context() as bucket:
+        bucket.setattr("os.path.samestat", lambda *_: False)
+        verify(save(tmp_path, 2, val_loss=4.0))
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step_00000002"]
+    save(tmp_path, 3, val_loss=3.0)
+    assert steps(tmp_path) == [3]
+
+
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     save(tmp_path, 99_999_999, 1.0)
     save(tmp_path, 100_000_000, 2.0)

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import os
 import random
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_user_error, command
+from conftest import assert_user_error, command, run_command
 
 SCRIPT = "dataset/download_aozora.py"
 REVISION = "42a9c9c0f1d67e6a5554d9bea4201973dc9b049c"
@@ -109,8 +110,8 @@ def address(hub: Hub) -> str:
     return f"http://127.0.0.1:{hub.server_port}"
 
 
-def run(endpoint: str, tmp_path: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    arguments = command(SCRIPT, "--output_dir", tmp_path / "data")
+def run(endpoint: str, tmp_path: Path, *flags: str, **more: str) -> subprocess.CompletedProcess[str]:
+    arguments = command(SCRIPT, "--output_dir", tmp_path / "data", *flags)
     return subprocess.run(arguments, env=settings(endpoint, tmp_path, **more), capture_output=True, text=True)
 
 
@@ -220,6 +221,37 @@ def test_without_a_network(tmp_path: Path, hub: Hub) -> None:
     assert_user_error(run("http://127.0.0.1:1", tmp_path), f"http://127.0.0.1:1{PATH}: ", *remedies)
     assert_user_error(run(address(hub), tmp_path, HF_HUB_OFFLINE="1"), "offline mode", *remedies)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("offline", [{"HF_HUB_OFFLINE": "1"}, {}])
+def test_an_archive_that_lies_there_is_enough_without_a_network(tmp_path: Path, offline: dict[str, str]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / f"{NAME}.gz").write_bytes(Hub.body)
+    result = run("http://127.0.0.1:1", tmp_path, **offline)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "data" / NAME).read_bytes() == TEXT
+    (said,) = result.stderr.splitlines()
+    assert said.startswith(f"{tmp_path / 'data' / NAME}.gz lies there and is used, not compared with the hub's: ")
+
+
+@pytest.mark.parametrize("body", [Hub.body[:-100], b"<html>", Hub.body[:-8] + bytes(8)])
+def test_without_a_network_a_damaged_archive_is_seen_by_its_own_checksum(tmp_path: Path, body: bytes) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / f"{NAME}.gz").write_bytes(body)
+    assert_user_error(run("http://127.0.0.1:1", tmp_path, HF_HUB_OFFLINE="1"), f"{NAME}.gz is damaged", "remove it")
+    assert names(tmp_path) == [f"{NAME}.gz"]
+
+
+def test_it_can_stay_packed_and_the_next_step_reads_it_so(tmp_path: Path, hub: Hub) -> None:
+    for ranges in ([None], [None]):  # the second time it is only checked
+        result = run(address(hub), tmp_path, "--no_unpack")
+        assert result.returncode == 0, result.stderr
+        assert names(tmp_path) == [f"{NAME}.gz"]
+        assert hub.ranges == ranges
+    packed = tmp_path / "data" / f"{NAME}.gz"
+    prepared = run_command("dataset/prepare_aozora_jsonl.py", "--jsonl_path", packed, "--output_dir", tmp_path / "001")
+    assert prepared.returncode == 0, prepared.stderr
+    assert json.loads((tmp_path / "001" / "manifest.json").read_bytes())["works"] == 200
 
 
 def test_an_address_that_is_no_hub(tmp_path: Path, hub: Hub) -> None:

@@ -1,0 +1,339 @@
+"""exp001/command.sh and SkyPilot's tasks on a machine that has only the repository, with stand-ins for the hub, for
+runpodctl and for the mounted storage. The model is tiny; everything else is what a rented machine runs.
+"""
+
+import gzip
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, environment, run_command
+from test_download import Hub, address, heed_interrupts, hub, settings  # noqa: F401  hub is a fixture
+from test_resume import n_reported, newest
+
+from gptkit.checkpoints import verify
+from gptkit.signals import STOPPED
+
+TASKS = ("sky.yaml", "sky_runpod.yaml")
+PROGRAMS = ("gpt_model.py", "pretraining.py", "pretokenize.py", "requirements.txt")
+TOKENIZER = f"--tokenizer sentencepiece --tokenizer_path {SAMPLE_TOKENIZER}"
+TINY = "--n_layers 1 --emb_dim 32 --n_heads 2 --context_length 32 --bigram_steps 0 --batch_size 2 --eval_iter 1"
+# What is changed in a copy of exp001, so that a run takes seconds.
+CHANGES = {
+    "--tokenizer hf --hf_name rinna/japanese-gpt2-small": TOKENIZER,
+    "--batch_size 16 --eval_freq 100 --print_sample_iter 100": f"{TINY} --device cpu --eval_freq 2 --max_steps 6",
+}
+SESSION = re.compile(r"^this session took \d+\.\d\d hours, \d+\.\d\d USD at 2\.5 USD an hour$", re.MULTILINE)
+NOWHERE = "http://127.0.0.1:1"
+
+
+def new_machine(folder: Path) -> Path:
+    """The repository on a new machine, without .venv and data, and in it exp002, a copy of exp001 with a few changes."""
+    folder.mkdir()
+    for name in PROGRAMS:
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "gptkit", folder / "gptkit", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "dataset").mkdir()
+    for path in (ROOT / "dataset").glob("*.py"):
+        shutil.copy(path, folder / "dataset")
+    (folder / "exp002").mkdir()
+    shutil.copy(ROOT / "exp001" / "command.sh", folder / "exp002")
+    for old, new in CHANGES.items():
+        change_script(folder, old, new)
+    return folder
+
+
+def change_script(repository: Path, old: str, new: str) -> None:
+    script = repository / "exp002" / "command.sh"
+    text = script.read_text("utf-8")
+    assert text.count(old) == 1, old
+    script.write_text(text.replace(old, new), "utf-8")
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    return new_machine(tmp_path / "repository")
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -> Path:
+    """Token shards as command.sh makes them."""
+    folder = tmp_path_factory.mktemp("renting") / "001_pretok"
+    made = run_command("pretokenize.py", *TOKENIZER.split(), "--data_dir", sample_shards, "--output_dir", folder)
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+@pytest.fixture
+def prepared(repository: Path, tokens: Path) -> Path:
+    """A repository to which the token shards were brought."""
+    shutil.copytree(tokens, repository / "dataset" / "001_pretok")
+    return repository
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> dict[str, str]:
+    """The variables of a pod that is to be stopped; runpodctl there only writes down what it is told."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    write_program(programs / "python3", f'exec "{sys.executable}" "$@"')
+    write_program(programs / "runpodctl", f'echo "$@" >>"{programs}/told.txt"')
+    known = environment() | settings(NOWHERE, tmp_path) | {"HF_HUB_OFFLINE": "0"}
+    known |= {"PATH": f"{programs}:{os.environ['PATH']}", "HOURLY_USD": "2.5"}
+    return known | {"STOP_POD": "1", "RUNPOD_POD_ID": "pod123"}
+
+
+def write_program(path: Path, line: str) -> None:
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+
+
+def ends_with(tmp_path: Path, line: str) -> None:
+    """Have a line of shell stand for pretraining.py, where it matters only how that ends."""
+    how = f'case $1 in *pretraining.py) {line} ;; *) exec "{sys.executable}" "$@" ;; esac'
+    write_program(tmp_path / "bin" / "python3", how)
+
+
+def told(tmp_path: Path) -> str:
+    """What runpodctl was told."""
+    path = tmp_path / "bin" / "told.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def run(repository: Path, variables: dict[str, str]) -> tuple[int, str]:
+    """command.sh to its end, from elsewhere: exit code and all that it printed."""
+    process = start(repository, variables)
+    printed = process.communicate(timeout=300)[0]
+    return process.returncode, printed
+
+
+def start(repository: Path, variables: dict[str, str], *before: str) -> subprocess.Popen:
+    arguments = [*before, repository / "exp002" / "command.sh"]
+    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    how |= {"preexec_fn": heed_interrupts, "start_new_session": True, "encoding": "utf-8"}
+    return subprocess.Popen(arguments, cwd="/", env=variables, **how)
+
+
+def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while n_reported(output) < step:
+        assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_whole_road_alone_and_then_only_what_is_missing(
+    tmp_path: Path,
+    repository: Path,
+    pod: dict[str, str],
+    hub: Hub,  # noqa: F811
+) -> None:
+    hub.body = hub.told_body = gzip.compress(SAMPLE.read_bytes(), mtime=0)
+    code, printed = run(repository, pod | {"HF_ENDPOINT": address(hub)})
+    assert code == 0, printed
+    assert "finished 6 steps" in printed
+    assert SESSION.search(printed), printed
+    assert told(tmp_path) == "stop pod pod123\n"
+    verify(newest(repository / "exp002" / "model_checkpoints"))
+    assert len(hub.ranges) == 1
+
+    shards = [*(repository / "dataset").rglob("manifest.json")]
+    assert len(shards) == 2
+    before = [path.stat().st_mtime_ns for path in shards]
+    code, printed = run(repository, pod)  # nobody at HF_ENDPOINT
+    assert code == 0, printed
+    assert "the run is finished, step 6" in printed
+    assert [path.stat().st_mtime_ns for path in shards] == before
+    assert len(hub.ranges) == 1
+
+    shutil.rmtree(repository / "dataset" / "001")  # a machine to which only the token shards were brought
+    change_script(repository, "--max_steps 6", "--max_steps 8")
+    code, printed = run(repository, pod)
+    assert code == 0, printed
+    assert "finished 8 steps" in printed
+    assert not (repository / "dataset" / "001").exists()
+
+
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGHUP, True)])
+def test_a_signal_reaches_training_once_and_leaves_the_pod_running(
+    tmp_path: Path, prepared: Path, pod: dict[str, str], number: signal.Signals, to_all: bool
+) -> None:
+    """From kill it comes to the script alone, from a terminal to all processes of its group."""
+    change_script(prepared, "--max_steps 6", "--max_steps 100000")
+    output = prepared / "exp002" / "model_checkpoints"
+    process = start(prepared, pod)
+    wait_for_step(process, output, 2)
+    if to_all:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == STOPPED, printed
+    assert f"stopped by {number.name}: step" in printed
+    assert SESSION.search(printed), printed
+    assert printed.endswith("the pod is not stopped: a signal ended the run, and the same command goes on\n")
+    assert told(tmp_path) == ""
+    verify(newest(output))
+
+    change_script(prepared, "--max_steps 100000", f"--max_steps {n_reported(output) + 4}")
+    code, printed = run(prepared, pod)
+    assert code == 0, printed
+    assert "going on from" in printed
+    assert told(tmp_path) == "stop pod pod123\n"
+
+
+def test_a_signal_before_training_begins(
+    tmp_path: Path,
+    repository: Path,
+    pod: dict[str, str],
+    hub: Hub,  # noqa: F811
+) -> None:
+    hub.n_sent_at_most, hub.hangs = 10, True
+    process = start(repository, pod | {"HF_ENDPOINT": address(hub)})
+    while not hub.ranges:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == STOPPED, printed
+    assert "a signal ended the run" in printed
+    assert told(tmp_path) == ""
+    assert not (repository / "dataset" / "001").exists()
+
+
+def test_under_nohup_a_closed_terminal_is_not_heard(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+    change_script(prepared, "--max_steps 6", "--max_steps 200")
+    process = start(prepared, pod, "nohup")
+    wait_for_step(process, prepared / "exp002" / "model_checkpoints", 2)
+    os.killpg(process.pid, signal.SIGHUP)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, printed
+    assert "finished 200 steps" in printed
+    assert told(tmp_path) == "stop pod pod123\n"
+
+
+def test_a_kill_of_training_alone_leaves_the_pod_running(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+    ends_with(tmp_path, "kill -9 $$")
+    code, printed = run(prepared, pod)
+    assert code == 128 + signal.SIGKILL, printed
+    assert "a signal ended the run" in printed
+    assert told(tmp_path) == ""
+
+
+def test_a_mistake_stops_the_pod_too(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+    change_script(prepared, "--n_heads 2", "--n_heads 3")
+    code, printed = run(prepared, pod)
+    assert code == 2, printed
+    assert "error: " in printed
+    assert SESSION.search(printed), printed
+    assert told(tmp_path) == "stop pod pod123\n"
+
+
+def test_a_step_that_fails_ends_the_road(tmp_path: Path, repository: Path, pod: dict[str, str]) -> None:
+    code, printed = run(repository, pod)
+    assert code == 2, printed
+    assert printed.count("error: ") == 1, printed
+    assert "check the network" in printed
+    assert not (repository / "exp002" / "model_checkpoints").exists()
+
+
+def test_why_a_pod_is_not_stopped(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+    ends_with(tmp_path, "exit 0")
+    write_program(tmp_path / "bin" / "runpodctl", "exit 1")
+    code, printed = run(prepared, pod)
+    assert code == 0, printed
+    assert printed.endswith("the pod is not stopped: runpodctl failed; stop it by hand\n")
+
+    (tmp_path / "bin" / "runpodctl").unlink()
+    no_pod = {name: value for name, value in pod.items() if name != "RUNPOD_POD_ID"}
+    for variables, problem in ((pod, "runpodctl is not installed"), (no_pod, "RUNPOD_POD_ID is not set")):
+        code, printed = run(prepared, variables)
+        assert code == 0, printed
+        lines = printed.splitlines()
+        assert lines[0].startswith(f"warning: STOP_POD=1 will not stop the pod: {problem}")  # told early, too
+        assert lines[-1].startswith(f"the pod is not stopped: {problem}")
+
+
+def test_without_the_two_variables_it_only_says_how_long_it_took(
+    tmp_path: Path, prepared: Path, pod: dict[str, str]
+) -> None:
+    ends_with(tmp_path, "exit 0")
+    variables = {name: value for name, value in pod.items() if name not in ("HOURLY_USD", "STOP_POD")}
+    code, printed = run(prepared, variables)
+    assert code == 0, printed
+    assert re.fullmatch(r"this session took \d+\.\d\d hours", printed.splitlines()[-1])
+    assert told(tmp_path) == ""
+
+
+@pytest.mark.parametrize("wrong", [{"HOURLY_USD": "$2"}, {"HOURLY_USD": "1,5"}, {"STOP_POD": "yes"}])
+def test_variables_that_mean_nothing(repository: Path, pod: dict[str, str], wrong: dict[str, str]) -> None:
+    code, printed = run(repository, pod | wrong)
+    assert code == 2
+    ((name, value),) = wrong.items()
+    assert printed.startswith("error: ")
+    assert f"{name}={value}" in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_packages_are_installed_where_they_are_missing(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+    log = tmp_path / "python.txt"
+    write_program(tmp_path / "bin" / "python3", f'case $1 in -c) exit 1 ;; *) echo "$@" >>"{log}" ;; esac')
+    assert run(prepared, pod)[0] == 0
+    installing, training = log.read_text().splitlines()
+    assert installing == "-m pip install --quiet -r ../requirements.txt"
+    assert training.startswith("../pretraining.py ")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_machine_after_the_first_goes_on_from_the_storage(
+    tmp_path: Path, repository: Path, tokens: Path, pod: dict[str, str], name: str
+) -> None:
+    """The run section of a SkyPilot task on two machines, one after the other."""
+    storage = tmp_path / "storage"
+    shutil.copytree(tokens, storage / "001_pretok")
+    task = yaml.safe_load((ROOT / name).read_text("utf-8"))
+    assert "/storage" in (task.get("file_mounts") or task["volumes"])
+    script = task["run"].replace("/storage", str(storage))
+    variables = {key: value for key, value in pod.items() if key != "STOP_POD"} | {"EXP_DIR": "exp002"}
+    for n_steps, machine in ((6, repository), (8, new_machine(tmp_path / "another"))):
+        change_script(machine, "--max_steps 6", f"--max_steps {n_steps}")
+        result = subprocess.run(["bash", "-c", script], cwd=machine, env=variables, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert f"finished {n_steps} steps" in result.stdout
+        assert newest(storage / "exp002").name == f"step_{n_steps:08d}"
+    assert "going on from" in result.stdout
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_a_task_of_skypilot_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """By SkyPilot's own parser where it is installed: too large to be among tests/requirements.txt."""
+    task = yaml.safe_load((ROOT / name).read_text("utf-8"))
+    resources = task["resources"]
+    assert resources["any_of"] == [{"use_spot": True}, {"use_spot": False}]
+    assert resources["job_recovery"]["recover_on_exit_codes"] == [STOPPED]
+    assert (ROOT / task["envs"]["EXP_DIR"] / "command.sh").is_file()
+    first = yaml.safe_load((ROOT / TASKS[0]).read_text("utf-8"))
+    assert (task["setup"], task["run"]) == (first["setup"], first["run"])
+    if name == "sky_runpod.yaml":
+        assert resources["infra"] == "runpod"
+        assert "file_mounts" not in task  # RunPod has no buckets to mount
+    else:
+        assert task["file_mounts"]["/storage"]["mode"] == "MOUNT_CACHED"
+    monkeypatch.setenv("HOME", str(tmp_path))  # where SkyPilot keeps notes
+    try:
+        import sky
+    except ImportError:
+        return
+    parsed = sky.Task.from_yaml_config(task, env_overrides=[("BUCKET", "a-bucket")])
+    assert {each.use_spot for each in parsed.resources} == {True, False}
+    assert {tuple(each.job_recovery["recover_on_exit_codes"]) for each in parsed.resources} == {(STOPPED,)}
+    unsupported = sky.clouds.RunPod._CLOUD_UNSUPPORTED_FEATURES.keys()
+    assert parsed.get_required_cloud_features().isdisjoint(unsupported) == (name == "sky_runpod.yaml")
