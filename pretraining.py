@@ -44,6 +44,7 @@ from gptkit.pretokenization import (
     open_tokens,
     pretokenize,
     sample_works,
+    source_name,
     token_files,
 )
 from gptkit.run_log import RunLog, draw_loss_curve, format_duration
@@ -396,7 +397,8 @@ def hold(output_dir: Path) -> Iterator[None]:
 
 
 def refuse_dimensions(config: PretrainingConfig) -> None:
-    """Raise UserError where a flag asks for another model than --init_from has."""
+    """Raise UserError where --init_from is no model that can be taken in, or a flag asks for another model."""
+    hf_conversion.read_dimensions(str(config.init_from))
     given = [name for name in DIMENSIONS if name != "context_length" and getattr(config, name) is not None]
     given += ["model_size"] if config.model_size == "auto" else []
     if given:
@@ -602,12 +604,13 @@ def announce(run: Run, progress: Progress, n_steps: int, step_s: dict[str, float
         f"time: about {format_duration(left * total_s)} for the steps; evaluation comes on top",
         flush=True,
     )
-    about = {
+    about: dict[str, Any] = {
         "format": RUN_FORMAT,
         "settings": dataclasses.asdict(run.config),
         "model": dataclasses.asdict(run.model.config),
     }
-    write_json(run.output_dir / RUN_FILE, {**about, "tokens": describe_tokens(run.manifest)})
+    about |= {"text": source_name(Path(run.config.data_dir)), "tokens": describe_tokens(run.manifest)}
+    write_json(run.output_dir / RUN_FILE, about)
 
 
 def sample_text(run: Run) -> str:

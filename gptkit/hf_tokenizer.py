@@ -21,6 +21,8 @@ from gptkit.tokenizer_backends import SentencePieceBackend, TiktokenBackend, Tok
 if TYPE_CHECKING:
     from gptkit.tokenization import Tokenizer
 
+NEVER = -1e6  # a score below that of any reading
+
 
 def tokenizer_files(tokenizer: "Tokenizer", context_length: int) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json. Raises UserError where the tokenizer cannot be given in that form."""
@@ -68,8 +70,10 @@ def _of_sentencepiece(backend: SentencePieceBackend) -> Any:
     from tokenizers.models import BPE, Unigram
 
     model = backend.proto()
-    pieces = [(piece.piece, piece.score) for piece in model.pieces]
     kinds, kind = [piece.type for piece in model.pieces], type(model.pieces[0])
+    special = (kind.CONTROL, kind.UNKNOWN)
+    # A special piece must never be the way to read a text that only looks like it.
+    pieces = [(piece.piece, NEVER if piece.type in special else piece.score) for piece in model.pieces]
     unknown_id = model.trainer_spec.unk_id
     byte_fallback = kind.BYTE in kinds
     if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM:
@@ -91,7 +95,9 @@ def _of_sentencepiece(backend: SentencePieceBackend) -> Any:
     how = model.normalizer_spec
     if model.trainer_spec.treat_whitespace_as_suffix:
         raise UserError("this SentencePiece model writes spaces after words; it cannot be exported")
-    steps: list[Any] = [normalizers.Precompiled(how.precompiled_charsmap)] if how.precompiled_charsmap else []
+    steps: list[Any] = []
+    if how.precompiled_charsmap:  # there it does not put a mark to its letter where both take six bytes: か and U+3099
+        steps += [normalizers.NFC(), normalizers.Precompiled(how.precompiled_charsmap)]
     if how.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
     if how.add_dummy_prefix:
@@ -100,7 +106,6 @@ def _of_sentencepiece(backend: SentencePieceBackend) -> Any:
     # The space before each line that was no space. (Where newlines are pieces of the model, none is put there.)
     first = [decoders.Strip(" ", 1, 0), decoders.Replace("\n ", "\n")] if how.add_dummy_prefix else []
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *first])
-    special = (kind.CONTROL, kind.UNKNOWN)
     made.add_special_tokens(
         [AddedToken(t, normalized=False) for (t, _), k in zip(pieces, kinds, strict=True) if k in special]
     )
@@ -142,9 +147,11 @@ def _of_tiktoken(backend: TiktokenBackend) -> Any:
         ]
     )
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(t, normalized=False) for t in sorted(special, key=special.__getitem__)])
+    names_by_id = {i: name for name, i in special.items()}
+    others = [names_by_id.get(i, f"<|unused_{i}|>") for i in range(len(ranks), backend.vocab_size)]  # no gaps there
+    made.add_special_tokens([AddedToken(name, normalized=False) for name in others])
     if any(made.token_to_id(name) != i for name, i in special.items()):
-        raise UserError("the ids of this tiktoken encoding have gaps, which a tokenizer.json cannot have")
+        raise UserError("the ids of this tiktoken encoding have gaps between its tokens; it cannot be exported")
     return made
 
 

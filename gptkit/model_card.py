@@ -10,7 +10,11 @@ from gptkit.run_log import read_metrics
 if TYPE_CHECKING:
     from gptkit.tokenization import Tokenizer
 
-DATASET = "globis-university/aozorabunko-clean"
+DATASET, SOURCE = "globis-university/aozorabunko-clean", "aozorabunko-"  # the hub's name, and how its files begin
+LICENCE = f"""
+その文章は [{DATASET}](https://huggingface.co/datasets/{DATASET})（[青空文庫](https://www.aozora.gr.jp/)から作られた、CC BY 4.0 のデータセット）のものです。
+The text is that of the dataset, made from Aozora Bunko, under CC BY 4.0.
+"""
 
 
 def model_card(run_folder: Path, state: dict[str, Any], model: Any, tokenizer: "Tokenizer", samples: list[str]) -> str:
@@ -21,6 +25,7 @@ def model_card(run_folder: Path, state: dict[str, Any], model: Any, tokenizer: "
         run = {}
     settings = run.get("settings", {}) if isinstance(run, dict) else {}
     data = run.get("tokens", "unknown") if isinstance(run, dict) else "unknown"
+    is_aozora = isinstance(run, dict) and str(run.get("text")).startswith(SOURCE)
     metrics = [record for record in read_metrics(run_folder / "metrics.jsonl") if record["step"] <= state["step"]]
     last = metrics[-1] if metrics else {}
     loss = last.get("val_loss")
@@ -38,24 +43,19 @@ def model_card(run_folder: Path, state: dict[str, Any], model: Any, tokenizer: "
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in figures if value)
     shown = "\n\n".join("> " + text.replace("\n", "\n> ") for text in samples)
+    dataset, licence = (f"license: cc-by-4.0\ndatasets:\n- {DATASET}\n", LICENCE) if is_aozora else ("", "")
     return f"""---
 language: ja
 library_name: transformers
 pipeline_tag: text-generation
-license: cc-by-4.0
-datasets:
-- {DATASET}
----
+{dataset}---
 
 # 日本語の文章で学習した GPT
 
-文章の続きを書くモデルです。学習した文章：{data}。
+文章の続きを書くモデルです。A GPT that goes on with Japanese text.
 
-文章が [{DATASET}](https://huggingface.co/datasets/{DATASET})(青空文庫、CC BY 4.0)から作られたものなら、その表示に従ってください。ほかの文章で学習したときは、上の `license` と `datasets` を直してください。
-
-A GPT that goes on with Japanese text. Trained on: {data}. Where that text was made from the dataset named above
-(Aozora Bunko, CC BY 4.0), give its attribution; where it was another text, correct `license` and `datasets`.
-
+学習した文章 / Trained on: {data}
+{licence}
 | | |
 |---|---|
 {table}
@@ -71,7 +71,7 @@ write = pipeline("text-generation", "このフォルダー、またはリポジ�
 print(write("吾輩は")[0]["generated_text"])
 ```
 
-文章は学習のときと同じく `{tokenizer.end_of_text}` で始まります(トークナイザーが付けます)。A text begins with
+文章は学習のときと同じく `{tokenizer.end_of_text}` で始まります（トークナイザーが付けます）。A text begins with
 `{tokenizer.end_of_text}`, as in training; the tokenizer puts it there.
 
 ## 見本 / Samples

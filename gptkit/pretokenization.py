@@ -86,6 +86,14 @@ def find_text_shards(data_dir: Path) -> TextShards:
     return found
 
 
+def source_name(data_dir: Path) -> str | None:
+    """The name of the file that text shards were made from, where it is known."""
+    try:
+        return str(read_json(data_dir / "manifest.json")["source"]["file"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def sample_works(data_dir: Path, max_chars: int) -> list[str]:
     """Works drawn evenly over the shards, the first ones of each, cut to about max_chars characters in all."""
     text = find_text_shards(data_dir)
