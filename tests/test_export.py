@@ -156,7 +156,8 @@ def test_a_tokenizer_like_rinnas(model_type: str, tmp_path: Path, sample_works: 
     assert different is None
     assert n_ties <= 1  # the names of special tokens, all of whose characters are unknown here
     again = load_hf(str(tmp_path / "hf"))  # what --init_from reads
-    assert [again.encode(line) for line in lines[:200]] == [tokenizer.encode(line) for line in lines[:200]]
+    texts = lines[len(TRAPS) :]
+    assert [again.encode(line) for line in texts] == [tokenizer.encode(line) for line in texts]
     assert again.end_of_text_id == tokenizer.end_of_text_id
 
 
