@@ -1,0 +1,177 @@
+"""Whether what export_hf.py writes is the model: transformers and llama.cpp, on folders and files it wrote, against ours.
+
+transformers runs in an environment with nothing else of ours: --python names its interpreter (this one, if none is
+given). llama.cpp is tried where llama-cpp-python and gguf are installed here.
+
+    python benchmarks/export_truth.py --exp_dir EXP_MODERN EXP_GPT2 --text_path HELDOUT [--python FRESH/bin/python]
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import read_texts, run, say, script, versions, write_result
+
+from gpt_model import GPTConfig, GPTModel
+from gptkit import checkpoints
+from gptkit.generation import SamplingSettings, generate
+from gptkit.tokenization import Tokenizer, load_saved
+
+N_GREEDY, N_CHARACTERS = 50, 20_000
+MOST_LOGIT_ERROR = 1e-4
+# Reads a folder by transformers alone; what it is asked comes as JSON on standard input.
+THEIRS = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+logging.set_verbosity_error()
+asked = json.load(sys.stdin)
+model, tokenizer = AutoModelForCausalLM.from_pretrained(asked["folder"]).eval(), AutoTokenizer.from_pretrained(asked["folder"])
+ids = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in asked["lines"]]
+prompt = tokenizer(asked["prompt"], return_tensors="pt")["input_ids"]
+with torch.inference_mode():
+    logits = model(torch.tensor([asked["window"]])).logits[0]
+    written = model.generate(prompt, do_sample=False, max_new_tokens=asked["n_greedy"])[0, prompt.shape[1]:]
+torch.save(logits, asked["logits"])
+print(json.dumps({"ids": ids, "prompt": prompt[0].tolist(), "written": written.tolist()}))
+"""
+
+
+def load(exp_dir: Path) -> tuple[GPTModel, Tokenizer]:
+    folder = checkpoints.choose_checkpoint(str(exp_dir), "newest")
+    tokenizer = load_saved(folder / "tokenizer")
+    model = checkpoints.load_model(
+        folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, torch.device("cpu")
+    )
+    return model.eval(), tokenizer
+
+
+def greedy(model: GPTModel, tokenizer: Tokenizer, prompt: list[int], banned: frozenset[int]) -> list[int]:
+    steps = generate(
+        model, [prompt], SamplingSettings(temperature=0), max_new_tokens=N_GREEDY, banned_ids=banned,
+        context_length=model.config.context_length, end_of_text_id=tokenizer.end_of_text_id, generators=[torch.Generator()],
+    )  # fmt: skip
+    return [new[0] for new in steps if new[0] is not None]
+
+
+def against_transformers(
+    exp_dir: Path, lines: list[str], python: str, folder: Path
+) -> tuple[dict[str, Any], dict[str, bool]]:
+    model, tokenizer = load(exp_dir)
+    run(script("export_hf.py", exp_dir=exp_dir, output_dir=folder / "hf"))
+    ours = [tokenizer.encode(line) for line in lines]
+    end = tokenizer.end_of_text_id
+    window = [end, *[i for ids in ours for i in ids]][: model.config.context_length]
+    asked = {
+        "folder": str(folder / "hf"), "lines": lines, "prompt": "吾輩は", "window": window, "n_greedy": N_GREEDY,
+        "logits": str(folder / "logits.pt"),
+    }  # fmt: skip
+    result = subprocess.run([python, "-c", THEIRS], input=json.dumps(asked), capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"error: {python} could not read the folder\n{result.stderr}")
+    theirs = json.loads(result.stdout)
+    with torch.inference_mode():
+        logits = model(torch.tensor([window]))[0, :, : tokenizer.vocab_size]
+    error = (torch.load(folder / "logits.pt", weights_only=True) - logits).abs().max().item()
+    n_different = sum(a != b for a, b in zip(ours, theirs["ids"], strict=True))
+    written = greedy(model, tokenizer, [end, *tokenizer.encode("吾輩は")], tokenizer.never_written)
+    found = {
+        "lines": len(lines),
+        "lines_with_other_ids": n_different,
+        "largest_difference_of_logits": error,
+        "greedy_tokens_equal": theirs["written"][: len(written)] == written,
+        "prompt_equal": theirs["prompt"] == [end, *tokenizer.encode("吾輩は")],
+    }
+    say(f"{exp_dir} by transformers: {found}")
+    goals = {
+        "logits within 1e-4": error < MOST_LOGIT_ERROR,
+        "the same greedy text": found["greedy_tokens_equal"] and found["prompt_equal"],
+        "the same ids": n_different == 0,
+    }
+    return found, goals
+
+
+def against_llama_cpp(exp_dir: Path, text: str, folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, bool]]:
+    from llama_cpp import Llama
+
+    model, tokenizer = load(exp_dir)
+    run(script("export_hf.py", exp_dir=exp_dir, output_dir=folder / kind, format="gguf", gguf_type=kind))
+    n_context, end = model.config.context_length, tokenizer.end_of_text_id
+    llama = Llama(str(folder / kind / f"model-{kind}.gguf"), n_ctx=n_context, logits_all=True, verbose=False)
+    ids = tokenizer.encode(text)
+    nats = {"ours": 0.0, "llama_cpp": 0.0}
+    for start in range(0, len(ids), n_context - 1):
+        window = [end, *ids[start : start + n_context - 1]]
+        targets = torch.tensor(window[1:])
+        llama.reset()
+        llama.eval(window)
+        with torch.inference_mode():
+            ours = model(torch.tensor([window]))[0, :, : tokenizer.vocab_size]
+        logits = {"ours": ours, "llama_cpp": torch.from_numpy(llama.scores[: len(window)].copy())}
+        for name, values in logits.items():
+            nats[name] += torch.nn.functional.cross_entropy(values[:-1], targets, reduction="sum").item()
+    perplexity = {name: math.exp(total / len(ids)) for name, total in nats.items()}
+    prompt = [end, *tokenizer.encode("吾輩は")]
+    written = greedy(model, tokenizer, prompt, frozenset())
+    llama.reset()
+    theirs: list[int] = []
+    for new in llama.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0):
+        if new == end or len(theirs) == N_GREEDY:
+            break
+        theirs.append(new)
+    found = {
+        "characters": len(text),
+        "ids_equal": llama.tokenize(text.encode(), add_bos=False) == ids,
+        "perplexity": perplexity,
+        "greedy_tokens": len(written),
+        "greedy_tokens_equal": theirs == written,
+    }
+    say(f"{exp_dir} by llama.cpp, {kind}: {found}")
+    goals = {
+        f"{kind}: perplexity within 1 %": abs(perplexity["llama_cpp"] / perplexity["ours"] - 1) < 0.01,
+        f"{kind}: the first {N_GREEDY} greedy tokens equal": theirs == written,
+    }
+    return found, goals
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What export_hf.py writes, read by transformers and llama.cpp")
+    parser.add_argument("--exp_dir", type=Path, nargs="+", required=True)
+    parser.add_argument("--text_path", type=Path, nargs="+", required=True, help="JSONL of works")
+    parser.add_argument("--n_lines", type=int, default=10_000)
+    parser.add_argument("--python", default=sys.executable, help="of an environment with transformers alone")
+    options = parser.parse_args()
+    works = [work for path in options.text_path for work in read_texts(path)]
+    lines = [line for work in works for line in work.split("\n") if line][: options.n_lines]
+    result: dict[str, Any] = {"versions": versions("transformers", "tokenizers", "torch")}
+    goals: dict[str, bool] = {}
+    for exp_dir in options.exp_dir:
+        model, tokenizer = load(exp_dir)
+        name = f"{exp_dir.name} ({model.config.arch})"
+        with tempfile.TemporaryDirectory() as folder:
+            result[name], reached = against_transformers(exp_dir, lines, options.python, Path(folder))
+            goals |= {f"{name}: {goal}": value for goal, value in reached.items()}
+            try:
+                import llama_cpp
+            except ImportError:
+                say("llama-cpp-python is not installed: llama.cpp is not tried")
+                continue
+            if tokenizer.lower_case:  # llama.cpp has no such thing
+                continue
+            result["versions"]["llama_cpp_python"] = llama_cpp.__version__
+            for kind in ("f16", "q8_0"):
+                found, reached = against_llama_cpp(exp_dir, "".join(works)[:N_CHARACTERS], Path(folder), kind)
+                result[f"{name}, {kind}"] = found
+                goals |= {f"{name}, {goal}": value for goal, value in reached.items()}
+    write_result("export_truth", result | {"goals": goals})
+
+
+if __name__ == "__main__":
+    main()
