@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, Clock, environment
 
 from gptkit import run_log
-from gptkit.run_log import RunLog, draw_loss_curve, format_duration, keep_metrics_until, read_metrics
+from gptkit.run_log import RunLog, draw_loss_curve, format_duration, keep_lines_until, read_lines
 
 VALUES = {"train_loss": 4.5, "val_loss": 4.75, "lr": 1e-3, "grad_norm": 0.5}
 
@@ -57,7 +57,7 @@ def test_a_resumed_log_counts_on(tmp_path: Path, clock: Clock, capsys: pytest.Ca
     clock.now += 30
     log.report(30, 1, **VALUES)
     assert (log.session_s, log.elapsed_s) == (30.0, 530.0)
-    records = read_metrics(tmp_path / "metrics.jsonl")
+    records = read_lines(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [10, 20, 30]
     assert records[-1]["tokens"] == 3000
     assert records[-1]["tokens_per_s"] == pytest.approx(33.3)
@@ -80,13 +80,13 @@ def test_a_resumed_log_counts_on(tmp_path: Path, clock: Clock, capsys: pytest.Ca
 def test_what_a_resumed_run_does_again_is_dropped(content: str, kept: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
-    keep_metrics_until(path, 20)
+    keep_lines_until(path, 20)
     assert path.read_text() == kept
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_new_run_has_no_metrics_yet(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_lines(tmp_path / "metrics.jsonl") == []
     RunLog(tmp_path, 0, 10, 1, 0.0).close()
     assert list(tmp_path.iterdir()) == []
 
@@ -248,4 +248,4 @@ def test_a_line_that_cannot_be_written_waits_for_the_next(
     assert "could not be written" in capsys.readouterr().out
     log.report(3, 1, **values)
     log.close()
-    assert [record["step"] for record in read_metrics(log.metrics_path)] == [1, 2, 3]
+    assert [record["step"] for record in read_lines(log.metrics_path)] == [1, 2, 3]
