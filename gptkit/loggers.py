@@ -7,6 +7,7 @@ samples.jsonl keep anyway, so a logger that fails is a warning, and the run goes
 import html
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -154,8 +155,8 @@ def _wandb(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Lo
 
 def _wandb_id(output_dir: Path) -> str | None:
     """The id of the run that the newest folder there is of: wandb/run-20260102_030405-ID or offline-run-…-ID."""
-    folders = sorted(output_dir.glob("wandb/*run-*-*"), key=lambda folder: folder.name.partition("run-")[2])
-    return folders[-1].name.rpartition("-")[2] if folders else None
+    found = [re.fullmatch(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)", path.name) for path in output_dir.glob("wandb/*")]
+    return max(((match[1], match[2]) for match in found if match), default=(None, None))[1]
 
 
 def _wandb_mode(wandb: Any) -> Any:
@@ -170,9 +171,9 @@ def _trackio(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> 
 
     run = trackio.init(
         project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-        name=run_name(output_dir),
+        name=_trackio_name(output_dir),
         config=dict(settings),
-        resume="allow" if first_step else "never",
+        resume="allow",
         embed=False,
     )
     return each_step_once(
@@ -184,3 +185,9 @@ def _trackio(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> 
         output_dir,
         first_step,
     )
+
+
+def _trackio_name(output_dir: Path) -> str:
+    """The run's name and when it began: trackio knows a run by its name alone, and another exp001 may be there."""
+    began = [session.get("time") for session in read_lines(output_dir / "sessions.jsonl") if session["step"] == 0]
+    return " ".join([run_name(output_dir), *map(str, began[-1:])])
