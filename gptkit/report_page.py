@@ -32,8 +32,8 @@ def report_page(runs: Sequence[RunRecord], now: datetime) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     sections = [
-        _section("概要", _overview(runs)),
         _section("設定の違い", _differences(runs)) if len(runs) > 1 else "",
+        _section("概要", _overview(runs)),
         _section("曲線", _curves(runs)),
         _section("書いた文章", _samples(runs)),
         _section("設定", _settings(runs)),

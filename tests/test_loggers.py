@@ -148,6 +148,9 @@ def test_wandb_without_an_account(exp001: Path) -> None:
 
 def test_trackio(exp001: Path) -> None:
     pytest.importorskip("trackio")
+    (exp001 / "sessions.jsonl").write_text(
+        '{"step": 0, "time": "09:00"}\n{"step": 0, "time": "09:30"}\n{"step": 20, "time": "10:00"}\n'
+    )
     two_sessions("trackio", exp001)
     code = (
         "import json, trackio\n"
@@ -158,7 +161,7 @@ def test_trackio(exp001: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     ((name, rows),) = json.loads(result.stdout.splitlines()[-1])
-    assert name == "exp001"
+    assert name == "exp001 09:30"
     assert [row["step"] for row in rows if "val_loss" in row] == [10, 20, 30, 40, 50, 60]
     assert [row["step"] for row in rows if "sample" in row] == [10, 20, 30, 40, 50, 60]
 
