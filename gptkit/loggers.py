@@ -17,7 +17,10 @@ from gptkit.command_line import UserError
 from gptkit.run_log import Logger, read_lines, run_name
 
 PROJECT = "gptkit"  # of wandb and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
-WANDB_START_S = 30  # without a network wandb would try for minutes
+WANDB_PATIENCE_S = {
+    "WANDB_INIT_TIMEOUT": "30",
+    "WANDB_FINISH_TIMEOUT": "600",
+}  # without a network it would try on and on
 
 
 def import_logger(name: str, output_dir: Path) -> None:
@@ -98,11 +101,9 @@ def each_step_once(logger: Logger, output_dir: Path, first_step: int) -> Logger:
 def _tensorboard(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Logger:
     from torch.utils.tensorboard import SummaryWriter
 
-    folder = output_dir / "tensorboard"
-
     def open_after(step: int) -> Any:
-        """A writer that takes back what was shown of later steps."""
-        return SummaryWriter(str(folder), purge_step=step + 1 if folder.exists() else None)
+        """A writer that takes back what was shown of later steps; TensorBoard obeys no first one, so each says it."""
+        return SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
 
     writer = open_after(first_step)
 
@@ -129,17 +130,33 @@ def _tensorboard(output_dir: Path, first_step: int, settings: Mapping[str, Any])
 def _wandb(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Logger:
     import wandb
 
-    run = wandb.init(
-        dir=str(output_dir),
-        project=os.environ.get("WANDB_PROJECT", PROJECT),
-        name=os.environ.get("WANDB_NAME", run_name(output_dir)),
-        id=os.environ.get("WANDB_RUN_ID", _wandb_id(output_dir) if first_step else None),
-        resume="allow",
-        config=dict(settings),
-        allow_val_change=True,
-        mode=_wandb_mode(wandb),
-        settings=wandb.Settings(console="off", init_timeout=WANDB_START_S),
-    )
+    for name, seconds in WANDB_PATIENCE_S.items():
+        os.environ.setdefault(name, seconds)
+
+    def begin(mode: Any) -> Any:
+        return wandb.init(
+            dir=str(output_dir),
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=os.environ.get("WANDB_NAME", run_name(output_dir)),
+            id=os.environ.get("WANDB_RUN_ID", _wandb_id(output_dir) if first_step else None),
+            resume="allow",
+            config=dict(settings),
+            allow_val_change=True,
+            mode=mode,
+            settings=wandb.Settings(console="off"),
+        )
+
+    mode = None  # what the user's environment says
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+        mode = "offline"  # without an account; wandb would wait for one to be typed in
+    try:
+        run = begin(mode)
+    except wandb.Error as error:
+        print(
+            f"warning: wandb is not reached ({error}); {output_dir}/wandb keeps what `wandb sync` can send",
+            file=sys.stderr,
+        )
+        run = begin("offline")
     run.define_metric("*", step_metric="step")  # wandb's own count of steps takes each only once, report or sample
     page = '<pre style="white-space: pre-wrap">{}</pre>'
     return each_step_once(
@@ -157,13 +174,6 @@ def _wandb_id(output_dir: Path) -> str | None:
     """The id of the run that the newest folder there is of: wandb/run-20260102_030405-ID or offline-run-…-ID."""
     found = [re.fullmatch(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)", path.name) for path in output_dir.glob("wandb/*")]
     return max(((match[1], match[2]) for match in found if match), default=(None, None))[1]
-
-
-def _wandb_mode(wandb: Any) -> Any:
-    """Offline where there is no account and nothing else was asked for: wandb would wait for one to be typed in."""
-    if "WANDB_MODE" in os.environ or wandb.setup().settings.mode != "online":
-        return None
-    return None if wandb.api.api_key else "offline"
 
 
 def _trackio(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Logger:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -59,14 +60,17 @@ def two_sessions(name: str, exp001: Path) -> None:
     assert [line["step"] for line in read_lines(exp001 / "metrics.jsonl")] == [10, 20, 30, 40, 50, 60]
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard would draw of a folder: (step, value) by name; texts too."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def shown(folder: Path) -> dict[str, list[tuple[int, Any]]]:
+    """What TensorBoard shows of a folder, read as its plugins read it: (step, value or text) by name."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    found = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
-    texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("sample/text_summary")]
-    return found | {"sample": texts}
+    events = EventAccumulator(str(folder), tensor_size_guidance={"scalars": 0, "text": 0}).Reload()
+    found: dict[str, list[tuple[int, Any]]] = {}
+    for name in events.Tags()["tensors"]:
+        values = [(event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(name)]
+        found[name.removesuffix("/text_summary")] = [(n, v.decode() if isinstance(v, bytes) else v) for n, v in values]
+    return found
 
 
 def test_tensorboard(tmp_path: Path, sample_shards: Path) -> None:
@@ -83,7 +87,7 @@ def test_tensorboard(tmp_path: Path, sample_shards: Path) -> None:
     assert "going on from" in result.stdout
     metrics = read_lines(output / "metrics.jsonl")
     assert [report["step"] for report in metrics] == [1, 2, 3, 4, 5]
-    found = scalars(output / "tensorboard")
+    found = shown(output / "tensorboard")
     for name in ("train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "tokens"):
         assert [step for step, _ in found[name]] == [1, 2, 3, 4, 5]
         assert [value for _, value in found[name]] == pytest.approx([report[name] for report in metrics], rel=1e-6)
@@ -102,23 +106,28 @@ def test_tensorboard_after_a_divergence(exp001: Path) -> None:
     log.report(20, 1, **VALUES | {"val_loss": 1.0})
     log.sample(20, "second")
     log.close()
-    found = scalars(exp001 / "tensorboard")
+    found = shown(exp001 / "tensorboard")
     assert found["val_loss"] == [(10, 4.75), (20, 1.0)]
     assert found["sample"] == [(10, "first"), (20, "second")]
     assert [line["text"] for line in read_lines(exp001 / "samples.jsonl")] == ["first", "second"]
 
 
 def wandb_records(path: Path) -> list[Any]:
-    """The records of a .wandb file, by wandb's own reader."""
+    """The records of a .wandb file: a log of LevelDB, in blocks of 32 KiB, of wandb's own messages."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
-    store = DataStore()
-    store.open_for_scan(str(path))
-    records = []
-    while (data := store.scan_data()) is not None:
-        records.append(Record())
-        records[-1].ParseFromString(data)
+    data, records, part = path.read_bytes(), [], b""
+    assert data[:4] == b":W&B"
+    place = 7
+    while place + 7 <= len(data):
+        _, length, kind = struct.unpack_from("<IHB", data, place)  # checksum, bytes, 1 whole 2 first 3 middle 4 last
+        part += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            records.append(Record.FromString(part))
+            part = b""
+        if 32768 - place % 32768 < 7:  # no room for the next one in this block
+            place += 32768 - place % 32768
     return records
 
 
@@ -153,9 +162,10 @@ def test_trackio(exp001: Path) -> None:
     )
     two_sessions("trackio", exp001)
     code = (
-        "import json, trackio\n"
-        "runs = list(trackio.Api().runs('gptkit'))\n"
-        "print(json.dumps([[run.name, run.history()] for run in runs], default=str))"
+        "import json\n"
+        "from trackio.sqlite_storage import SQLiteStorage\n"
+        "runs = SQLiteStorage.get_runs('gptkit')\n"
+        "print(json.dumps([[run, SQLiteStorage.get_logs('gptkit', run)] for run in runs]))"
     )
     variables = environment() | {"TRACKIO_DIR": str(exp001 / "trackio")}
     result = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, encoding="utf-8")
