@@ -69,14 +69,14 @@ def experiments(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -
 
     def train(name: str, *more: object) -> None:
         arguments = small_run(shards, root / name / "model_checkpoints", "adamw")
-        often = ("--max_steps", 8, "--eval_freq", 2, "--print_sample_iter", 2, "--start_context", "<b>春")
+        often = ("--max_steps", 8, "--eval_freq", 2, "--print_sample_iter", 4, "--start_context", "<b>春")
         result = run_command("pretraining.py", *arguments, *often, *more)
         assert result.returncode == 0, result.stderr
 
-    train("exp001", "--save_ckpt_freq", 4, "--max_minutes", 0.00001)
+    train("exp001", "--max_minutes", 0.00001)
     shutil.copytree(root / "exp001", root / "exp002")
-    train("exp001", "--save_ckpt_freq", 4)
-    train("exp002", "--save_ckpt_freq", 4, "--lr", 0.001)
+    train("exp001")
+    train("exp002", "--lr", 0.001)
     return root
 
 
@@ -85,7 +85,7 @@ def test_what_a_run_keeps_for_the_report(experiments: Path) -> None:
     samples = lines(folder / "samples.jsonl")
     tokens_per_step = 4 * 2 * 32
     assert [(sample["step"], sample["tokens"]) for sample in samples] == [
-        (step, step * tokens_per_step) for step in (2, 4, 6, 8)
+        (step, step * tokens_per_step) for step in (4, 8)
     ]
     assert all(sample["text"].startswith("<b>春") for sample in samples)
     first, second = lines(folder / "sessions.jsonl")
@@ -265,8 +265,8 @@ def test_a_long_curve_keeps_its_spikes() -> None:
 
 def test_numbers_for_a_person() -> None:
     assert [number(value) for value in (0, 0.002, 2e-5, 3.25, 12_000)] == ["0", "0.002", "2e-05", "3.25", "12,000"]
-    shown = [in_japanese(n) for n in (None, 0, 9999, 12_345, 3_456_789, 345_678_901)]
-    assert shown == ["—", "0", "9,999", "1.2万", "346万", "3.5億"]
+    shown = [in_japanese(n) for n in (None, 0, 9999, 12_345, 123_456, 3_456_789, 345_678_901)]
+    assert shown == ["—", "0", "9,999", "1.2万", "12.3万", "346万", "3.5億"]
     assert [as_number(value) for value in (1, True, "1", 10**400, float("nan"))] == [1.0, None, None, None, None]
     assert [item["step"] for item in evenly([{"step": n} for n in range(11)], 3)] == [0, 5, 10]
 

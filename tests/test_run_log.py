@@ -249,3 +249,21 @@ def test_a_line_that_cannot_be_written_waits_for_the_next(
     log.report(3, 1, **values)
     log.close()
     assert [record["step"] for record in read_lines(log.metrics_path)] == [1, 2, 3]
+
+
+def test_samples_are_kept_as_reports_are(tmp_path: Path) -> None:
+    """Whole, whatever is in them; dropped where their steps are done again, by a resumed run or after a divergence."""
+    texts = ["春\n夏\u2028秋\x85", '"\\', "\ud842", ""]  # line ends of many kinds, half a surrogate pair
+    log = RunLog(tmp_path, 0, 10, 8, 0.0)
+    for step, text in enumerate(texts, start=1):
+        log.sample(step, text)
+    log.close()
+    path = tmp_path / "samples.jsonl"
+    assert "春" in path.read_text("utf-8")
+    expected = [{"step": n, "tokens": 8 * n, "text": text} for n, text in enumerate(texts, start=1)]
+    assert read_lines(path) == expected
+    log = RunLog(tmp_path, 3, 10, 8, 0.0)
+    assert read_lines(path) == expected[:3]
+    log.go_back_to(2)
+    log.close()
+    assert read_lines(path) == expected[:2]
