@@ -44,6 +44,7 @@ def test_each_session_and_how_it_ended(tmp_path: Path) -> None:
         end |= {"step": 30, "how": "stopped", "reason": "SIGTERM"}
         raise SystemExit(75)
     assert ends(tmp_path) == [(0, "finished"), (10, "failed"), (10, "stopped"), (20, "stopped")]
+    assert read_lines(tmp_path / "sessions.jsonl")[-1]["end"]["reason"] == "SIGTERM"
     with recorded(tmp_path, 10, Settings("a"), {}) as end:  # from an older checkpoint: step 20 is still to come
         end |= {"step": 40, "how": "finished", "reason": None}
     assert ends(tmp_path) == [(0, "finished"), (10, "failed"), (10, "stopped"), (10, "finished")]
