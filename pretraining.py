@@ -29,6 +29,7 @@ from gptkit.compilation import Loss, TooLarge, batch_that_fits, compile_and_try,
 from gptkit.evaluation import mean_loss
 from gptkit.files import held, read_json, signature, write_json
 from gptkit.generation import SamplingSettings, Text, write
+from gptkit.loggers import import_logger, open_logger
 from gptkit.optimizers import (
     build_optimizer,
     import_galore,
@@ -48,6 +49,7 @@ from gptkit.pretokenization import (
     token_files,
 )
 from gptkit.run_log import RunLog, draw_loss_curve, format_duration
+from gptkit.sessions import environment, recorded
 from gptkit.signals import StopSignals
 from gptkit.tokenization import Tokenizer, TokenizerSettings, load_tokenizer, with_tokenizer_of
 from gptkit.tokenizer_check import refuse_problems
@@ -169,11 +171,15 @@ def main(config: PretrainingConfig, began: float, stop: StopSignals) -> None:
                 hf_conversion.load_weights(config.init_from, model)
             else:
                 start_from_bigrams(config, model, batches)
-            train(run, progress, began, stop)
+            with recorded(output_dir, progress.step, config, environment(device, dtype)) as end:
+                train(run, progress, began, stop, end)
 
 
-def train(run: Run, progress: Progress, began: float, stop: StopSignals) -> None:
-    """The steps from progress.step on, with reports, samples and checkpoints, to the end or to a wish to stop."""
+def train(run: Run, progress: Progress, began: float, stop: StopSignals, end: dict[str, Any]) -> None:
+    """The steps from progress.step on, with reports, samples and checkpoints, to the end or to a wish to stop.
+
+    How they ended comes into `end`.
+    """
     config, model, optimizer = run.config, run.model, run.optimizer
     loss_of_batch, step_s = compile_and_measure(run, progress)
     total_steps = choose_length(config, run.batches, progress, began, sum(step_s.values()))
@@ -183,7 +189,8 @@ def train(run: Run, progress: Progress, began: float, stop: StopSignals) -> None
     announce(run, progress, n_steps, step_s)
     every = choose_intervals(config, n_steps)
     before_s = progress.elapsed_s + (time.monotonic() - began if config.budget_minutes else 0)
-    log = RunLog(run.output_dir, progress.step, n_steps, run.batches.tokens_per_step, before_s)
+    logger = open_logger(config.logger, run.output_dir, progress.step, dataclasses.asdict(config))
+    log = RunLog(run.output_dir, progress.step, n_steps, run.batches.tokens_per_step, before_s, logger)
     saver = checkpoints.BackgroundSaver(run.output_dir, config.keep_checkpoints, log.say)
     saved_at_s = log.session_s
     feed = run.batches.from_step(progress.step, run.device)
@@ -225,7 +232,7 @@ def train(run: Run, progress: Progress, began: float, stop: StopSignals) -> None
             batch = next(feed)
             continue
         if is_end or (progress.step % every["sample"] == 0 and not is_stop):
-            log.say(f"sample after step {progress.step}: {sample_text(run)}")
+            log.sample(progress.step, sample_text(run))
         is_late = log.session_s - saved_at_s > 60 * config.save_every_minutes
         if is_end or is_stop or ((is_save or is_late) and not progress.n_skipped_in_a_row):
             progress.elapsed_s, saved_at_s = log.elapsed_s, log.session_s
@@ -236,6 +243,7 @@ def train(run: Run, progress: Progress, began: float, stop: StopSignals) -> None
     log.close()
     if saver.failure:
         raise UserError(f"{saver.failure}; make room and run the same command: it goes on from the one before")
+    end |= {"step": progress.step, "how": "finished" if is_end else "stopped", "reason": stop.received}
     if is_stop and stop.received and not is_end:
         stop.end(f"step {progress.step} of {n_steps} is saved in {run.output_dir}")
     print(closing_words(run.output_dir, progress, n_steps))
@@ -361,6 +369,7 @@ def check_settings(config: PretrainingConfig) -> Path:
         import_galore()
     if config.init_from:
         refuse_dimensions(config)
+    import_logger(config.logger, folder)
     if config.model_size == "auto" and config.budget_minutes is None:
         raise UserError("--model_size auto needs --budget_minutes; or name a size")
     if config.max_minutes and config.budget_minutes:
@@ -373,7 +382,9 @@ def check_settings(config: PretrainingConfig) -> Path:
         raise UserError(f"--start_context {config.start_context!a} is not valid text; give it in UTF-8")
     if config.resume == "none" and checkpoints.find_checkpoints(folder):
         raise UserError(f"--output_dir {folder} holds a run already; name another folder, or go on with --resume auto")
-    written = [name for name in (RUN_FILE, "metrics.jsonl", "loss_curve.png") if (folder / name).exists()]
+    written = [
+        name for name in (RUN_FILE, "metrics.jsonl", "samples.jsonl", "loss_curve.png") if (folder / name).exists()
+    ]
     try:
         ours = not written or read_json(folder / RUN_FILE)["format"] == RUN_FORMAT
     except (OSError, ValueError, KeyError, TypeError):

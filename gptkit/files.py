@@ -116,6 +116,18 @@ def lock_folder(folder: Path) -> int:
     return descriptor
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process holds `folder`."""
+    try:
+        with open(folder / LOCK_FILE, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or a file system without locks
+        return False
+    return False
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, as 64 hex digits."""
     digest = hashlib.sha256()

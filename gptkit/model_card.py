@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptkit.files import read_json
-from gptkit.run_log import read_metrics
+from gptkit.run_log import read_lines
 
 if TYPE_CHECKING:
     from gptkit.tokenization import Tokenizer
@@ -26,7 +26,7 @@ def model_card(run_folder: Path, state: dict[str, Any], model: Any, tokenizer: "
     settings = run.get("settings", {}) if isinstance(run, dict) else {}
     data = run.get("tokens", "unknown") if isinstance(run, dict) else "unknown"
     is_aozora = isinstance(run, dict) and str(run.get("text")).startswith(SOURCE)
-    metrics = [record for record in read_metrics(run_folder / "metrics.jsonl") if record["step"] <= state["step"]]
+    metrics = [record for record in read_lines(run_folder / "metrics.jsonl") if record["step"] <= state["step"]]
     last = metrics[-1] if metrics else {}
     loss = last.get("val_loss")
     figures = [

@@ -1,6 +1,6 @@
-"""What a run says: lines for a person, metrics.jsonl for programs, loss_curve.png for the eye, a bar on a terminal.
+"""What a run says: lines for a person, metrics.jsonl and samples.jsonl for programs, loss_curve.png for the eye, a bar.
 
-Leaves to others what is reported and when.
+Leaves to others what is reported and when, and to a Logger (gptkit/loggers.py makes it) where else it is shown.
 """
 
 import contextlib
@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,58 @@ def shown(total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
         yield update
 
 
+@dataclass(frozen=True)
+class Logger:
+    """Where else reports and samples are shown; by itself nowhere."""
+
+    report: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
+    sample: Callable[[int, str], None] = lambda step, text: None
+    go_back_to: Callable[[int], None] = lambda step: None  # the steps after it are done again
+    close: Callable[[], None] = lambda: None
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with its "step"; what a full disk does not take waits for the next."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self._say = path, say
+        self._unwritten: list[bytes] = []
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Append a line, whole or not at all; what cannot be written now comes before the next one."""
+        self._unwritten.append(json_line(record))
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    for part in self._unwritten:
+                        if file.write(part) < len(part):
+                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(end)
+                    raise
+            self._unwritten.clear()
+        except OSError as error:
+            self._say(f"warning: {self.path} could not be written ({error}); its lines wait for the next one")
+
+    def keep_until(self, step: int) -> None:
+        """Drop what comes after `step`, which is done again from there."""
+        self._unwritten[:] = [line for line in self._unwritten if json.loads(line)["step"] <= step]
+        keep_lines_until(self.path, step)
+
+
 class RunLog:
     """The log of one session of a run: from step first_step (0 in a new run) on to total_steps."""
 
     def __init__(
-        self, output_dir: Path, first_step: int, total_steps: int, tokens_per_step: int, elapsed_s: float
+        self,
+        output_dir: Path,
+        first_step: int,
+        total_steps: int,
+        tokens_per_step: int,
+        elapsed_s: float,
+        logger: Logger | None = None,
     ) -> None:
         self.metrics_path = output_dir / "metrics.jsonl"
         self.curve_path = output_dir / "loss_curve.png"
@@ -60,8 +108,11 @@ class RunLog:
         self._first_step = first_step
         self._said = self._start  # when the last line was printed
         self._reported = (first_step, self._start)
-        self._unwritten: list[bytes] = []  # lines that a full disk did not take
-        keep_metrics_until(self.metrics_path, first_step)
+        self._logger = logger or Logger()
+        self._metrics = JsonLines(self.metrics_path, self.say)
+        self._samples = JsonLines(output_dir / "samples.jsonl", self.say)
+        for file in (self._metrics, self._samples):
+            file.keep_until(first_step)
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", desc="pretrain", disable=not sys.stderr.isatty()
         )
@@ -97,35 +148,24 @@ class RunLog:
         self._reported = (n_done, now)
         record: dict[str, Any] = {"step": n_done, "epoch": epoch, "tokens": n_done * self.tokens_per_step, **values}
         record |= {"tokens_per_s": round(rate, 1), "elapsed_s": round(self.elapsed_s, 2)}
-        self._write(json.dumps(record) + "\n")
+        self._metrics.append(record)
         self.say(
             f"epoch {epoch}  step {n_done}/{self.total_steps}  train {values['train_loss']:.4f}  val {values['val_loss']:.4f}"
             f"  lr {values['lr']:.2e}  grad norm {values['grad_norm']:.3f}  {rate:,.0f} tokens/s  ETA {self._eta(n_done)}"
         )
+        self._logger.report(n_done, {name: value for name, value in record.items() if name != "step"})
 
-    def _write(self, line: str) -> None:
-        """Append a line to metrics.jsonl, whole; what cannot be written now comes before the next one."""
-        self._unwritten.append(line.encode())
-        try:
-            with open(self.metrics_path, "ab", buffering=0) as file:
-                end = file.tell()
-                try:
-                    for part in self._unwritten:
-                        if file.write(part) < len(part):
-                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(end)
-                    raise
-            self._unwritten.clear()
-        except OSError as error:
-            self.say(f"warning: {self.metrics_path} could not be written ({error}); its lines wait for the next report")
+    def sample(self, n_done: int, text: str) -> None:
+        """What the model writes after step n_done."""
+        self.say(f"sample after step {n_done}: {text}")
+        self._samples.append({"step": n_done, "tokens": n_done * self.tokens_per_step, "text": text})
+        self._logger.sample(n_done, text)
 
     def go_back_to(self, step: int) -> None:
-        """Forget the reports after `step`, which is done again from there."""
-        kept = [line for line in self._unwritten if json.loads(line)["step"] <= step]
-        self._unwritten[:] = kept
-        keep_metrics_until(self.metrics_path, step)
+        """Forget the reports and samples after `step`, which is done again from there."""
+        for file in (self._metrics, self._samples):
+            file.keep_until(step)
+        self._logger.go_back_to(step)
         self._reported = (step, time.monotonic())
         self._bar.update(step - self._bar.n)
 
@@ -135,39 +175,51 @@ class RunLog:
 
     def close(self) -> None:
         self._bar.close()
+        self._logger.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The reports in a metrics.jsonl; a line that is none, as a crash leaves it, is left out. No file: no reports."""
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """One line of a .jsonl, whose text a person can read; half a surrogate pair becomes JSON's escape of it."""
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects with a step in a .jsonl; a line that is none, as a crash leaves it, is left out. No file: none."""
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a text may hold U+2028
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and "step" in record:
+        if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
     return records
 
 
-def keep_metrics_until(path: Path, step: int) -> None:
-    """Drop reports after `step`: they come from steps that a resumed run does again."""
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop lines after `step`: they come from steps that a resumed run does again."""
     if path.exists():
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        kept = b"".join(json_line(record) for record in read_lines(path) if record["step"] <= step)
         partial = path.with_name(f".{path.name}.partial")
         try:
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            partial.write_bytes(kept)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
 
+def run_name(output_dir: Path) -> str:
+    """What a person calls the run whose files lie in that folder: exp001, of exp001/model_checkpoints."""
+    folder = output_dir.resolve()
+    return folder.parent.name if folder.name == "model_checkpoints" and folder.parent.name else folder.name
+
+
 def draw_loss_curve(metrics_path: Path, path: Path) -> None:
     """Training and validation loss (nats a token) over tokens, as a PNG. A picture that fails is a warning."""
     try:
-        _draw_loss_curve(read_metrics(metrics_path), path)
+        _draw_loss_curve(read_lines(metrics_path), path)
     except Exception as error:  # whatever a drawing library raises, it must not end a run
         print(f"warning: {path} could not be drawn ({error})", file=sys.stderr)
 

@@ -100,6 +100,9 @@ class TrainingSettings:
         None, "print a sample every so many steps (default: 100; with a budget 4 times)", at_least=1
     )
     start_context: str = setting("吾輩は", "how the samples begin")
+    logger: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
+        "none", "show reports and samples there too (each needs its package)"
+    )
     save_ckpt_freq: int | None = setting(
         None, "save a checkpoint every so many steps, and at the end (default: 500; with a budget 4 times)", at_least=1
     )

@@ -28,7 +28,7 @@ from gptkit.checkpoints import choose_checkpoint, read_tensors
 from gptkit.command_line import UserError
 from gptkit.generation import SamplingSettings, generate
 from gptkit.hf_tokenizer import compare, tokenizer_files
-from gptkit.run_log import read_metrics
+from gptkit.run_log import read_lines
 from gptkit.tokenization import Tokenizer, load_hf, load_sentencepiece, load_tiktoken
 from gptkit.tokenizer_backends import SentencePieceBackend
 
@@ -261,12 +261,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -> tu
 
 def test_training_goes_on_from_a_folder(trained: tuple[Path, list[object]]) -> None:
     folder, arguments = trained
-    before = read_metrics(folder / "exp" / "metrics.jsonl")
+    before = read_lines(folder / "exp" / "metrics.jsonl")
     line = [*arguments, "--init_from", folder / "hf", "--output_dir", folder / "on", "--lr", 0.002, "--adam_lr", 0.002]
     result = run_command("pretraining.py", *line, "--max_steps", 100)
     assert result.returncode == 0, result.stderr
     assert f"start: the weights of {folder / 'hf'}" in result.stdout
-    after = read_metrics(folder / "on" / "metrics.jsonl")
+    after = read_lines(folder / "on" / "metrics.jsonl")
     assert after[-1]["step"] == 100
     assert before[0]["train_loss"] > before[-1]["train_loss"] + 0.2
     assert after[0]["train_loss"] < before[-1]["train_loss"] + 0.05  # from where the other had ended

@@ -16,12 +16,25 @@ FLOOR_0 = {
     "devices",
     "token_shards",
     "run_log",
+    "run_records",
+    "charts",
     "command_line",
     "files",
     "engines",
     "tokenizer_backends",
 }
-HEAVY = {"transformers", "huggingface_hub", "matplotlib", "tiktoken", "sentencepiece", "tokenizers", "galore_torch"}
+HEAVY = {
+    "transformers",
+    "huggingface_hub",
+    "matplotlib",
+    "tiktoken",
+    "sentencepiece",
+    "tokenizers",
+    "galore_torch",
+    "tensorboard",
+    "wandb",
+    "trackio",
+}
 # A pickle runs code when it is read; nothing here needs one.
 UNSAFE = {"pickle", "shelve", "dill", "joblib"}
 

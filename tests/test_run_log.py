@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, Clock, environment
 
 from gptkit import run_log
-from gptkit.run_log import RunLog, draw_loss_curve, format_duration, keep_metrics_until, read_metrics
+from gptkit.run_log import RunLog, draw_loss_curve, format_duration, keep_lines_until, read_lines
 
 VALUES = {"train_loss": 4.5, "val_loss": 4.75, "lr": 1e-3, "grad_norm": 0.5}
 
@@ -57,7 +57,7 @@ def test_a_resumed_log_counts_on(tmp_path: Path, clock: Clock, capsys: pytest.Ca
     clock.now += 30
     log.report(30, 1, **VALUES)
     assert (log.session_s, log.elapsed_s) == (30.0, 530.0)
-    records = read_metrics(tmp_path / "metrics.jsonl")
+    records = read_lines(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [10, 20, 30]
     assert records[-1]["tokens"] == 3000
     assert records[-1]["tokens_per_s"] == pytest.approx(33.3)
@@ -80,13 +80,13 @@ def test_a_resumed_log_counts_on(tmp_path: Path, clock: Clock, capsys: pytest.Ca
 def test_what_a_resumed_run_does_again_is_dropped(content: str, kept: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
-    keep_metrics_until(path, 20)
+    keep_lines_until(path, 20)
     assert path.read_text() == kept
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_new_run_has_no_metrics_yet(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_lines(tmp_path / "metrics.jsonl") == []
     RunLog(tmp_path, 0, 10, 1, 0.0).close()
     assert list(tmp_path.iterdir()) == []
 
@@ -248,4 +248,22 @@ def test_a_line_that_cannot_be_written_waits_for_the_next(
     assert "could not be written" in capsys.readouterr().out
     log.report(3, 1, **values)
     log.close()
-    assert [record["step"] for record in read_metrics(log.metrics_path)] == [1, 2, 3]
+    assert [record["step"] for record in read_lines(log.metrics_path)] == [1, 2, 3]
+
+
+def test_samples_are_kept_as_reports_are(tmp_path: Path) -> None:
+    """Whole, whatever is in them; dropped where their steps are done again, by a resumed run or after a divergence."""
+    texts = ["春\n夏\u2028秋\x85", '"\\', "\ud842", ""]  # line ends of many kinds, half a surrogate pair
+    log = RunLog(tmp_path, 0, 10, 8, 0.0)
+    for step, text in enumerate(texts, start=1):
+        log.sample(step, text)
+    log.close()
+    path = tmp_path / "samples.jsonl"
+    assert "春" in path.read_text("utf-8")
+    expected = [{"step": n, "tokens": 8 * n, "text": text} for n, text in enumerate(texts, start=1)]
+    assert read_lines(path) == expected
+    log = RunLog(tmp_path, 3, 10, 8, 0.0)
+    assert read_lines(path) == expected[:3]
+    log.go_back_to(2)
+    log.close()
+    assert read_lines(path) == expected[:2]

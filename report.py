@@ -1,0 +1,77 @@
+"""A page about one run, or about several compared: curves, samples, settings and what differs in them, restarts.
+
+    python report.py --exp_dir exp001
+    python report.py --exp_dir exp001 --compare exp002 exp003 --output comparison.html
+
+One HTML file, in Japanese, that needs no network and no other file. The run may be at work, or an old one.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from gptkit.charts import N_COLOURS
+from gptkit.command_line import UserError, existing_path, run_command, setting
+from gptkit.files import is_held, read_json, write_atomically
+from gptkit.report_page import report_page
+from gptkit.run_log import read_lines, run_name
+from gptkit.run_records import RunRecord
+
+RUN_FILES = ("config.json", "metrics.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """A page about one run, or about several compared, as one HTML file in Japanese."""
+
+    exp_dir: str = setting(help="experiment folder (or the output folder in it)")
+    compare: tuple[str, ...] = setting((), "other experiment folders, to be compared with it")
+    output: str = setting("report.html", "file to write")
+
+
+def main(config: ReportConfig) -> None:
+    output = Path(config.output)
+    if output.suffix not in (".html", ".htm") or output.is_dir():
+        raise UserError(f"--output {output} is no name of a page; give one that ends with .html")
+    existing_path(str(output.parent), "the folder of --output")
+    folders = {find_run(config.exp_dir, "--exp_dir"): config.exp_dir}
+    for other in config.compare:
+        folders.setdefault(find_run(other, "--compare"), other)
+    if len(folders) > N_COLOURS:
+        raise UserError(f"--compare: {len(folders)} runs are too many for one page; give at most {N_COLOURS}")
+    names = [run_name(folder) for folder in folders]
+    runs = [
+        read_run(folder, name if names.count(name) == 1 else given)
+        for (folder, given), name in zip(folders.items(), names, strict=True)
+    ]
+    write_atomically(output, report_page(runs, datetime.now()).encode(errors="replace"))
+    print(f"{output}: {', '.join(run.name for run in runs)}")
+
+
+def find_run(exp_dir: str, flag: str) -> Path:
+    """The output folder that `exp_dir` means: itself, or the one in it. Raises UserError."""
+    folder = existing_path(exp_dir, flag)
+    candidates = [folder] if is_run(folder) else sorted(path for path in folder.glob("*/") if is_run(path))
+    if len(candidates) > 1:
+        raise UserError(f"{flag} {folder} holds several runs; name one: {', '.join(map(str, candidates))}")
+    if not candidates:
+        raise UserError(f"{flag} {folder} holds no run ({' or '.join(RUN_FILES)}); pretraining.py writes one")
+    return candidates[0].resolve()
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in RUN_FILES)
+
+
+def read_run(folder: Path, name: str) -> RunRecord:
+    """What a run has written so far; what is missing or broken is left out."""
+    try:
+        about = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        about = {}
+    metrics, samples, sessions = (read_lines(folder / f"{kind}.jsonl") for kind in ("metrics", "samples", "sessions"))
+    return RunRecord(name, about if isinstance(about, dict) else {}, metrics, samples, sessions, is_held(folder))
+
+
+if __name__ == "__main__":
+    run_command(ReportConfig, main)
