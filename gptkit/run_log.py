@@ -48,10 +48,19 @@ def shown(total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
 
 
 class RunLog:
-    """The log of one session of a run: from step first_step (0 in a new run) on to total_steps."""
+    """The log of one session of a run: from step first_step (0 in a new run) on to total_steps.
+
+    Without `writes` it leaves metrics.jsonl alone: one process of several writes it.
+    """
 
     def __init__(
-        self, output_dir: Path, first_step: int, total_steps: int, tokens_per_step: int, elapsed_s: float
+        self,
+        output_dir: Path,
+        first_step: int,
+        total_steps: int,
+        tokens_per_step: int,
+        elapsed_s: float,
+        writes: bool = True,
     ) -> None:
         self.metrics_path = output_dir / "metrics.jsonl"
         self.curve_path = output_dir / "loss_curve.png"
@@ -61,7 +70,9 @@ class RunLog:
         self._said = self._start  # when the last line was printed
         self._reported = (first_step, self._start)
         self._unwritten: list[bytes] = []  # lines that a full disk did not take
-        keep_metrics_until(self.metrics_path, first_step)
+        self._writes = writes
+        if writes:
+            keep_metrics_until(self.metrics_path, first_step)
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", desc="pretrain", disable=not sys.stderr.isatty()
         )
@@ -97,7 +108,8 @@ class RunLog:
         self._reported = (n_done, now)
         record: dict[str, Any] = {"step": n_done, "epoch": epoch, "tokens": n_done * self.tokens_per_step, **values}
         record |= {"tokens_per_s": round(rate, 1), "elapsed_s": round(self.elapsed_s, 2)}
-        self._write(json.dumps(record) + "\n")
+        if self._writes:
+            self._write(json.dumps(record) + "\n")
         self.say(
             f"epoch {epoch}  step {n_done}/{self.total_steps}  train {values['train_loss']:.4f}  val {values['val_loss']:.4f}"
             f"  lr {values['lr']:.2e}  grad norm {values['grad_norm']:.3f}  {rate:,.0f} tokens/s  ETA {self._eta(n_done)}"
@@ -125,7 +137,8 @@ class RunLog:
         """Forget the reports after `step`, which is done again from there."""
         kept = [line for line in self._unwritten if json.loads(line)["step"] <= step]
         self._unwritten[:] = kept
-        keep_metrics_until(self.metrics_path, step)
+        if self._writes:
+            keep_metrics_until(self.metrics_path, step)
         self._reported = (step, time.monotonic())
         self._bar.update(step - self._bar.n)
 

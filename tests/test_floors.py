@@ -20,6 +20,8 @@ FLOOR_0 = {
     "files",
     "engines",
     "tokenizer_backends",
+    "parallel",
+    "sharding",
 }
 HEAVY = {"transformers", "huggingface_hub", "matplotlib", "tiktoken", "sentencepiece", "tokenizers", "galore_torch"}
 # A pickle runs code when it is read; nothing here needs one.
