@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, command, environment
+from conftest import ROOT, SAMPLE_TOKENIZER, command, environment
 
 TINY = ("--n_heads", 2, "--vocab_size", 500, "--context_length", 16, "--batch_size", 2, "--device", "cpu")
 # Stand-ins with the interfaces of the real ones.
@@ -141,3 +141,10 @@ def test_memory_sees_that_logits_are_never_held_whole(tmp_path: Path) -> None:
     assert found["share_of_transformers"]["ours"] == pytest.approx(
         memory["ours"]["step_mib"] / memory["transformers"]["step_mib"], abs=2e-3
     )
+
+
+def test_ten_billion_tokens_cost_no_more_at_the_start_than_ten_million(tmp_path: Path) -> None:
+    flags = ("--tokenizer_path", SAMPLE_TOKENIZER, "--n_rounds", 1)
+    found = result_of("large_corpus", tmp_path / "results", "large_corpus.py", *flags)
+    assert found["tokens"] == {"small": 10**7, "large": 10**10}
+    assert all(found["goals"].values()), found
