@@ -8,6 +8,7 @@ codes: 0 finished (or --max_minutes are over), 2 a mistake, told in one line, 75
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -21,11 +22,19 @@ from typing import Any, Literal
 import torch
 
 from gpt_model import LADDER, PRESETS, Arch, GPTConfig, GPTModel
-from gptkit import budget, checkpoints, devices, hf_conversion, planning
+from gptkit import budget, checkpoints, devices, hf_conversion, parallel, planning, sharding
 from gptkit.batches import Batch, TrainingBatches, check_size, validation_batches
 from gptkit.bigrams import MIN_TOKENS_PER_WORD, fit_to_bigrams
 from gptkit.command_line import UserError, existing_path, run_command, setting
-from gptkit.compilation import Loss, TooLarge, batch_that_fits, compile_and_try, memory_told, optimizer_step_s
+from gptkit.compilation import (
+    Loss,
+    TooLarge,
+    batch_that_fits,
+    checkpoint_activations,
+    compile_and_try,
+    memory_told,
+    optimizer_step_s,
+)
 from gptkit.evaluation import mean_loss
 from gptkit.files import held, read_json, signature, write_json
 from gptkit.generation import SamplingSettings, Text, write
@@ -50,7 +59,7 @@ from gptkit.pretokenization import (
 )
 from gptkit.run_log import RunLog, draw_loss_curve, format_duration
 from gptkit.sessions import environment, recorded
-from gptkit.signals import StopSignals
+from gptkit.signals import STOPPED, StopSignals
 from gptkit.tokenization import Tokenizer, TokenizerSettings, load_tokenizer, with_tokenizer_of
 from gptkit.tokenizer_check import refuse_problems
 from gptkit.training_settings import (
@@ -127,28 +136,33 @@ class Run:
 
 def main(config: PretrainingConfig, began: float, stop: StopSignals) -> None:
     """Set up, go on from the newest checkpoint or begin, and train, with the output folder held for this process."""
-    output_dir = check_settings(config)
+    output_dir = parallel.on_main(lambda: check_settings(config))
     device, dtype = choose_device_and_dtype(config)
     devices.keep_freed_memory(device)
     with hold(output_dir):
         tokenizer = load_tokenizer(with_tokenizer_of(config, config.init_from))
-        checkpoint = checkpoints.newest_whole(output_dir)
-        state = checkpoints.read_state(checkpoint) if checkpoint else {}
+        checkpoint = parallel.on_main(lambda: checkpoints.newest_whole(output_dir))
+        state = parallel.on_main(lambda: checkpoints.read_state(checkpoint) if checkpoint else {})
         identity = run_identity(config, tokenizer)
         refuse_another_run(checkpoint, state, identity)
-        folder, manifest = find_tokens(config, tokenizer)
+        folder, manifest = parallel.on_main(lambda: find_tokens(config, tokenizer))
         files = token_files(folder, manifest)
         unchanged = signature(files)
         tokens = open_tokens(folder, manifest)
-        plan = choose_plan(config, tokenizer.vocab_size, len(tokens["train"]), state, began, device, dtype)
+        n_tokens = len(tokens["train"])
+        plan = parallel.on_main(
+            lambda: choose_plan(config, tokenizer.vocab_size, n_tokens, state, began, device, dtype)
+        )
         identity = identity | plan.identity() | {"tokens": manifest["fingerprint"]}
         refuse_another_run(checkpoint, state, identity)
-        batches = TrainingBatches(tokens["train"], plan.model.context_length, **plan.batch, seed=config.seed)
+        batches = TrainingBatches(
+            tokens["train"], plan.model.context_length, **plan.batch, seed=config.seed, rank=parallel.rank()
+        )
         check_size(batches, len(tokens["val"]))
-        validation = validation_batches(tokens["val"], plan.model.context_length, plan.batch_size, config.eval_iter)
+        asked = config.batch_size or (16 if config.budget_minutes is None else plan.batch_size)  # by any processes
+        validation = validation_batches(tokens["val"], plan.model.context_length, asked, config.eval_iter)
         with memory_told(plan.batch_size, plan.grad_accum_steps):
-            torch.manual_seed(config.seed)
-            model = GPTModel(plan.model).to(device)
+            model = build_model(config, plan, batches, checkpoint is None, device, dtype)
             optimizer = build_optimizer(
                 model, config.optimizer, choose_peak(config), config.adam_lr, config.weight_decay
             )
@@ -157,7 +171,8 @@ def main(config: PretrainingConfig, began: float, stop: StopSignals) -> None:
                 optimizer, device, dtype,
             )  # fmt: skip
             progress = load(run, checkpoint) if checkpoint else Progress()
-            if progress.step >= most_steps(config, batches) or time_left_s(config, progress, began) < budget.CLOSING_S:
+            is_late = parallel.on_main(lambda: time_left_s(config, progress, began) < budget.CLOSING_S)
+            if progress.step >= most_steps(config, batches) or is_late:
                 print(
                     f"{output_dir}: the run is finished, step {progress.step}; more: --n_epochs, --max_tokens,"
                     " --max_steps or --budget_minutes, as it was given"
@@ -166,12 +181,11 @@ def main(config: PretrainingConfig, began: float, stop: StopSignals) -> None:
             if checkpoint:
                 print(f"going on from {checkpoint}")
                 planning.tell_changes(state.get("settings"), dataclasses.asdict(config), progress.step)
-                checkpoints.set_aside_after(checkpoint)
-            elif config.init_from:
-                hf_conversion.load_weights(config.init_from, model)
-            else:
-                start_from_bigrams(config, model, batches)
-            with recorded(output_dir, progress.step, config, environment(device, dtype)) as end:
+                parallel.on_main(lambda: checkpoints.set_aside_after(checkpoint))
+            with contextlib.ExitStack() as session:
+                end: dict[str, Any] = {}
+                if parallel.is_main():
+                    end = session.enter_context(recorded(output_dir, progress.step, config, environment(device, dtype)))
                 train(run, progress, began, stop, end)
 
 
@@ -183,14 +197,18 @@ def train(run: Run, progress: Progress, began: float, stop: StopSignals, end: di
     config, model, optimizer = run.config, run.model, run.optimizer
     loss_of_batch, step_s = compile_and_measure(run, progress)
     total_steps = choose_length(config, run.batches, progress, began, sum(step_s.values()))
-    n_steps = total_steps(progress.step)
-    check_room(run)
+    n_steps = parallel.on_main(lambda: total_steps(progress.step))
+    parallel.on_main(lambda: check_room(run))
     stop.at_once = False  # from here on there is a step to finish
-    announce(run, progress, n_steps, step_s)
+    parallel.on_main(lambda: announce(run, progress, n_steps, step_s))
     every = choose_intervals(config, n_steps)
     before_s = progress.elapsed_s + (time.monotonic() - began if config.budget_minutes else 0)
-    logger = open_logger(config.logger, run.output_dir, progress.step, dataclasses.asdict(config))
-    log = RunLog(run.output_dir, progress.step, n_steps, run.batches.tokens_per_step, before_s, logger)
+    logger = open_logger(
+        config.logger if parallel.is_main() else "none", run.output_dir, progress.step, dataclasses.asdict(config)
+    )
+    log = RunLog(
+        run.output_dir, progress.step, n_steps, run.batches.tokens_per_step, before_s, logger, parallel.is_main()
+    )
     saver = checkpoints.BackgroundSaver(run.output_dir, config.keep_checkpoints, log.say)
     saved_at_s = log.session_s
     feed = run.batches.from_step(progress.step, run.device)
@@ -199,22 +217,27 @@ def train(run: Run, progress: Progress, began: float, stop: StopSignals, end: di
         rate = choose_rate(config, progress.step, n_steps) / 2**progress.n_returns
         set_learning_rate(optimizer, rate)
         step_loss = torch.zeros((), device=run.device)
-        for _ in range(run.plan.grad_accum_steps):
+        for micro_step in range(run.plan.grad_accum_steps):
+            parallel.reduce_gradients(loss_of_batch, is_last=micro_step == run.plan.grad_accum_steps - 1)
             with devices.autocast(run.device, run.dtype):
                 loss = loss_of_batch(*batch) / run.plan.grad_accum_steps
             loss.backward()
             step_loss += loss.detach()
             batch = next(feed)  # read while the device computes
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        train_loss, norm = torch.stack((step_loss, grad_norm)).tolist()  # waits for the device
+        grad_norm = sharding.whole_norm(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
+        train_loss, norm = parallel.mean(torch.stack((step_loss, grad_norm))).tolist()  # waits for the device
         if count_step(progress, train_loss, norm, log):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        n_steps = total_steps(progress.step)
+        is_over = log.session_s > 60 * (config.max_minutes or math.inf)
+        is_late = log.session_s - saved_at_s > 60 * config.save_every_minutes
+        is_signalled, n_steps, is_over, is_late = parallel.agreed(
+            stop.received is not None, total_steps(progress.step), is_over, is_late
+        )
         log.step(progress.step, n_steps)
         is_end = progress.step >= n_steps
-        is_stop = stop.received is not None or log.session_s > 60 * (config.max_minutes or math.inf)
+        is_stop = is_signalled or is_over
         is_save = is_end or progress.step % every["save"] == 0
         val_loss: float | None = None
         if (is_save or progress.step % every["report"] == 0) and progress.n_losses:
@@ -233,7 +256,6 @@ def train(run: Run, progress: Progress, began: float, stop: StopSignals, end: di
             continue
         if is_end or (progress.step % every["sample"] == 0 and not is_stop):
             log.sample(progress.step, sample_text(run))
-        is_late = log.session_s - saved_at_s > 60 * config.save_every_minutes
         if is_end or is_stop or ((is_save or is_late) and not progress.n_skipped_in_a_row):
             progress.elapsed_s, saved_at_s = log.elapsed_s, log.session_s
             save(run, progress, val_loss, saver, log)
@@ -244,7 +266,7 @@ def train(run: Run, progress: Progress, began: float, stop: StopSignals, end: di
     if saver.failure:
         raise UserError(f"{saver.failure}; make room and run the same command: it goes on from the one before")
     end |= {"step": progress.step, "how": "finished" if is_end else "stopped", "reason": stop.received}
-    if is_stop and stop.received and not is_end:
+    if is_signalled and not is_end:
         stop.end(f"step {progress.step} of {n_steps} is saved in {run.output_dir}")
     print(closing_words(run.output_dir, progress, n_steps))
 
@@ -277,14 +299,17 @@ def go_back(run: Run, progress: Progress, saver: checkpoints.BackgroundSaver) ->
         raise UserError(
             f"{trouble}; {remedy}: it goes on from the newest checkpoint in {run.output_dir}, if there is one"
         )
-    good = [
-        folder
-        for folder in checkpoints.find_checkpoints(run.output_dir)
-        if checkpoints.state_if_readable(folder).get("n_skipped_in_a_row") == 0
-    ]
-    if not good:
-        raise UserError(f"{trouble}, and there is no checkpoint to go back to; {remedy}, or a smaller --save_ckpt_freq")
-    checkpoint = checkpoints.first_whole(good[::-1])
+
+    def last_good() -> Path:
+        found = checkpoints.find_checkpoints(run.output_dir)
+        good = [f for f in found if checkpoints.state_if_readable(f).get("n_skipped_in_a_row") == 0]
+        if not good:
+            raise UserError(
+                f"{trouble}, and there is no checkpoint to go back to; {remedy}, or a smaller --save_ckpt_freq"
+            )
+        return checkpoints.first_whole(good[::-1])
+
+    checkpoint = parallel.on_main(last_good)
     before = load(run, checkpoint)
     before.n_returns, before.n_skipped = progress.n_returns + 1, progress.n_skipped
     print(f"warning: {trouble}; going back to {checkpoint} with 1/{2**before.n_returns} of the rate", flush=True)
@@ -297,21 +322,22 @@ def save(run: Run, progress: Progress, val_loss: float | None, saver: checkpoint
         progress.best_val_loss = min(val_loss, progress.best_val_loss or math.inf)
     state = {**dataclasses.asdict(progress), "val_loss": val_loss, "identity": run.identity, "plan": run.plan.batch}
     state["settings"] = dataclasses.asdict(run.config)
-    training = optimizer_tensors(run.model, run.optimizer) | devices.random_states(run.device)
-    saver.save(
-        state,
-        run.model.state_dict(),
-        training,
-        run.tokenizer.files(),
-        then=lambda: draw_loss_curve(log.metrics_path, log.curve_path),
-    )
+    keep = parallel.is_main()
+    weights = sharding.whole_tensors(run.model.state_dict(), keep)
+    training = sharding.whole_tensors(optimizer_tensors(run.model, run.optimizer), keep)
+    training |= parallel.gathered_random_states(devices.random_states(run.device))
+    if keep:
+        curve = functools.partial(draw_loss_curve, log.metrics_path, log.curve_path)
+        saver.save(state, weights, training, run.tokenizer.files(), then=curve)
 
 
 def load(run: Run, checkpoint: Path) -> Progress:
     """Put a checkpoint into model, optimizer and random streams. Raises UserError."""
-    state = checkpoints.read_state(checkpoint)
-    training = checkpoints.read_tensors(checkpoint, checkpoints.TRAINING_FILE, torch.device("cpu"))
-    weights = checkpoints.read_tensors(checkpoint, checkpoints.MODEL_FILE, run.device)
+    state = parallel.on_main(lambda: checkpoints.read_state(checkpoint))
+    training, weights = (
+        parallel.tensors_from_main(functools.partial(checkpoints.read_tensors, checkpoint, file, torch.device("cpu")))
+        for file in (checkpoints.TRAINING_FILE, checkpoints.MODEL_FILE)
+    )
     try:
         progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
         counts = (progress.step, progress.n_losses, progress.n_skipped, progress.n_skipped_in_a_row, progress.n_returns)
@@ -319,9 +345,13 @@ def load(run: Run, checkpoint: Path) -> Progress:
             raise ValueError("its counts are no counts")
         if not math.isfinite(progress.elapsed_s + progress.loss_sum + (progress.best_val_loss or 0.0)):
             raise ValueError("its sums are not finite")
-        run.model.load_state_dict(weights)
+        run.model.load_state_dict(sharding.parts_of(weights, run.model.state_dict()))
         load_optimizer_tensors(run.model, run.optimizer, training)
-        devices.set_random_states(training, run.device)
+        random_states = parallel.own_random_states(training)
+        if parallel.is_main() or random_states:
+            devices.set_random_states(random_states, run.device)
+        else:  # there were fewer processes
+            parallel.begin_random_stream(run.config.seed, progress.step)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if devices.is_out_of_memory(error):
             raise
@@ -348,9 +378,11 @@ def refuse_changed_tokens(run: Run) -> None:
 def choose_device_and_dtype(config: PretrainingConfig) -> tuple[torch.device, torch.dtype]:
     """The device of the run and the type of its matrix products. Raises UserError."""
     try:
-        device = devices.choose_device(config.device)
+        device = devices.choose_device(parallel.device_name(config.device))
     except ValueError as error:
         raise UserError(str(error))
+    if device.type == "cuda" and parallel.world_size() > 1:
+        torch.cuda.set_device(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what float32 products are left
     return device, devices.choose_dtype(config.dtype, device)
@@ -370,6 +402,10 @@ def check_settings(config: PretrainingConfig) -> Path:
     if config.init_from:
         refuse_dimensions(config)
     import_logger(config.logger, folder)
+    if config.optimizer == "galore_adamw" and config.parallel == "fsdp":
+        raise UserError("--optimizer galore_adamw needs whole matrices; give --parallel ddp, or muon or adamw")
+    if config.auto_batch and parallel.world_size() > 1:
+        raise UserError("--auto_batch is for one process; give --batch_size and --grad_accum_steps that fit")
     if config.model_size == "auto" and config.budget_minutes is None:
         raise UserError("--model_size auto needs --budget_minutes; or name a size")
     if config.max_minutes and config.budget_minutes:
@@ -399,7 +435,8 @@ def hold(output_dir: Path) -> Iterator[None]:
     """Make the output folder and keep other runs out of it. Raises UserError where one is at work there."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(held(output_dir))
+            if parallel.is_main():
+                stack.enter_context(held(output_dir))
         except BlockingIOError as holder:
             raise UserError(
                 f"--output_dir {output_dir} is in use by another run, {holder}; wait for it or name another folder"
@@ -452,9 +489,11 @@ def choose_plan(
     """
     auto = config.model_size == "auto"
     sizes = LADDER if auto else (config.model_size,)
+    n_processes = parallel.world_size()
     if config.budget_minutes is None:
         model = choose_model_config(config, config.model_size, vocab_size)
-        return Plan(model, config.batch_size or 16, config.grad_accum_steps or 1)
+        plan = Plan(model, config.batch_size or 16, config.grad_accum_steps or 1, n_processes)
+        return planning.as_before(plan, config, state)
     if state:
         try:
             known = state["identity"]["model"]
@@ -462,9 +501,8 @@ def choose_plan(
             before = Plan(model, **state["plan"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the newest checkpoint is damaged ({error!r}); remove it to go on from an older one")
-        return Plan(
-            before.model, config.batch_size or before.batch_size, config.grad_accum_steps or before.grad_accum_steps
-        )
+        given = config.batch_size or before.batch_size, config.grad_accum_steps or before.grad_accum_steps
+        return planning.as_before(Plan(before.model, *given, n_processes), config, state)
     left_s = 60 * config.budget_minutes - (time.monotonic() - began)
     if left_s < 5:
         raise UserError(
@@ -479,6 +517,7 @@ def choose_plan(
         device.type,
         config.batch_size,
         config.grad_accum_steps,
+        n_processes,
     )
 
 
@@ -516,6 +555,30 @@ def choose_model_config(config: PretrainingConfig, size: str, vocab_size: int) -
         raise UserError(str(error))
 
 
+def build_model(
+    config: PretrainingConfig,
+    plan: Plan,
+    batches: TrainingBatches,
+    is_new: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> GPTModel:
+    """The model of the run with its first weights, the same in all processes, which may share its parts."""
+    torch.manual_seed(config.seed)
+    model = GPTModel(plan.model).to(device)
+    if is_new and config.init_from:
+        parallel.on_main(lambda: hf_conversion.load_weights(str(config.init_from), model))
+    elif is_new:
+        parallel.on_main(lambda: start_from_bigrams(config, model, batches))
+    parallel.copy_from_main(model.parameters())
+    parallel.begin_random_stream(config.seed, step=0)
+    if config.activation_checkpointing:
+        checkpoint_activations(model.trf_blocks)
+    if config.parallel == "fsdp":
+        sharding.shard(model, model.trf_blocks, device, dtype)
+    return model
+
+
 def start_from_bigrams(config: PretrainingConfig, model: GPTModel, batches: TrainingBatches) -> None:
     """Fit embedding and head of a new modern model to the counts of token pairs."""
     known = len(batches.tokens) >= MIN_TOKENS_PER_WORD * model.config.vocab_size
@@ -541,7 +604,7 @@ def compile_and_measure(run: Run, progress: Progress) -> tuple[Loss, dict[str, f
     try:
         loss_of_batch, parts_s = compile_and_try(model, vocab_size, compile, batch, device, dtype)
     except (RuntimeError, MemoryError) as error:
-        if not devices.is_out_of_memory(error):
+        if not devices.is_out_of_memory(error) or parallel.world_size() > 1:
             raise
         loss_of_batch = None
     if loss_of_batch is None:  # outside the handler, which would hold on to what did not fit
@@ -554,7 +617,7 @@ def compile_and_measure(run: Run, progress: Progress) -> tuple[Loss, dict[str, f
     step_s = {name: plan.grad_accum_steps * seconds for name, seconds in parts_s.items()}
     if progress.step == 0 and run.config.optimizer != "galore_adamw":
         step_s["optimizer"] = optimizer_step_s(model, run.optimizer, device)
-    return loss_of_batch, step_s
+    return loss_of_batch if run.config.parallel == "fsdp" else parallel.replicate(model, loss_of_batch, device), step_s
 
 
 def run_identity(config: PretrainingConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -597,11 +660,16 @@ def check_room(run: Run) -> None:
 def announce(run: Run, progress: Progress, n_steps: int, step_s: dict[str, float]) -> None:
     """Say what is about to happen, and write it to config.json."""
     left = n_steps - progress.step
-    memory_bytes = devices.peak_memory_bytes(run.device) + moments_bytes(run)
+    n_parts = run.plan.n_processes if run.config.parallel == "fsdp" else 1
+    memory_bytes = devices.peak_memory_bytes(run.device) + moments_bytes(run) / n_parts
     total_s = sum(step_s.values())
     shares = ", ".join(f"{name} {seconds / total_s:.1%}" for name, seconds in step_s.items())
+    tokens_per_s = run.batches.tokens_per_step / total_s
     mfu = devices.utilization(
-        run.model.n_flops_per_token() * run.batches.tokens_per_step / total_s, run.device, run.dtype
+        run.model.n_flops_per_token() * tokens_per_s / run.plan.n_processes, run.device, run.dtype
+    )
+    processes = (
+        "1 process" if run.plan.n_processes == 1 else f"{run.plan.n_processes} processes ({run.config.parallel})"
     )
     print(
         f"data: {describe_tokens(run.manifest)}\n"
@@ -609,9 +677,9 @@ def announce(run: Run, progress: Progress, n_steps: int, step_s: dict[str, float
         f"device: {devices.describe_device(run.device)}, {run.dtype}, torch {torch.__version__}\n"
         f"steps: {left} to go of {n_steps}, {run.batches.steps_per_epoch} an epoch;"
         f" {run.batches.tokens_per_step:,} tokens a step = {run.plan.batch_size} sequences x {run.model.config.context_length} tokens"
-        f" x {run.plan.grad_accum_steps} micro-steps x 1 process\n"
+        f" x {run.plan.grad_accum_steps} micro-steps x {processes}\n"
         f"memory: about {memory_bytes / 2**30:.2f} GiB (measured on one micro-step, and {run.config.optimizer}'s state)\n"
-        f"a step: {total_s:.3f} s ({shares}), {run.batches.tokens_per_step / total_s:,.0f} tokens/s, MFU {mfu}\n"
+        f"a step: {total_s:.3f} s ({shares}), {tokens_per_s:,.0f} tokens/s, MFU {mfu}\n"
         f"time: about {format_duration(left * total_s)} for the steps; evaluation comes on top",
         flush=True,
     )
@@ -629,7 +697,9 @@ def sample_text(run: Run) -> str:
     tokenizer, start = run.tokenizer, run.config.start_context
     text = Text(tokenizer, [tokenizer.end_of_text_id, *tokenizer.encode(start)], run.config.seed)
     how = SamplingSettings(temperature=0.8, top_k=40)
-    return start + "".join(piece for _, piece in write(run.model, [text], how, 50, run.model.config.context_length))
+    with sharding.gathered(run.model, run.dtype):
+        written = write(run.model, [text], how, 50, run.model.config.context_length)
+        return start + "".join(piece for _, piece in written)
 
 
 def closing_words(output_dir: Path, progress: Progress, n_steps: int) -> str:
@@ -647,8 +717,14 @@ def run(config: PretrainingConfig) -> None:
     began = time.monotonic() - time.process_time()  # imports took that long
     stop = StopSignals()
     try:
-        with memory_told(config.batch_size or 16, config.grad_accum_steps or 1):
+        with (
+            parallel.together(config.parallel, config.hang_timeout_s),
+            memory_told(config.batch_size or 16, config.grad_accum_steps or 1),
+        ):
             main(config, began, stop)
+    except parallel.LostProcess as error:
+        print(f"error: {error}; the same command goes on from the newest checkpoint", file=sys.stderr)
+        raise SystemExit(STOPPED)
     except TooLarge as error:
         if not config.auto_batch or not error.smaller_batch:
             raise
@@ -661,4 +737,5 @@ def run(config: PretrainingConfig) -> None:
 
 
 if __name__ == "__main__":
+    parallel.only_main_speaks()
     run_command(PretrainingConfig, run)

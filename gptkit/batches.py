@@ -1,6 +1,7 @@
 """Batches of training and validation sequences out of a token stream.
 
-A batch is a pure function of (seed, step): evaluation, sampling and resuming never disturb the order. The stream is
+A batch is a pure function of (seed, step), of which each process takes its slice: evaluation, sampling, resuming and the
+number of processes never disturb the order. The stream is
 cut into windows of context_length tokens, and each epoch takes them in its own random order; a window's target is
 the same window one token on.
 
@@ -19,6 +20,8 @@ import torch
 from gptkit.command_line import UserError
 from gptkit.token_shards import TokenStream
 
+MOST_SHUFFLED = 1 << 22  # windows: 32 MiB for the order of an epoch
+N_ROUNDS = 6
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T) int64
 
 
@@ -26,6 +29,43 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T) int
 def epoch_order(n_windows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """The windows 0 … n_windows - 1 in the random order of one epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n_windows)
+
+
+def windows_of_epoch(
+    n_windows: int, seed: int, epoch: int, positions: npt.NDArray[np.int64]
+) -> npt.NDArray[np.integer]:
+    """The windows at some positions (0 … n_windows - 1) of an epoch's random order.
+
+    Up to MOST_SHUFFLED the order is drawn and kept; of more, it is computed where it is asked for.
+    """
+    if n_windows <= MOST_SHUFFLED:
+        return epoch_order(n_windows, seed, epoch)[positions]
+    keys = np.random.default_rng([seed, epoch]).integers(1 << 63, size=N_ROUNDS, dtype=np.uint64)
+    return permuted(positions, n_windows, keys)
+
+
+def permuted(
+    positions: npt.NDArray[np.integer], n: int, keys: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.integer]:  # (B,) -> (B,)
+    """The images of some of 0 … n - 1 under a permutation of them that the keys choose, each found by itself.
+
+    A Feistel network over an even number of bits, applied again while it leads outside (Black & Rogaway 2002, "Ciphers
+    with Arbitrary Finite Domains", section 3 and 4). Its round function is the mixer of SplitMix64 (Steele et al. 2014).
+    """
+    half = np.uint64(max((n - 1).bit_length() + 1, 2) // 2)
+    mask = np.uint64((1 << int(half)) - 1)
+    found = positions.astype(np.uint64)
+    outside = np.ones(len(found), bool)
+    while outside.any():
+        left, right = found[outside] >> half, found[outside] & mask
+        for key in keys:
+            mixed = right + key
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
+        found[outside] = left << half | right
+        outside = found >= n
+    return found
 
 
 def n_windows(tokens: TokenStream, context_length: int) -> int:
@@ -39,13 +79,15 @@ class TrainingBatches:
 
     tokens: TokenStream
     context_length: int  # tokens a sequence
-    batch_size: int  # sequences a micro-step
+    batch_size: int  # sequences a process a micro-step
     grad_accum_steps: int  # micro-steps a step
     seed: int
+    n_processes: int = 1
+    rank: int = 0  # which of them this is
 
     @property
     def sequences_per_step(self) -> int:
-        return self.batch_size * self.grad_accum_steps
+        return self.batch_size * self.grad_accum_steps * self.n_processes
 
     @property
     def tokens_per_step(self) -> int:
@@ -60,11 +102,14 @@ class TrainingBatches:
         return (step - 1) // self.steps_per_epoch + 1
 
     def micro_batch(self, step: int, micro_step: int) -> Batch:
-        """The batch of micro-step `micro_step` (0 … grad_accum_steps - 1) of optimizer step `step` (from 0)."""
+        """This process's batch of micro-step `micro_step` (0 … grad_accum_steps - 1) of optimizer step `step` (from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        first = (step_in_epoch * self.grad_accum_steps + micro_step) * self.batch_size
-        order = epoch_order(n_windows(self.tokens, self.context_length), self.seed, epoch)
-        return _batch_of_windows(self.tokens, order[first : first + self.batch_size].tolist(), self.context_length)
+        number = (step_in_epoch * self.grad_accum_steps + micro_step) * self.n_processes + self.rank
+        first = number * self.batch_size
+        positions = np.arange(first, first + self.batch_size)
+        n_all = n_windows(self.tokens, self.context_length)
+        windows = windows_of_epoch(n_all, self.seed, epoch, positions)
+        return _batch_of_windows(self.tokens, windows.tolist(), self.context_length)
 
     def from_step(self, step: int, device: torch.device) -> Iterator[Batch]:
         """The micro-batches from the first one of `step` on, without end, on a device."""

@@ -31,9 +31,9 @@ def fit_to_bigrams(
     Rows from vocab_size on are left alone. Draws from no random stream but its own.
     """
     device = head.device
-    row_ids = tokens.read(0, min(len(tokens), MAX_TOKENS))
-    followers = row_ids[1:]
-    row_ids = row_ids[:-1].astype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)  # sorted by radix, in no time
+    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32  # sorted by radix, in no time
+    row_ids = tokens.read(0, min(len(tokens), MAX_TOKENS), dtype)
+    followers, row_ids = row_ids[1:], row_ids[:-1]
     followers = followers[np.argsort(row_ids, kind="stable")]
     counts = np.bincount(row_ids, minlength=vocab_size)
     starts = np.concatenate([[0], np.cumsum(counts)])

@@ -4,15 +4,17 @@ Shapes: B batch, T time, C channels.
 """
 
 import contextlib
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from gptkit import devices
+from gptkit import devices, parallel, sharding
 from gptkit.command_line import UserError
 from gptkit.losses import linear_cross_entropy
 
@@ -67,7 +69,25 @@ def batch_that_fits(try_rows: Callable[[int], object], batch_size: int) -> int |
 
 def loss_of(model: Any, features: Callable[[torch.Tensor], torch.Tensor], vocab_size: int) -> Loss:
     """The loss of a model whose `features`, (B, T) -> (B, T, C), may be compiled, by its head_weight."""
-    return lambda inputs, targets: linear_cross_entropy(features(inputs), model.head_weight, targets, vocab_size)
+    return sharding.as_forward(
+        model,
+        lambda inputs, targets: linear_cross_entropy(features(inputs), model.head_weight, targets, vocab_size),
+    )
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
+    """Have each block keep its input alone, and compute the rest again in the backward pass (Chen et al. 2016).
+
+    It costs a third of the arithmetic of a step. Random numbers of dropout are drawn again as they were.
+    """
+    for block in blocks:
+        block.forward = functools.partial(_checkpointed, block.forward)  # type: ignore[method-assign]
+
+
+def _checkpointed(forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False)
 
 
 def compile_and_try(
@@ -108,7 +128,7 @@ def compile_and_try(
             reason = str(error).strip().partition("\n")[0]
             print(f"warning: --compile failed ({type(error).__name__}: {reason}); going on without", file=sys.stderr)
     parts_s = micro_step_s(chosen)
-    if sum(parts_s) < 5:  # the first one also warms up; a long one is measure enough
+    if parallel.on_main(lambda: sum(parts_s) < 5):  # the first one also warms up; a long one is measure enough
         parts_s = min((micro_step_s(chosen) for _ in range(3)), key=sum)
     devices.set_random_states(states, device)
     return chosen, dict(zip(PARTS, parts_s, strict=True))

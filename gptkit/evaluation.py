@@ -21,7 +21,7 @@ import json
 import lzma
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gptkit import parallel
 from gptkit.command_line import UserError
 from gptkit.devices import autocast
 
@@ -48,25 +49,29 @@ MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00
 def mean_loss(
     model: nn.Module,
     loss_of_batch: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
     """Nats a token over all batches of (inputs, targets), each (B, T), without dropout; each token counts the same.
 
-    `loss_of_batch` gives the model's mean over one. Draws no random number and leaves training mode as it was.
+    `loss_of_batch` gives the model's mean over one. Draws no random number and leaves training mode as it was. Several
+    processes, which have the same batches, take turns: each batch is computed by one of them.
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    n_tokens = 0
+    nats, n_tokens = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad(), autocast(device, dtype):
-        for inputs, targets in batches:
+        for first in range(0, len(batches), parallel.world_size()):
+            number = first + parallel.rank()
+            inputs, targets = batches[min(number, len(batches) - 1)]
             loss = loss_of_batch(inputs.to(device), targets.to(device))
-            total += loss.cpu().double() * targets.numel()
-            n_tokens += targets.numel()
+            if number < len(batches):  # else it is for company: a sharded model is gathered by all processes
+                nats += loss.cpu().double() * targets.numel()
+                n_tokens += targets.numel()
     model.train(was_training)
-    return total.item() / n_tokens
+    nats, n_tokens = parallel.total(torch.stack((nats, n_tokens)))
+    return nats.item() / n_tokens.item()
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch import nn
 
 from gptkit.command_line import UserError
 from gptkit.schedules import OptimizerName
+from gptkit.sharding import own_part, part_of, whole
 
 BETAS = (0.9, 0.95)  # GPT-3 (Brown et al. 2020), appendix B
 EPS = 1e-8
@@ -93,7 +94,8 @@ class MuonAdamW(torch.optim.AdamW):
 
     Muon's step is the momentum's nearest orthogonal matrix, so that each direction moves as far as any other. Its size
     is sqrt(max(1, rows / columns)), as in the authors' code: the same change of each output's root mean square.
-    torch.optim.Muon is not used because it iterates in bfloat16, also where the hardware only emulates it.
+    torch.optim.Muon is not used because it iterates in bfloat16, also where the hardware only emulates it. Of a sharded
+    matrix each process keeps its part of the momentum, and computes the step of the whole matrix.
     """
 
     @torch.no_grad()
@@ -113,13 +115,14 @@ class MuonAdamW(torch.optim.AdamW):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"]
-                momentum.lerp_(parameter.grad, 1 - MUON_MOMENTUM)
-                updates.append(parameter.grad.lerp(momentum, MUON_MOMENTUM))  # Nesterov's
+                momentum, grad = own_part(state["momentum"]), own_part(parameter.grad)
+                momentum.lerp_(grad, 1 - MUON_MOMENTUM)
+                updates.append(whole(grad.lerp(momentum, MUON_MOMENTUM), like=parameter))  # Nesterov's
                 parameter.grad = None
             size = max(1.0, n_rows / n_columns) ** 0.5
             for parameter, update in zip(parameters, orthogonalize(torch.stack(updates)), strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * size)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(part_of(update, like=parameter), alpha=-group["lr"] * size)
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
@@ -182,7 +185,9 @@ def load_optimizer_tensors(
     galore = "rank" in optimizer.param_groups[0]
     for name, (parameter, group) in _parameters_by_name(model, optimizer).items():
         keys = ("momentum",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
-        state: dict[str, Any] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
+        state: dict[str, Any] = {
+            key: part_of(tensors[f"{key}.{name}"].to(parameter.device), like=parameter) for key in keys
+        }
         if not group.get("muon"):
             step = tensors[f"step.{name}"]
             state["step"] = int(step) if galore else step.to(parameter.device)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gptkit import budget
+from gptkit.command_line import UserError
 from gptkit.run_log import format_duration
 
 MICRO_STEP_TOKENS = {"cpu": 4096, "cuda": 32_768}  # with a budget: the most tokens in one pass through the model
@@ -14,7 +15,7 @@ IDENTITY = {
     "model": "model (--model_size and the dimensions)",
     "tokenizer": "tokenizer (--tokenizer and its name or path)",
     "tokens": "text (--data_dir)",
-    "sequences_per_step": "number of sequences a step (--batch_size times --grad_accum_steps)",
+    "sequences_per_step": "number of sequences a step (--batch_size times --grad_accum_steps times processes)",
     "optimizer": "--optimizer",
     "seed": "--seed",
     "val_fraction": "--val_fraction",
@@ -30,16 +31,36 @@ class Plan:
     """The model of a run, by its dimensions (a dataclass), and its batch."""
 
     model: Any
-    batch_size: int  # sequences a micro-step
+    batch_size: int  # sequences a process a micro-step
     grad_accum_steps: int
+    n_processes: int = 1
 
     @property
     def batch(self) -> dict[str, int]:
-        return {"batch_size": self.batch_size, "grad_accum_steps": self.grad_accum_steps}
+        names = ("batch_size", "grad_accum_steps", "n_processes")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.batch_size * self.grad_accum_steps * self.n_processes
 
     def identity(self) -> dict[str, Any]:
-        """How the sequences of a step are split into micro-steps may change; their number may not."""
-        return {"model": asdict(self.model), "sequences_per_step": self.batch_size * self.grad_accum_steps}
+        """How the sequences of a step are split into micro-steps and processes may change; their number may not."""
+        return {"model": asdict(self.model), "sequences_per_step": self.sequences_per_step}
+
+    def shared_by(self, n_processes: int) -> "Plan":
+        """The same sequences a step by another number of processes, in micro-steps of at most the same size.
+
+        Raises UserError where that number does not divide them.
+        """
+        each, rest = divmod(self.sequences_per_step, n_processes)
+        if rest:
+            raise UserError(
+                f"the run has {self.sequences_per_step} sequences a step, which {n_processes} processes cannot share"
+                " equally; start a number of processes that divides it"
+            )
+        batch_size = next(n for n in range(min(self.batch_size, each), 0, -1) if each % n == 0)
+        return Plan(self.model, batch_size, each // batch_size, n_processes)
 
 
 def plan_for_budget(
@@ -50,14 +71,16 @@ def plan_for_budget(
     device_type: str,
     batch_size: int | None,
     grad_accum_steps: int | None,
+    n_processes: int = 1,
 ) -> Plan:
     """The largest model of the ladder that still sees enough tokens in left_s, and a batch that suits so many tokens.
 
-    The ladder leads from small to large by name; one model alone is taken as it is. Says what was measured and chosen.
+    The ladder leads from small to large by name; one model alone is taken as it is. tokens_per_s is that of one process,
+    of which n_processes are taken to be as many times as fast. Says what was measured and chosen.
     """
     chosen = None
     for size, model in ladder.items():
-        speed = tokens_per_s(model)
+        speed = n_processes * tokens_per_s(model)
         total_tokens = left_s * speed
         n_passes, per_parameter = total_tokens / n_training_tokens, total_tokens / model.n_block_parameters
         print(
@@ -72,18 +95,38 @@ def plan_for_budget(
     size, model, total_tokens = chosen
     n_sequences = budget.sequences_per_step(total_tokens, model.context_length)
     at_once = max(MICRO_STEP_TOKENS["cuda" if device_type == "cuda" else "cpu"] // model.context_length, 1)
-    batch_size = batch_size or min(n_sequences, at_once)
-    plan = Plan(model, batch_size, grad_accum_steps or max(n_sequences // batch_size, 1))
-    n_steps = total_tokens / (plan.batch_size * plan.grad_accum_steps * model.context_length)
+    each = max(n_sequences // n_processes, 1)
+    batch_size = batch_size or min(each, at_once)
+    plan = Plan(model, batch_size, grad_accum_steps or max(each // batch_size, 1), n_processes)
+    n_steps = total_tokens / (plan.sequences_per_step * model.context_length)
+    processes = f" x {n_processes}" if n_processes > 1 else ""
     why = "as asked for"
     if len(ladder) > 1:
         why = f"the largest with {budget.TOKENS_PER_PARAMETER:g} tokens a parameter"
     print(
-        f"chosen: {size}, {why}; {plan.batch_size} x {plan.grad_accum_steps} sequences a step, for about"
+        f"chosen: {size}, {why}; {plan.batch_size} x {plan.grad_accum_steps}{processes} sequences a step, for about"
         f" {n_steps:,.0f} steps",
         flush=True,
     )
     return plan
+
+
+def as_before(plan: Plan, config: Any, state: Mapping[str, Any]) -> Plan:
+    """The plan of a command line for the run whose state is given, if there is one.
+
+    The same command keeps the sequences a step, by whatever number of processes. Raises UserError where these cannot
+    share them.
+    """
+    try:
+        before = Plan(plan.model, **state["plan"])
+        same_command = all(
+            state["settings"][name] == getattr(config, name) for name in ("batch_size", "grad_accum_steps")
+        )
+        if before.sequences_per_step == plan.sequences_per_step or not same_command:
+            return plan
+        return before.shared_by(plan.n_processes)
+    except (KeyError, TypeError, ValueError):  # no run before, or a state that is damaged
+        return plan
 
 
 def difference(before: Any, identity: Mapping[str, Any]) -> str | None:

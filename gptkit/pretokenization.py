@@ -27,7 +27,7 @@ from tqdm import tqdm
 from gptkit.command_line import UserError
 from gptkit.engines import EngineError, EngineName, Run, workers
 from gptkit.files import read_json, sha256_of, write_atomically, write_json
-from gptkit.token_shards import TokenStream, open_token_shard, token_dtype, token_shard_bytes
+from gptkit.token_shards import Tokens, TokenStream, open_token_shard, token_dtype, token_shard_bytes
 
 if TYPE_CHECKING:
     from gptkit.tokenization import Tokenizer
@@ -38,6 +38,8 @@ SPLITS = ("train", "val")
 SELF_CHECK_CHARS = 200_000  # characters of the corpus on which a tokenizer is tried before tokens are written
 COUNTS = ("documents", "tokens", "characters", "unknown_tokens")
 MAX_COUNT = 1 << 53  # of one shard: all sums stay exact
+MOST_HASHED = 2 << 30  # bytes of token shards that are read at the start of a run, only to check them
+HEADER_BYTES = len(token_shard_bytes(np.empty(0, np.uint16)))  # of a token shard, whatever its length
 WRITTEN_HERE = re.compile(rf"(?:{'|'.join(SPLITS)})_.*\.npy|\..*\.(?:npy|json)(?:\.\d+)?\.partial")
 
 
@@ -213,8 +215,13 @@ def _difference(old: dict[str, Any] | None, sources: dict[str, Any], output: Pat
     return _damage(old, output, vocab_size)
 
 
-def _damage(record: Any, folder: Path, vocab_size: int) -> str | None:
-    """What is wrong with a record, or with the token shards it names (None: nothing)."""
+def has_size_of(path: Path, n_tokens: int, dtype: str) -> bool:
+    """Whether a file is there and as long as such a token shard."""
+    return path.is_file() and path.stat().st_size == HEADER_BYTES + n_tokens * np.dtype(dtype).itemsize
+
+
+def _damage(record: Any, folder: Path, vocab_size: int, is_read: bool = True) -> str | None:
+    """What is wrong with a record, or with the token shards it names (None: nothing), which is_read or only looked at."""
     for split in SPLITS:
         try:
             shard = record[split]
@@ -223,7 +230,11 @@ def _damage(record: Any, folder: Path, vocab_size: int) -> str | None:
                 return f"its record names {shard['file']!a}"
             if not all(type(shard[name]) is int and 0 <= shard[name] < MAX_COUNT for name in COUNTS):
                 return "its record has counts that are none"
-            if not path.is_file() or sha256_of(path) != shard["sha256"]:
+            if not has_size_of(path, shard["tokens"], token_dtype(vocab_size)):
+                return f"{path.name} is missing or damaged"
+            if not is_read:
+                continue
+            if sha256_of(path) != shard["sha256"]:
                 return f"{path.name} is missing or damaged"
             tokens = open_token_shard(path, token_dtype(vocab_size), shard["tokens"])
             if len(tokens) and int(tokens.max()) >= vocab_size:
@@ -369,7 +380,9 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _manifest(name: str, tokenizer: "Tokenizer", val_fraction: float, records: list[dict[str, Any]]) -> dict[str, Any]:
+def manifest_of(
+    name: str, tokenizer: "Tokenizer", val_fraction: float, records: list[dict[str, Any]]
+) -> dict[str, Any]:
     """What manifest.json says of such records; `name` is what the tokenizer was called when they were made."""
     return {
         "format": TOKEN_FORMAT,
@@ -405,14 +418,17 @@ def _write_manifest(
         (output / "manifest.json").unlink(missing_ok=True)  # it may name them
     for path in stale:
         path.unlink()
-    manifest = _manifest(tokenizer.name, tokenizer, val_fraction, records)
+    manifest = manifest_of(tokenizer.name, tokenizer, val_fraction, records)
     if _read_record(output / "manifest.json") != manifest:  # a folder that matches may be one that cannot be written
         write_json(output / "manifest.json", manifest)
     return manifest
 
 
-def load_manifest(folder: Path, tokenizer: "Tokenizer") -> dict[str, Any]:
-    """The manifest of a finished token folder whose text is not at hand. Raises UserError."""
+def load_manifest(folder: Path, tokenizer: "Tokenizer", most_hashed: float = MOST_HASHED) -> dict[str, Any]:
+    """The manifest of a finished token folder whose text is not at hand. Raises UserError.
+
+    Shards of more than most_hashed bytes in all are not read: their names, sizes and counts are checked.
+    """
     manifest = _read_record(folder / "manifest.json")
     if manifest is None or manifest.get("format") != TOKEN_FORMAT or manifest.get("version") != 1:
         raise UserError(f"{folder} holds no finished token shards; pretokenize.py makes them")
@@ -421,8 +437,11 @@ def load_manifest(folder: Path, tokenizer: "Tokenizer") -> dict[str, Any]:
         if made_by["fingerprint"] != tokenizer.fingerprint:
             raise UserError(f"{folder} was made by another tokenizer, {made_by['name']}, and not {tokenizer.name}")
         records = manifest["shards"]
-        damage = next(filter(None, (_damage(record, folder, tokenizer.vocab_size) for record in records)), None)
-        if not damage and manifest != _manifest(made_by["name"], tokenizer, manifest["val_fraction"], records):
+        is_read = manifest["tokens"] * np.dtype(token_dtype(tokenizer.vocab_size)).itemsize <= most_hashed
+        damage = next(
+            filter(None, (_damage(record, folder, tokenizer.vocab_size, is_read) for record in records)), None
+        )
+        if not damage and manifest != manifest_of(made_by["name"], tokenizer, manifest["val_fraction"], records):
             damage = "its manifest.json does not agree with its shards"
     except (KeyError, TypeError) as error:
         damage = f"its manifest.json is damaged ({error!r})"
@@ -450,16 +469,22 @@ def token_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
 
 
 def open_tokens(folder: Path, manifest: dict[str, Any]) -> dict[str, TokenStream]:
-    """The tokens of each split, memory-mapped. Raises UserError where a shard is not what the manifest says."""
-    try:
-        return {
-            split: TokenStream(
-                [
-                    open_token_shard(folder / shard[split]["file"], manifest["dtype"], shard[split]["tokens"])
-                    for shard in manifest["shards"]
-                ]
-            )
-            for split in SPLITS
-        }
-    except ValueError as error:
-        raise UserError(f"{error}; run pretokenize.py again")
+    """The tokens of each split. Raises UserError where a shard is not what the manifest says, its inside when read."""
+    dtype = manifest["dtype"]
+
+    def stream(split: str) -> TokenStream:
+        paths = [folder / shard[split]["file"] for shard in manifest["shards"]]
+        lengths = [shard[split]["tokens"] for shard in manifest["shards"]]
+        for path, length in zip(paths, lengths, strict=True):
+            if not has_size_of(path, length, dtype):
+                raise UserError(f"{path} is missing or damaged; run pretokenize.py again")
+
+        def open_shard(number: int) -> Tokens:
+            try:
+                return open_token_shard(paths[number], dtype, lengths[number])
+            except ValueError as error:
+                raise UserError(f"{error}; run pretokenize.py again")
+
+        return TokenStream.opened_late(lengths, open_shard)
+
+    return {split: stream(split) for split in SPLITS}

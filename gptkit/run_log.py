@@ -61,12 +61,14 @@ class Logger:
 class JsonLines:
     """A file of JSON objects, one a line, each with its "step"; what a full disk does not take waits for the next."""
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self.path, self._say = path, say
+    def __init__(self, path: Path, say: Callable[[str], None], writes: bool = True) -> None:
+        self.path, self._say, self._writes = path, say, writes
         self._unwritten: list[bytes] = []
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Append a line, whole or not at all; what cannot be written now comes before the next one."""
+        if not self._writes:
+            return
         self._unwritten.append(json_line(record))
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -85,12 +87,17 @@ class JsonLines:
 
     def keep_until(self, step: int) -> None:
         """Drop what comes after `step`, which is done again from there."""
+        if not self._writes:
+            return
         self._unwritten[:] = [line for line in self._unwritten if json.loads(line)["step"] <= step]
         keep_lines_until(self.path, step)
 
 
 class RunLog:
-    """The log of one session of a run: from step first_step (0 in a new run) on to total_steps."""
+    """The log of one session of a run: from step first_step (0 in a new run) on to total_steps.
+
+    Without `writes` it leaves its files alone: one process of several writes them.
+    """
 
     def __init__(
         self,
@@ -100,6 +107,7 @@ class RunLog:
         tokens_per_step: int,
         elapsed_s: float,
         logger: Logger | None = None,
+        writes: bool = True,
     ) -> None:
         self.metrics_path = output_dir / "metrics.jsonl"
         self.curve_path = output_dir / "loss_curve.png"
@@ -109,8 +117,8 @@ class RunLog:
         self._said = self._start  # when the last line was printed
         self._reported = (first_step, self._start)
         self._logger = logger or Logger()
-        self._metrics = JsonLines(self.metrics_path, self.say)
-        self._samples = JsonLines(output_dir / "samples.jsonl", self.say)
+        self._metrics = JsonLines(self.metrics_path, self.say, writes)
+        self._samples = JsonLines(output_dir / "samples.jsonl", self.say, writes)
         for file in (self._metrics, self._samples):
             file.keep_until(first_step)
         self._bar = tqdm(

@@ -33,5 +33,6 @@ class StopSignals:
 
     def end(self, what: str) -> None:
         """End the process by SystemExit with STOPPED, saying what became of its work."""
-        print(f"stopped by {self.received}: {what}; the same command goes on", file=sys.stderr)
+        by = self.received or "a signal to another process"
+        print(f"stopped by {by}: {what}; the same command goes on", file=sys.stderr)
         raise SystemExit(STOPPED)

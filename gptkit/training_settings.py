@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from gptkit import budget
 from gptkit.command_line import setting
+from gptkit.parallel import Kind
 from gptkit.schedules import DEFAULT_LR, OptimizerName, learning_rate
 
 MAX_RETURNS = 3  # to a checkpoint, in a run that diverges: an eighth of the rate
@@ -47,7 +48,7 @@ class TrainingSettings:
         None, "save and stop after these minutes of training; the same command goes on", more_than=0
     )
     batch_size: int | None = setting(
-        None, "sequences a micro-step (default: 16; with a budget what suits its length)", at_least=1
+        None, "sequences a process a micro-step (default: 16; with a budget what suits its length)", at_least=1
     )
     grad_accum_steps: int | None = setting(
         None, "micro-steps whose gradients are summed for one optimizer step (default: 1, as --batch_size)", at_least=1
@@ -118,6 +119,15 @@ class TrainingSettings:
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products (auto: bfloat16 on CUDA)")
     compile: bool | None = setting(None, "torch.compile the model (default: on CUDA); where that fails, go on without")
+    activation_checkpointing: bool = setting(
+        False, "keep less for the backward pass and compute it again: less memory, a third more arithmetic"
+    )
+    parallel: Kind = setting(
+        "ddp", "of several processes (torchrun): ddp, each has the whole model; fsdp, each has a part of it"
+    )
+    hang_timeout_s: float = setting(
+        600.0, "of several processes: seconds one may wait for another before the run ends", at_least=1
+    )
 
 
 class Progress(Protocol):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptkit.batches import TrainingBatches, n_windows, validation_batches
+from gptkit.batches import N_ROUNDS, TrainingBatches, n_windows, permuted, validation_batches
 from gptkit.token_shards import TokenStream
 
 
@@ -115,3 +115,42 @@ def test_validation_shorter_than_a_window_gives_one_shorter_sequence(n_tokens: i
     [(inputs, targets)] = validation_batches(stream(n_tokens, 1), 5, 4, 3)
     assert inputs.tolist() == [list(range(n_tokens - 1))]
     assert targets.tolist() == [list(range(1, n_tokens))]
+
+
+def test_processes_take_slices_of_the_same_step() -> None:
+    """Whatever their number, a step has the same sequences; a micro-step's stand side by side."""
+    tokens = stream(5 * 60 + 1)
+    for step in (0, 3, 11):
+        whole = windows_of_step(batches(tokens, batch_size=2, grad_accum_steps=6), step)
+        for n_processes, grad_accum_steps in ((2, 3), (3, 2), (6, 1)):
+            settings = dict(batch_size=2, grad_accum_steps=grad_accum_steps, n_processes=n_processes)
+            each = [batches(tokens, rank=rank, **settings) for rank in range(n_processes)]
+            assert {found.sequences_per_step for found in each} == {12}
+            assert {found.steps_per_epoch for found in each} == {5}
+            of_ranks = [windows_of_step(found, step) for found in each]
+            assert sorted(w for windows in of_ranks for w in windows) == sorted(whole)
+            assert [w for windows in of_ranks for w in windows[:2]] == whole[: 2 * n_processes]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 1000, 65_537])
+def test_an_order_that_is_computed_takes_each_window_once(n: int) -> None:
+    keys = [np.random.default_rng([0, epoch]).integers(1 << 63, size=N_ROUNDS, dtype=np.uint64) for epoch in range(2)]
+    orders = [permuted(np.arange(n), n, each) for each in keys]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(n))
+    if n >= 1000:
+        assert orders[0].tolist() != orders[1].tolist()
+        for order in orders:  # as far from sorted as a draw: neighbours, and places against windows
+            place = np.arange(n)
+            assert abs(np.corrcoef(place, order.astype(float))[0, 1]) < 4 / n**0.5
+            assert abs(np.corrcoef(order[1:].astype(float), order[:-1].astype(float))[0, 1]) < 4 / n**0.5
+    assert permuted(np.array([n - 1]), n, keys[0]).tolist() == orders[0][-1:].tolist()
+
+
+def test_a_large_corpus_has_its_order_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptkit.batches.MOST_SHUFFLED", 50)
+    found = batches(stream(5 * 60 + 1))
+    orders = [windows_of_epoch(found, epoch) for epoch in range(2)]
+    for order in orders:
+        assert sorted(order) == list(range(60))
+    assert orders[0] != orders[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, command, environment
+from conftest import ROOT, SAMPLE_TOKENIZER, command, environment
 
 TINY = ("--n_heads", 2, "--vocab_size", 500, "--context_length", 16, "--batch_size", 2, "--device", "cpu")
 # Stand-ins with the interfaces of the real ones.
@@ -141,3 +141,29 @@ def test_memory_sees_that_logits_are_never_held_whole(tmp_path: Path) -> None:
     assert found["share_of_transformers"]["ours"] == pytest.approx(
         memory["ours"]["step_mib"] / memory["transformers"]["step_mib"], abs=2e-3
     )
+
+
+def test_ten_billion_tokens_cost_no_more_at_the_start_than_ten_million(tmp_path: Path) -> None:
+    flags = ("--tokenizer_path", SAMPLE_TOKENIZER, "--n_rounds", 1)
+    found = result_of("large_corpus", tmp_path / "results", "large_corpus.py", *flags)
+    assert found["tokens"] == {"small": 10**7, "large": 10**10}
+    assert all(found["goals"].values()), found
+
+
+def test_scaling_counts_what_the_collectives_move(tmp_path: Path) -> None:
+    """nano by hand: 2 layers x 96, feed-forward 256, vocabulary 500 padded to 512; two processes."""
+    block = 4 * 96 * 96 + 3 * 96 * 256
+    n_parameters = 2 * 512 * 96 + 2 * (block + 2 * 96 + 2 * 48) + 96
+    flags = ("--model", "nano", "--vocab_size", 500, "--n_gpus", 2, "--batch_size", 64)
+    plans = {}
+    for kind in ("ddp", "fsdp"):
+        process = run_benchmark("scaling.py", *flags, "--parallel", kind)
+        assert process.returncode == 0, process.stderr
+        plans[kind] = json.loads(process.stdout)
+        assert plans[kind]["model"]["parameters"] == n_parameters
+    ddp, fsdp = (plans[kind]["traffic_gb_a_gpu_a_step"] for kind in plans)
+    assert ddp["gradients"] == pytest.approx(4 * n_parameters / 1e9, abs=1e-5)
+    assert fsdp["gradients"] == pytest.approx(ddp["gradients"] / 2, abs=1e-5)
+    assert fsdp["muon"] == pytest.approx(2 * block * 4 / 2 / 1e9, abs=1e-5)
+    memory = plans["ddp"]["memory_gb_a_gpu"]
+    assert memory["peak"] >= memory["weights"] + memory["gradients"] + memory["optimizer"] + memory["activations"]

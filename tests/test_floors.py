@@ -22,6 +22,8 @@ FLOOR_0 = {
     "files",
     "engines",
     "tokenizer_backends",
+    "parallel",
+    "sharding",
 }
 HEAVY = {
     "transformers",

@@ -738,3 +738,20 @@ def test_a_reader_refuses_what_is_unfinished_or_not_what_the_manifest_says(chain
     path.unlink()
     with pytest.raises(UserError, match=r"train_combined_0002\.npy.*run pretokenize\.py again"):
         open_tokens(out, manifest)
+
+
+def test_many_tokens_are_not_read_to_be_checked(chained: Path) -> None:
+    """Above a bound, names and sizes are looked at, and no more."""
+    out = chained.parent / "out"
+    manifest = pretokenize(chained, out, LOSSLESS, 0.3)
+    path = out / f"train_{SECOND}.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    n_bytes = manifest["tokens"] * 4
+    assert load_manifest(out, LOSSLESS, most_hashed=n_bytes - 1) == manifest
+    with pytest.raises(UserError, match=rf"{path.name} is missing or damaged"):
+        load_manifest(out, LOSSLESS, most_hashed=n_bytes)
+    path.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=rf"{path.name} is missing or damaged"):
+        load_manifest(out, LOSSLESS, most_hashed=0)

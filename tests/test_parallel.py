@@ -1,0 +1,250 @@
+"""Several processes, started by torchrun as a user starts them: the same run whatever their number, and none is lost.
+
+gloo on loopback. A run of one process, started plainly, is what all others are compared with.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SAMPLE_TOKENIZER, assert_user_error, environment, run_command
+from safetensors.torch import load_file
+from test_resume import curve, newest
+
+from gpt_model import GPTConfig, GPTModel
+from gptkit.checkpoints import load_model, verify
+
+STEPS = 40
+RUN = (
+    *("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER, "--use_pretokenized", "--device", "cpu"),
+    *("--n_layers", 2, "--emb_dim", 32, "--n_heads", 2, "--context_length", 32, "--batch_size", 4, "--eval_iter", 3),
+    *("--eval_freq", 10, "--save_ckpt_freq", 10, "--print_sample_iter", 20, "--bigram_steps", 2),
+)
+
+
+def torchrun(
+    n_processes: int, *arguments: object, script: Path = ROOT / "pretraining.py", flags: tuple[str, ...] = ()
+) -> list[str]:
+    """The command line that starts a script n times on this machine; with flags for a rendezvous, by one of its agents."""
+    flags = flags or ("--standalone",)
+    start = (sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1", *flags)
+    return [*start, f"--nproc-per-node={n_processes}", str(script), *map(str, arguments)]
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    variables = environment() | {"GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    out, errors = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+def workers_of(agent: subprocess.Popen[str]) -> dict[int, int]:
+    """The ids of the processes that torchrun started, by rank."""
+    found = {}
+    for children in Path(f"/proc/{agent.pid}/task").glob("*/children"):
+        for pid in map(int, children.read_text().split()):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+            found |= {int(each.removeprefix("RANK=")): pid for each in variables if each.startswith("RANK=")}
+    return found
+
+
+def wait_for_checkpoint(output: Path, *agents: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not any(output.glob("step_*")):
+        assert all(agent.poll() is None for agent in agents), agents[0].communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -> Path:
+    return Path(shutil.copytree(sample_shards, tmp_path_factory.mktemp("parallel") / "001"))
+
+
+def arguments(shards: Path, output: Path, grad_accum_steps: int, *more: object) -> tuple[object, ...]:
+    accum = ("--grad_accum_steps", grad_accum_steps, "--max_steps", STEPS)
+    return (*RUN, *accum, "--data_dir", shards, "--output_dir", output, *more)
+
+
+@pytest.fixture(scope="module")
+def alone(shards: Path) -> Path:
+    """The run by one process, 16 sequences a step."""
+    output = shards.parent / "alone"
+    result = run_command("pretraining.py", *arguments(shards, output, 4))
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def pair(shards: Path, alone: Path) -> Path:
+    """The run by two processes."""
+    output = shards.parent / "pair"
+    result = finish(start(torchrun(2, *arguments(shards, output, 2))))
+    assert result.returncode == 0, result.stderr
+    assert "x 2 micro-steps x 2 processes (ddp)" in result.stdout
+    assert result.stdout.count("data: ") == 1  # one process speaks
+    assert result.stdout.count("sample after step 20") == 1
+    return output
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    """The same reports and weights but for the rounding of sums in another order."""
+    assert [r["step"] for r in curve(found)] == [r["step"] for r in curve(wanted)] == [10, 20, 30, 40]
+    for ours, theirs in zip(curve(found), curve(wanted), strict=True):
+        for name in ("train_loss", "val_loss", "lr"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4), (ours, theirs)
+        assert ours["tokens"] == theirs["tokens"]
+    verify(newest(found))
+    weights, expected = (load_file(newest(output) / "model.safetensors") for output in (found, wanted))
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3, msg=name)
+    state = load_file(newest(found) / "training.safetensors")
+    wanted_state = load_file(newest(wanted) / "training.safetensors")
+    assert {name: tensor.shape for name, tensor in state.items() if not name.startswith("random.")} == {
+        name: tensor.shape for name, tensor in wanted_state.items() if not name.startswith("random.")
+    }
+
+
+def test_two_processes_are_one_run(pair: Path, alone: Path) -> None:
+    assert_same_run(pair, alone)
+
+
+def test_sharded_in_two_is_one_run(tmp_path: Path, shards: Path, alone: Path) -> None:
+    """The checkpoint has the plain form, which a model reads as any other."""
+    output = tmp_path / "out"
+    more = ("--parallel", "fsdp", "--activation_checkpointing")
+    result = finish(start(torchrun(2, *arguments(shards, output, 2, *more))))
+    assert result.returncode == 0, result.stderr
+    assert_same_run(output, alone)
+    state = json.loads((newest(output) / "state.json").read_bytes())
+    model = load_model(
+        newest(output),
+        lambda d: GPTModel(GPTConfig(**d)),
+        state["identity"]["model"]["vocab_size"],
+        torch.device("cpu"),
+    )
+    assert isinstance(model, GPTModel)
+
+
+def test_a_run_changes_its_processes_where_it_goes_on(tmp_path: Path, shards: Path) -> None:
+    """Two, stopped by a signal to torchrun; four, sharded, stopped by the clock; then one alone: by one command line."""
+    output, alone = tmp_path / "out", tmp_path / "alone"
+    result = run_command("pretraining.py", *arguments(shards, alone, 4, "--optimizer", "adamw"))
+    assert result.returncode == 0, result.stderr
+    same = arguments(shards, output, 2, "--optimizer", "adamw")
+    agent = start(torchrun(2, *same))
+    wait_for_checkpoint(output, agent)
+    agent.send_signal(signal.SIGTERM)
+    stopped = finish(agent)
+    assert "stopped by SIGTERM" in stopped.stderr
+    assert stopped.stderr.count("the same command goes on") == 1
+    verify(newest(output))
+    assert 10 <= int(newest(output).name[-8:]) < STEPS
+
+    result = finish(start(torchrun(4, *same, "--parallel", "fsdp", "--max_minutes", 1e-5)))
+    assert result.returncode == 0, result.stderr
+    assert "4 sequences x 32 tokens x 1 micro-steps x 4 processes (fsdp)" in result.stdout
+    assert "stopped at step" in result.stdout
+    assert int(newest(output).name[-8:]) < STEPS
+
+    result = run_command("pretraining.py", *same)
+    assert result.returncode == 0, result.stderr
+    assert "4 sequences x 32 tokens x 4 micro-steps x 1 process" in result.stdout
+    assert_same_run(output, alone)
+
+    refused = run_command("pretraining.py", *arguments(shards, output, 3, "--optimizer", "adamw"))
+    assert_user_error(refused, "number of sequences a step", "16, now 12")
+
+
+def test_a_killed_process_is_started_again_and_nothing_is_lost(tmp_path: Path, shards: Path, pair: Path) -> None:
+    output = tmp_path / "out"
+    agent = start(torchrun(2, *arguments(shards, output, 2), flags=("--standalone", "--max-restarts=1")))
+    wait_for_checkpoint(output, agent)
+    os.kill(workers_of(agent)[1], signal.SIGKILL)
+    result = finish(agent)
+    assert result.returncode == 0, result.stderr
+    assert "going on from" in result.stdout
+    assert result.stderr.count("error: another process of the run ended or hangs (rank 1 of 2)") == 1
+    assert curve(output) == curve(pair)
+    for name in ("model.safetensors", "training.safetensors"):
+        assert (newest(output) / name).read_bytes() == (newest(pair) / name).read_bytes()
+
+
+def test_two_machines(tmp_path: Path, shards: Path, pair: Path) -> None:
+    """Two agents that know of each other by a rendezvous; a process of the second is killed."""
+    output = tmp_path / "out"
+    port = free_port()
+    flags = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--max-restarts=2")
+    agents = [start(torchrun(1, *arguments(shards, output, 2), flags=flags)) for _ in range(2)]
+    wait_for_checkpoint(output, *agents)
+    (second,) = [worker for agent in agents for rank, worker in workers_of(agent).items() if rank == 1]
+    os.kill(second, signal.SIGKILL)
+    results = [finish(agent) for agent in agents]
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr + results[1].stderr
+    assert "going on from" in results[0].stdout + results[1].stdout
+    assert curve(output) == curve(pair)
+    assert (newest(output) / "model.safetensors").read_bytes() == (newest(pair) / "model.safetensors").read_bytes()
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+HANGS = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import pretraining
+from gptkit import batches
+
+read = batches.TrainingBatches.micro_batch
+
+def waits_for_ever(self, step, micro_step):
+    while self.rank == 1 and step == 15:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else torchrun waits for half a minute
+        time.sleep(0.1)
+    return read(self, step, micro_step)
+
+batches.TrainingBatches.micro_batch = waits_for_ever
+pretraining.parallel.only_main_speaks()
+pretraining.run_command(pretraining.PretrainingConfig, pretraining.run)
+"""
+
+
+def test_a_process_that_hangs_is_noticed_with_its_stack(tmp_path: Path, shards: Path) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS.format(root=str(ROOT)), "utf-8")
+    more = ("--hang_timeout_s", 6)
+    began = time.monotonic()
+    result = finish(start(torchrun(2, *arguments(shards, tmp_path / "out", 2, *more), script=script)))
+    assert result.returncode != 0
+    assert time.monotonic() - began < 60
+    assert re.search(r'File ".*hangs\.py", line \d+ in waits_for_ever', result.stderr)
+    assert result.stderr.count("error: another process of the run ended or hangs (rank 1 of 2)") == 1
+    assert newest(tmp_path / "out").name == "step_00000010"
+
+
+def test_an_error_is_told_once(tmp_path: Path, shards: Path) -> None:
+    """One that all meet, and one that the main process meets alone; off rank 0 nothing is said."""
+    output = tmp_path / "out"
+    for more, named in ((("--emb_dim", 33), "emb_dim 33"), (("--device", "mps"), "mps")):
+        result = finish(start(torchrun(2, *arguments(shards, output, 2, *more))))
+        assert result.returncode != 0
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, result.stderr
+        assert named in errors[0]
+    assert not output.exists()
