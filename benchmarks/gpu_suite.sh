@@ -10,11 +10,12 @@
 #   speed       train_speed_32000.json: tokens/s and MFU at 124M, context 1,024, against the peers
 #   quality     quality_metrics.jsonl: the default recipe at 124M for four minutes
 #   evaluation  evaluation.json: that model on the text of TEXT_PATH, if one is given
+#   parallel    parallel_check.json: FSDP2 (and with several GPUs DDP) on all GPUs gives the losses of one process
 #
 # A part that came to its end leaves OUT/PART.done and is skipped from then on, on the same kind of device. One that
 # ran out of time or failed begins again when this is run again; quality goes on from its last checkpoint, and what was
 # compiled is still at hand.
-# Exit code 0: all parts are done and each check of the first is true.
+# Exit code 0: all parts are done and each check of the first and the last is true.
 set -euo pipefail
 
 absolute() { # $1: a path, or nothing; what the caller wrote is relative to where the caller is
@@ -75,10 +76,12 @@ part() { # $1: its name, $2: seconds kept for the parts after it, then its comma
 }
 
 check=(--device "$device")
+parallel=(--device "$device")
 speed=(--device "$device" --size 12x768 --context_length 1024 --batch_size 16 --vocab_size 32000)
 quality=(--device "$device" --model_size 124M --budget_minutes 4)
 if [ -n "$TINY" ]; then
   check+=(--tiny)
+  parallel+=(--tiny)
   speed=(--device "$device" --size 1x32 --n_heads 2 --context_length 16 --batch_size 2 --vocab_size 500 --n_rounds 2)
   quality+=(--n_layers 1 --emb_dim 32 --n_heads 2 --context_length 32 --max_steps 5 --bigram_steps 2 --eval_iter 1)
 fi
@@ -105,12 +108,14 @@ if is_done quality; then
     "$python" evaluate_model.py --exp_dir "$WORK_DIR/quality_$kind" --text_path "$TEXT_PATH" --device "$device"
 fi
 
+part parallel 0 "$python" benchmarks/parallel_check.py "${parallel[@]}"
+
 if [ ${#unfinished[@]} -gt 0 ]; then
   echo "== not finished: ${unfinished[*]}; run the same command again" >&2
   exit 1
 fi
-if grep '": false' "$OUT/gpu_check.json" >&2; then
-  echo "== these checks failed; $OUT/gpu_check.json has the figures" >&2
+if grep '": false' "$OUT/gpu_check.json" "$OUT/parallel_check.json" >&2; then
+  echo "== these checks failed; these files have the figures" >&2
   exit 1
 fi
 echo "== all parts are done; the results are in $OUT"

@@ -59,6 +59,13 @@ def script(name: str, **flags: object) -> list[str]:
     ]
 
 
+def torchrun(n_processes: int, command: list[str], *flags: str) -> list[str]:
+    """That command line of a script, by n processes of this machine; with flags for a rendezvous, by one of its agents."""
+    flags = flags or ("--standalone",)
+    agent = [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1", *flags]
+    return [*agent, f"--nproc-per-node={n_processes}", *command[1:]]
+
+
 def start(command: list[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
 

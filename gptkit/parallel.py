@@ -86,6 +86,7 @@ def together(kind: Kind, timeout_s: float) -> Iterator[None]:
     _store, _timeout_s = PrefixStore("gptkit", store), timeout_s
     try:
         yield
+        on_main(lambda: None)  # a connection must not close under a process that is still at work
         distributed.destroy_process_group()
     except Exception as error:
         _tell_once(error)

@@ -148,3 +148,22 @@ def test_ten_billion_tokens_cost_no_more_at_the_start_than_ten_million(tmp_path:
     found = result_of("large_corpus", tmp_path / "results", "large_corpus.py", *flags)
     assert found["tokens"] == {"small": 10**7, "large": 10**10}
     assert all(found["goals"].values()), found
+
+
+def test_scaling_counts_what_the_collectives_move(tmp_path: Path) -> None:
+    """nano by hand: 2 layers x 96, feed-forward 256, vocabulary 500 padded to 512; two processes."""
+    block = 4 * 96 * 96 + 3 * 96 * 256
+    n_parameters = 2 * 512 * 96 + 2 * (block + 2 * 96 + 2 * 48) + 96
+    flags = ("--model", "nano", "--vocab_size", 500, "--n_gpus", 2, "--batch_size", 64)
+    plans = {}
+    for kind in ("ddp", "fsdp"):
+        process = run_benchmark("scaling.py", *flags, "--parallel", kind)
+        assert process.returncode == 0, process.stderr
+        plans[kind] = json.loads(process.stdout)
+        assert plans[kind]["model"]["parameters"] == n_parameters
+    ddp, fsdp = (plans[kind]["traffic_gb_a_gpu_a_step"] for kind in plans)
+    assert ddp["gradients"] == pytest.approx(4 * n_parameters / 1e9, abs=1e-5)
+    assert fsdp["gradients"] == pytest.approx(ddp["gradients"] / 2, abs=1e-5)
+    assert fsdp["muon"] == pytest.approx(2 * block * 4 / 2 / 1e9, abs=1e-5)
+    memory = plans["ddp"]["memory_gb_a_gpu"]
+    assert memory["peak"] >= memory["weights"] + memory["gradients"] + memory["optimizer"] + memory["activations"]

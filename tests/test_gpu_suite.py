@@ -7,8 +7,8 @@ from pathlib import Path
 
 from conftest import ROOT, SAMPLE_TOKENIZER, environment, write_jsonl
 
-RESULTS = ("gpu_check.json", "train_speed_500.json", "quality_metrics.jsonl", "evaluation.json")
-PARTS = ("check", "speed", "quality", "evaluation")
+RESULTS = ("gpu_check.json", "train_speed_500.json", "quality_metrics.jsonl", "evaluation.json", "parallel_check.json")
+PARTS = ("check", "speed", "quality", "evaluation", "parallel")
 NO_VARIABLES = dict.fromkeys(("DATA_DIR", "TOKENIZER_PATH", "TEXT_PATH", "NANOGPT_DIR", "WORK_DIR"), "")
 
 
@@ -81,7 +81,7 @@ def test_a_part_that_fails_is_not_done_and_the_others_go_on(tmp_path: Path) -> N
     output = tmp_path / "out"
     output.mkdir()
     kind = "cuda_tiny" if has_cuda() else "cpu_tiny"
-    for part in ("check", "quality"):
+    for part in ("check", "quality", "parallel"):
         (output / f"{part}.done").write_text(kind + "\n")
     (output / "check.done").write_text("another_device\n")
     work = output / "work" / f"quality_{kind}"

@@ -1,0 +1,265 @@
+"""What a run on many GPUs needs, by this code's own accounting: memory, traffic, time a step, time a save, data.
+
+Counted, not guessed: parameters from the model itself (on the meta device), activations from what autograd keeps of one
+real block of that width, traffic from the collectives that gptkit/parallel.py and gptkit/sharding.py call. Taken from
+outside: the share of the peak that training reaches (--mfu), the links and the disk. parallel_overhead.py compares the
+traffic and the size of a checkpoint with small runs.
+
+    python benchmarks/scaling.py --model 1B --n_gpus 64 --parallel fsdp
+"""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import machine  # noqa: F401  lets gpt_model be imported
+import torch
+
+from gpt_model import PRESETS, GPTConfig, GPTModel, TransformerBlock, rotation
+from gptkit.losses import CHUNK_BYTES
+
+SIZES = {
+    **PRESETS,
+    "1B": dict(context_length=2048, emb_dim=2048, n_layers=20, n_heads=16),
+    "7B": dict(context_length=4096, emb_dim=4096, n_layers=32, n_heads=32),
+}
+FLOAT, HALF = 4, 2  # bytes
+NEWTON_SCHULZ_STEPS = 5
+PROBE_TOKENS = 64  # of the block whose activations are counted
+TOKENIZE_BYTES_PER_S = 14.5e6  # of text, one worker: benchmarks/results/pretokenize_speed.json
+HASH_BYTES_PER_S = 1.5e9  # SHA-256 with the processor's own instructions
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: n_gpus processes, each with batch_size sequences a micro-step."""
+
+    model: GPTConfig
+    n_gpus: int
+    parallel: str = "fsdp"
+    batch_size: int = 8
+    grad_accum_steps: int = 1
+    optimizer: str = "muon"
+    bfloat16: bool = True
+    activation_checkpointing: bool = False
+    backend: str = "nccl"
+
+    @property
+    def tokens_per_micro_step(self) -> int:
+        """Of one GPU."""
+        return self.batch_size * self.model.context_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.n_gpus * self.grad_accum_steps * self.tokens_per_micro_step
+
+    @property
+    def product_bytes(self) -> int:
+        return HALF if self.bfloat16 else FLOAT
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One GPU and what it hangs on. Defaults: an H100 with NVLink in the node and 400 Gbit/s a GPU between nodes."""
+
+    tflops: float = 989.0  # dense bfloat16, data sheet
+    mfu: float = 0.40  # share of it that training reaches
+    memory_gb: float = 80.0
+    link_gb_per_s: float = 40.0  # each way, between a GPU and another machine's
+    disk_gb_per_s: float = 2.0  # of the folder that checkpoints go to
+
+
+def counts(model: GPTConfig) -> dict[str, int]:
+    """Parameters: all, those of a block, and Muon's (the blocks' matrices)."""
+    with torch.device("meta"):
+        built = GPTModel(model)
+    block = sum(p.numel() for p in built.trf_blocks[0].parameters())
+    matrices = sum(p.numel() for p in built.trf_blocks.parameters() if p.dim() == 2)
+    return {
+        "all": built.n_parameters(),
+        "block": block,
+        "matrices": matrices,
+        "flops_per_token": built.n_flops_per_token(),
+    }
+
+
+def activation_bytes_per_token(model: GPTConfig, bfloat16: bool) -> float:
+    """What autograd keeps of one block for each token, weights (and their copies in bfloat16) left out."""
+    few = dataclasses.replace(model, context_length=PROBE_TOKENS, n_layers=1)
+    block = TransformerBlock(few)
+    by = rotation(few) if model.arch == "modern" else None
+    x = torch.randn(1, PROBE_TOKENS, model.emb_dim, requires_grad=True)
+    shapes = {tuple(p.shape) for p in block.parameters() if p.dim() == 2}
+    shapes |= {shape[::-1] for shape in shapes}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tuple(tensor.shape) not in shapes and tensor.numel() >= PROBE_TOKENS:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        out = block(x, by)
+    assert out.requires_grad
+    return sum(kept.values()) / PROBE_TOKENS
+
+
+def memory(job: Job) -> dict[str, float]:
+    """Bytes on each GPU, by what they are for; the peak is that of the backward pass or of the optimizer's step."""
+    n = counts(job.model)
+    n_parts = job.n_gpus if job.parallel == "fsdp" else 1
+    rest, state = n["all"] - n["block"] * job.model.n_layers, 2 * FLOAT * n["all"]
+    if job.optimizer == "muon":
+        state = FLOAT * n["matrices"] + 2 * FLOAT * (n["all"] - n["matrices"])
+    found: dict[str, float] = {
+        "weights": FLOAT * n["all"] / n_parts,
+        "gradients": FLOAT * n["all"] / n_parts,
+        "optimizer": state / n_parts,
+    }
+    found["gathered"] = 0.0
+    if job.parallel == "fsdp":  # two blocks and a block's gradients, and what is no block with its gradients
+        found["gathered"] = 2 * job.product_bytes * n["block"] + 2 * FLOAT * n["block"] + 2 * FLOAT * rest
+    elif job.bfloat16:  # autocast's copies
+        found["gathered"] = HALF * n["matrices"]
+    a_block = activation_bytes_per_token(job.model, job.bfloat16)
+    between = FLOAT * job.model.emb_dim  # the stream between blocks, for each token
+    n_kept = 1 if job.activation_checkpointing else job.model.n_layers
+    tokens = job.tokens_per_micro_step
+    found["activations"] = tokens * (n_kept * a_block + (job.model.n_layers - n_kept) * between)
+    n_words = job.model.padded_vocab_size
+    n_rows = min(max(CHUNK_BYTES["cuda"] // (4 * n_words), 64), tokens)
+    found["logits"] = n_rows * n_words * (2 * job.product_bytes + FLOAT) + tokens * between
+    found["muon"] = 0.0
+    if job.optimizer == "muon":  # the steps of all matrices of one shape at a time
+        largest = max(shape[0] * shape[1] for shape in muon_shapes(job.model))
+        found["muon"] = job.model.n_layers * largest * (2 * FLOAT + 3 * job.product_bytes)
+    static = sum(found[name] for name in ("weights", "gradients", "optimizer"))
+    found["peak"] = static + max(found["gathered"] + found["activations"] + found["logits"], found["muon"])
+    return found
+
+
+def muon_shapes(model: GPTConfig) -> list[tuple[int, int]]:
+    """Of one block's matrices."""
+    with torch.device("meta"):
+        block = TransformerBlock(model)
+    return [(p.shape[0], p.shape[1]) for p in block.parameters() if p.dim() == 2]
+
+
+def traffic(job: Job) -> dict[str, float]:
+    """Bytes that each process sends in a step, by a ring: each collective over W moves (W - 1) / W of its tensor.
+
+    An all-reduce moves it twice; so does a reduce-scatter by gloo, which is an all-reduce of which each keeps a part.
+    """
+    n, share = counts(job.model), (job.n_gpus - 1) / job.n_gpus
+    if job.parallel == "ddp":
+        return {"gradients": 2 * share * FLOAT * n["all"]}
+    blocks = n["block"] * job.model.n_layers
+    gathered = 2 * share * (job.product_bytes * blocks + FLOAT * (n["all"] - blocks))  # forward and backward
+    found = {
+        "weights": job.grad_accum_steps * gathered,
+        "gradients": job.grad_accum_steps * share * FLOAT * n["all"] * (2 if job.backend == "gloo" else 1),
+    }
+    if job.optimizer == "muon":
+        found["muon"] = share * FLOAT * n["matrices"]
+    return found
+
+
+def muon_flops(model: GPTConfig) -> float:
+    """Of one step, on each GPU: all do all matrices."""
+    sides = [(min(shape), max(shape)) for shape in muon_shapes(model)]
+    return model.n_layers * NEWTON_SCHULZ_STEPS * sum(4 * short**2 * long + 2 * short**3 for short, long in sides)
+
+
+def step(job: Job, hardware: Hardware) -> dict[str, float]:
+    """Seconds of a step and tokens a second: arithmetic and traffic overlap, and the longer one counts."""
+    flops = counts(job.model)["flops_per_token"] * job.tokens_per_step / job.n_gpus
+    flops *= 4 / 3 if job.activation_checkpointing else 1
+    compute_s = flops / (hardware.mfu * hardware.tflops * 1e12)
+    muon_s = muon_flops(job.model) / (hardware.mfu * hardware.tflops * 1e12) if job.optimizer == "muon" else 0.0
+    by = traffic(job)
+    gather_s = by.pop("muon", 0.0) / (hardware.link_gb_per_s * 1e9)
+    traffic_s = sum(by.values()) / (hardware.link_gb_per_s * 1e9)
+    step_s = max(compute_s, traffic_s) + muon_s + gather_s
+    parts = {"compute_s": compute_s, "traffic_s": traffic_s, "optimizer_s": muon_s + gather_s, "step_s": step_s}
+    return parts | {"tokens_per_s": job.tokens_per_step / step_s}
+
+
+def checkpoint(job: Job, hardware: Hardware) -> dict[str, float]:
+    """Bytes of a checkpoint; seconds for which training waits, and for which it is written beside the training."""
+    n_bytes = memory(dataclasses.replace(job, parallel="ddp"))
+    size = n_bytes["weights"] + n_bytes["optimizer"]
+    wait_s = size / (hardware.link_gb_per_s * 1e9) if job.parallel == "fsdp" else size / 20e9  # gathered, or copied
+    return {
+        "bytes": size,
+        "training_waits_s": wait_s,
+        "written_in_s": size / (hardware.disk_gb_per_s * 1e9) + size / HASH_BYTES_PER_S,
+        "host_memory_bytes_on_main": size,
+        "host_memory_bytes_at_resume_a_process": size,
+    }
+
+
+def data(
+    text_bytes: float, vocab_size: int, chars_per_token: float, tokens_per_s: float, n_workers: int
+) -> dict[str, float]:
+    """Of a Japanese text of so many bytes (2.9 a character, as in Aozora Bunko): tokens, disk, and the time for it."""
+    n_tokens = text_bytes / 2.9 / chars_per_token
+    return {
+        "tokens": n_tokens,
+        "token_shards_bytes": n_tokens * (2 if vocab_size <= 1 << 16 else 4),
+        "tokenizing_hours": text_bytes / TOKENIZE_BYTES_PER_S / n_workers / 3600,
+        "shards_of_1_gb_of_text": text_bytes / 1e9,
+        "days_of_one_pass": n_tokens / tokens_per_s / 86_400,
+    }
+
+
+def plan(options: argparse.Namespace) -> dict[str, Any]:
+    arch = {"arch": options.arch, **SIZES[options.model]}
+    model = GPTConfig(options.vocab_size, **arch)
+    job = Job(
+        model, options.n_gpus, options.parallel, options.batch_size, options.grad_accum_steps, options.optimizer,
+        activation_checkpointing=options.activation_checkpointing,
+    )  # fmt: skip
+    hardware = Hardware(options.tflops, options.mfu, options.memory_gb, options.link_gb_per_s, options.disk_gb_per_s)
+    bytes_by = memory(job)
+    speed = step(job, hardware)
+    return {
+        "model": dataclasses.asdict(model) | {"parameters": counts(model)["all"]},
+        "job": {name: value for name, value in dataclasses.asdict(job).items() if name != "model"},
+        "hardware": dataclasses.asdict(hardware),
+        "tokens_per_step": job.tokens_per_step,
+        "memory_gb_a_gpu": {name: round(value / 1e9, 2) for name, value in bytes_by.items()},
+        "fits": bytes_by["peak"] < 0.9e9 * hardware.memory_gb,
+        "traffic_gb_a_gpu_a_step": {name: round(value / 1e9, 5) for name, value in traffic(job).items()},
+        "step": {name: round(value, 4) for name, value in speed.items()},
+        "checkpoint": {name: round(value, 2) for name, value in checkpoint(job, hardware).items()},
+        "text_10_tb": {
+            name: round(value, 1)
+            for name, value in data(
+                1e13, options.vocab_size, options.chars_per_token, speed["tokens_per_s"], 256
+            ).items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a run on many GPUs needs")
+    parser.add_argument("--model", choices=SIZES, default="1B")
+    parser.add_argument("--arch", choices=("modern", "gpt2"), default="modern")
+    parser.add_argument("--vocab_size", type=int, default=32_000)
+    parser.add_argument("--n_gpus", type=int, default=64)
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="fsdp")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences a GPU a micro-step")
+    parser.add_argument("--grad_accum_steps", type=int, default=1)
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--activation_checkpointing", action="store_true")
+    for name, value in dataclasses.asdict(Hardware()).items():
+        parser.add_argument(f"--{name}", type=float, default=value)
+    parser.add_argument("--chars_per_token", type=float, default=1.92, help="our own BPE of 16,000 pieces: 1.92")
+    print(json.dumps(plan(parser.parse_args()), indent=1))
+
+
+if __name__ == "__main__":
+    main()
