@@ -152,7 +152,7 @@ def muon_shapes(model: GPTConfig) -> list[tuple[int, int]]:
 def traffic(job: Job) -> dict[str, float]:
     """Bytes that each process sends in a step, by a ring: each collective over W moves (W - 1) / W of its tensor.
 
-    An all-reduce moves it twice; so does a reduce-scatter by gloo, which is an all-reduce of which each keeps a part.
+    An all-reduce moves it twice; so does a reduce-scatter by gloo, as its traffic shows (parallel_overhead.py).
     """
     n, share = counts(job.model), (job.n_gpus - 1) / job.n_gpus
     if job.parallel == "ddp":
