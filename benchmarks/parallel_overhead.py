@@ -131,7 +131,7 @@ def measure_activations(model: GPTConfig) -> dict[str, Any]:
         few, more = (peak_bytes(loss, batch_size, model, bfloat16) for batch_size in (4, 20))
         measured = (more - few) / (16 * model.context_length)
         job = scaling.Job(model, 1, "ddp", 1, bfloat16=bfloat16)
-        calculated = scaling.memory(job)["activations"] / model.context_length + scaling.FLOAT * model.emb_dim
+        calculated = scaling.memory(job)["activations"] / model.context_length
         ratio = round(measured / calculated, 4)
         found[name] = {"bytes_a_token": round(measured), "calculated": round(calculated), "ratio": ratio}
         say(f"activations, {name}: {found[name]}")

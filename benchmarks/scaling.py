@@ -128,10 +128,11 @@ def memory(job: Job) -> dict[str, float]:
     between = FLOAT * job.model.emb_dim  # the stream between blocks, for each token
     n_kept = 1 if job.activation_checkpointing else job.model.n_layers
     tokens = job.tokens_per_micro_step
-    found["activations"] = tokens * (n_kept * a_block + (job.model.n_layers - n_kept) * between)
+    after = 2 * between + (HALF * job.model.emb_dim if job.bfloat16 else 0)  # the last norm, and the loss's gradient
+    found["activations"] = tokens * (n_kept * a_block + (job.model.n_layers - n_kept) * between + after)
     n_words = job.model.padded_vocab_size
     n_rows = min(max(CHUNK_BYTES["cuda"] // (4 * n_words), 64), tokens)
-    found["logits"] = n_rows * n_words * (2 * job.product_bytes + FLOAT) + tokens * between
+    found["logits"] = n_rows * n_words * (2 * job.product_bytes + FLOAT)
     found["muon"] = 0.0
     if job.optimizer == "muon":  # the steps of all matrices of one shape at a time
         largest = max(shape[0] * shape[1] for shape in muon_shapes(job.model))
@@ -151,7 +152,7 @@ def muon_shapes(model: GPTConfig) -> list[tuple[int, int]]:
 def traffic(job: Job) -> dict[str, float]:
     """Bytes that each process sends in a step, by a ring: each collective over W moves (W - 1) / W of its tensor.
 
-    An all-reduce moves it twice; so does a reduce-scatter by gloo, which is an all-reduce of which each keeps a part.
+    An all-reduce moves it twice; so does a reduce-scatter by gloo, as its traffic shows (parallel_overhead.py).
     """
     n, share = counts(job.model), (job.n_gpus - 1) / job.n_gpus
     if job.parallel == "ddp":
