@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -83,36 +84,49 @@ def main(config: EvaluationConfig) -> None:
     path = existing_path(config.text_path, "--text_path")
     if not path.is_file():
         raise UserError(f"--text_path {path} is no file; name a .jsonl or .txt file")
-    found = [evaluate(config, contender, device) for contender in contenders(config, device)]
-    if len(found) > 1:
-        print(table(found), file=sys.stderr)
-    print(json.dumps(found if len(found) > 1 else found[0]))  # in ASCII, which every locale shows as it is
+    found: list[dict[str, Any]] = []
+    try:
+        for contender in contenders(config, device):
+            found.append(evaluate(config, contender, device))
+    finally:  # what was found is not thrown away for a mistake in a later one
+        if len(found) > 1:
+            print(table(found), file=sys.stderr)
+        if found:
+            several = len(config.exp_dir) + len(config.hf_model) > 1
+            print(json.dumps(found if several else found[0]))  # in ASCII, which every locale shows as it is
 
 
 def contenders(config: EvaluationConfig, device: torch.device) -> Iterator[Contender]:
     """One after the other, so that one is held at a time. Raises UserError."""
-    for exp_dir in config.exp_dir:
-        folder = checkpoints.choose_checkpoint(exp_dir, config.checkpoint)
+    folders = [checkpoints.choose_checkpoint(exp_dir, config.checkpoint) for exp_dir in config.exp_dir]
+    patterns = [*HF_PATTERNS, "*.json", "*.safetensors"]
+    of_others = {name: hub_folder(name, "--hf_model", patterns) for name in config.hf_model}
+    for folder in folders:
         tokenizer = load_saved(folder / "tokenizer")
         model = checkpoints.load_model(
             folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, device
         ).eval()
         yield Contender(str(folder), model, tokenizer, model.config.context_length, model.n_parameters())
-    for name in config.hf_model:
-        yield of_transformers(name, device)
+    for name, folder in of_others.items():
+        yield of_transformers(name, folder, device)
 
 
-def of_transformers(name: str, device: torch.device) -> Contender:
+def of_transformers(name: str, folder: Path, device: torch.device) -> Contender:
     """A model that transformers loads, from safetensors alone; its text is read by our rules. Raises UserError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = hub_folder(name, "--hf_model", [*HF_PATTERNS, "*.json", "*.safetensors"])
     tokenizer: Any = load_hf(str(folder), "--hf_model")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+        model, about = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        )
+        absent = sorted(about["missing_keys"]) + sorted(map(str, about["mismatched_keys"]))
+        if absent:
+            raise ValueError(f"its weights lack {absent[0]}")
+        model = model.eval()
         n_words = model.get_input_embeddings().num_embeddings
         context_length = model.config.max_position_embeddings
     except Exception as error:  # it raises many kinds for a folder without a model

@@ -3,13 +3,14 @@
     python export_hf.py --exp_dir exp001 --output_dir hf
     python export_hf.py --exp_dir exp001 --output_dir gguf --format gguf --gguf_type q8_0
 
-The way back, from such a folder to training, is `pretraining.py --init_from`. The tokenizer that is written is tried on
-1,000 lines before anything stands in the output folder: other ids than in training stop the export.
+The way back, from such a folder to training, is `pretraining.py --init_from`. transformers' tokenizer is
+tried on 1,000 lines before anything stands in the output folder: other ids than in training stop the export.
 """
 
 import contextlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,20 +18,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gpt_model import GPTConfig, GPTModel
 from gptkit import checkpoints, hf_conversion, hf_tokenizer
 from gptkit.command_line import UserError, existing_path, run_command, setting
 from gptkit.evaluation import read_works
-from gptkit.files import folder_replaced
+from gptkit.files import folder_replaced, read_json
 from gptkit.generation import SamplingSettings, Text, write
 from gptkit.gguf_file import write_gguf
 from gptkit.model_card import model_card
 from gptkit.tokenization import PROBE, Tokenizer, encode_prompt, load_saved
 
 N_LINES = 1000
-EXPORT_FILE = "export.json"
+EXPORT_FILE, EXPORT_FORMAT = "export.json", "gptkit-export"
+EXPORTED = (
+    EXPORT_FILE, "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json",
+)  # fmt: skip
 SAMPLE = Path(__file__).parent / "dataset" / "sample" / "sample.jsonl"
 PROMPTS = ("吾輩は", "春の夜の")
 
@@ -52,6 +58,8 @@ class ExportConfig:
 
 
 def main(config: ExportConfig) -> None:
+    if config.private and not config.push_to_hub:
+        raise UserError("--private goes with --push_to_hub; add that, or leave it out")
     if config.push_to_hub and config.format == "gguf":
         raise UserError("--push_to_hub is for --format hf; upload a GGUF file with `hf upload`")
     output_dir = check_output_dir(Path(config.output_dir))
@@ -62,7 +70,7 @@ def main(config: ExportConfig) -> None:
     ).eval()
     lines = lines_to_try(existing_path(config.text_path, "--text_path") if config.text_path else SAMPLE)
     tensors, dimensions = hf_conversion.to_hf(model.state_dict(), vars(model.config), tokenizer.end_of_text_id)
-    with folder_replaced(output_dir) as partial, importing_protobuf():
+    with told_in_one_line(output_dir), folder_replaced(output_dir) as partial:
         if config.format == "gguf":
             write_gguf(partial / f"model-{config.gguf_type}.gguf", tensors, dimensions, tokenizer, config.gguf_type)
         else:
@@ -73,7 +81,7 @@ def main(config: ExportConfig) -> None:
                 folder.parent, checkpoints.read_state(folder), model, tokenizer, samples(model, tokenizer)
             )
             (partial / "README.md").write_text(card, encoding="utf-8")
-        about = {"format": "gptkit-export", "exp_dir": config.exp_dir, "checkpoint": folder.name}
+        about = {"format": EXPORT_FORMAT, "exp_dir": config.exp_dir, "checkpoint": folder.name}
         write_json(partial / EXPORT_FILE, about)
     print(f"written: {output_dir} (of {folder}, {model.n_parameters():,} parameters)", file=sys.stderr)
     if config.push_to_hub:
@@ -81,23 +89,39 @@ def main(config: ExportConfig) -> None:
 
 
 def check_output_dir(folder: Path) -> Path:
-    """Raises UserError where it holds something that is no earlier export."""
+    """The folder, which is replaced whole. Raises UserError where it cannot be, or holds more than an earlier export."""
+    try:
+        resolved = folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--output_dir {folder} cannot be followed ({error}); name a folder")
+    try:
+        ours = read_json(folder / EXPORT_FILE)["format"] == EXPORT_FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; name a folder")
-    others = sorted(path.name for path in folder.glob("*"))
-    if others and EXPORT_FILE not in others:
-        raise UserError(f"--output_dir {folder} holds something else ({others[0]}); name a new or empty folder")
+    if folder.is_dir() and (Path.cwd().is_relative_to(resolved) or os.path.ismount(resolved)):
+        raise UserError(f"--output_dir {folder} is in use as a folder to work in or a mount; name a folder within it")
+    found = sorted(os.listdir(folder)) if folder.is_dir() else []
+    other = [name for name in found if not ours or not (name in EXPORTED or name.endswith(".gguf"))]
+    if other:
+        raise UserError(f"--output_dir {folder} holds something else ({other[0]}); name a new or empty folder")
     return folder
 
 
 @contextlib.contextmanager
-def importing_protobuf() -> Iterator[None]:
+def told_in_one_line(output_dir: Path) -> Iterator[None]:
+    """Raises UserError where protobuf is missing, or a library says in its own way that the disk is full."""
     try:
         yield
     except ImportError as error:
         if "google" not in str(error):
             raise
         raise UserError(f"to export a SentencePiece tokenizer, protobuf is needed ({error}); pip install protobuf")
+    except (SafetensorError, OSError) as error:
+        if getattr(error, "errno", None):
+            raise
+        raise UserError(f"--output_dir {output_dir} could not be written ({error}); make room on the disk")
 
 
 def lines_to_try(path: Path) -> list[str]:
@@ -116,7 +140,7 @@ def write_tokenizer(
     end = tokenizer.end_of_text_id
     write_json(to / "generation_config.json", {
         "bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "do_sample": True, "temperature": 0.8, "top_k": 40,
-        "max_new_tokens": 200, "suppress_tokens": sorted(tokenizer.never_written) or None,
+        "max_new_tokens": min(200, context_length // 2), "suppress_tokens": sorted(tokenizer.never_written) or None,
     })  # fmt: skip
     different, n_ties = hf_tokenizer.compare(tokenizer, to, lines)
     if n_ties:
@@ -127,6 +151,7 @@ def write_tokenizer(
     if different is not None:
         raise UserError(
             f"the exported tokenizer reads {different[:60]!r} otherwise than the one of training; nothing is written"
+            " (give --text_path a text as the model is meant to read)"
         )
 
 

@@ -59,6 +59,9 @@ class GPTConfig:
     tied_head: bool = False  # modern only: the embedding is the output head too, as it always is in gpt2
 
     def __post_init__(self) -> None:
+        for name in (*MOST, "n_kv_heads", "head_width", "ff_width"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
         for name, most in MOST.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {most}")

@@ -7,7 +7,9 @@
 Needs the checkpoint alone: no network, no dataset. All but the text goes to standard error.
 """
 
+import codecs
 import dataclasses
+import io
 import json
 import random
 import sys
@@ -82,6 +84,8 @@ def main(config: InferenceConfig) -> None:
     if sum(ways) != 1:
         raise UserError("give one of --prompt, --prompts_file and --interactive")
     prompts = read_prompts(existing_path(config.prompts_file, "--prompts_file")) if config.prompts_file else []
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is told with the prompt
     writer = load_writer(config)
     seed = random.SystemRandom().randrange(2**32) if config.seed is None else config.seed
     if config.interactive:
@@ -89,8 +93,15 @@ def main(config: InferenceConfig) -> None:
     elif config.prompts_file is not None:
         write_many(writer, config, prompts, seed)
     else:
-        prompt = sys.stdin.read().removesuffix("\n") if config.prompt == "-" else config.prompt or ""
+        prompt = read_stdin() if config.prompt == "-" else config.prompt or ""
         write_prompt(writer, config, prompt, seed)
+
+
+def read_stdin() -> str:
+    """Raises UserError."""
+    if sys.stdin is None:
+        raise UserError("--prompt - reads standard input, which is closed; pipe a text into it")
+    return sys.stdin.read().removesuffix("\n")
 
 
 def load_writer(config: InferenceConfig) -> Writer:
@@ -102,6 +113,8 @@ def load_writer(config: InferenceConfig) -> Writer:
         raise UserError(
             "--quantize int8 is for the CPU, and without --dtype bfloat16; add --device cpu, or leave it out"
         )
+    if config.quantize == "int8" and config.compile:
+        raise UserError("--quantize int8 cannot be compiled; leave --compile out")
     folder = checkpoints.choose_checkpoint(config.exp_dir, config.checkpoint)
     tokenizer = load_saved(folder / "tokenizer")
     model = checkpoints.load_model(folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, device)
@@ -158,6 +171,7 @@ def write_many(writer: Writer, config: InferenceConfig, prompts: list[str], seed
         encode_prompt(writer.tokenizer, prompt)  # a mistake in the last one is told before the first is written
     jobs = [(prompt, number) for prompt in prompts for number in range(config.num_samples)]
     start, done = time.monotonic(), []
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"  # else an escape of the locale's comes in
     with shown(len(jobs), "text", "write") as progress:
         for first in range(0, len(jobs), config.batch_size):
             batch = jobs[first : first + config.batch_size]
@@ -168,7 +182,7 @@ def write_many(writer: Writer, config: InferenceConfig, prompts: list[str], seed
             for (prompt, number), text, words in zip(batch, texts, written, strict=True):
                 line = {"prompt": prompt, "text": words, "seed": (seed + number) % MAX_SEED}
                 line |= {"tokens": text.n_new, "finish": text.finish}
-                print(json.dumps(line, ensure_ascii=False), flush=True)
+                print(json.dumps(line, ensure_ascii=not is_utf8), flush=True)
             done += texts
             progress(len(batch))
     tell_speed(done, start)
@@ -177,7 +191,7 @@ def write_many(writer: Writer, config: InferenceConfig, prompts: list[str], seed
 def read_prompts(path: Path) -> list[str]:
     """Raises UserError."""
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = [line.removesuffix("\r") for line in path.read_text("utf-8-sig").split("\n")]  # a text may hold U+2028
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"--prompts_file {path}: no UTF-8 text ({error}); name a .txt or .jsonl file")
     if path.name.lower().endswith(".jsonl"):
@@ -200,12 +214,12 @@ def prompt_of_line(path: Path, number: int, line: str) -> str:
 
 
 HELP = """\
-書き出しを入れると、その続きを書きます(\\n は改行)。Ctrl-C で途中で止まります。
+書き出しを入れると、その続きを書きます(\\n は改行)。書いている途中は Ctrl-C で止まります(入力中は終わります)。
   (空行)            今の文章の続きを書く
   /again            同じ書き出しから、別の文章を書く
   /edit             直前の書き出しを直して書く
   /text             今の文章の全文を見る
-  /set 名前 値      設定を変える(例: /set temperature 0.7、/set top_k none)
+  /set 名前 値      設定を変える(例: /set temperature 0.7、/set top_k none、/set stop none)
   /settings         今の設定を見る
   /quit             終わる(Ctrl-D でも)"""
 
@@ -216,7 +230,7 @@ def converse(writer: Writer, config: InferenceConfig, seed: int) -> None:
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(WritingSettings)}
     )
     print(HELP)
-    prompt = text = ""
+    prompt, text, n_again = "", "", 0
     while (line := ask()) is not None:
         command, _, rest = line.partition(" ")
         try:
@@ -230,18 +244,23 @@ def converse(writer: Writer, config: InferenceConfig, seed: int) -> None:
                 print(text)
             elif command == "/set":
                 name, _, value = rest.strip().partition(" ")
-                settings = changed(settings, name, unescape(value.strip()))
+                value = unescape(value.strip())
+                settings = changed(settings, name, "" if (name, value) == ("stop", "none") else value)
             elif command in ("/again", "/edit", "") or not command.startswith("/"):
                 if command == "/edit":
-                    prompt = text = unescape(ask(prompt.replace("\n", "\\n")) or prompt)
+                    edited = ask(prompt.replace("\n", "\\n"))
+                    if edited is None:  # Ctrl-C: as it was
+                        continue
+                    prompt = text = unescape(edited or prompt)
                 elif command == "/again":
-                    text = prompt
+                    text, n_again = prompt, n_again + 1
                 elif line:
                     prompt = text = unescape(line)
+                n_again = n_again if command == "/again" else 0
                 if not text:
                     print("まだ文章がありません。書き出しを入れてください。")
                     continue
-                text += write_live(writer, text, settings, seed if settings.seed is None else settings.seed)
+                text += write_live(writer, text, settings, seed if settings.seed is None else settings.seed + n_again)
                 seed += 1
             else:
                 print(f"{command} というコマンドはありません(/help で使い方)")

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,9 +58,10 @@ from gptkit.pretokenization import (
     token_files,
 )
 from gptkit.run_log import RunLog, draw_loss_curve, format_duration
+from gptkit.run_records import as_dict
 from gptkit.sessions import environment, recorded
 from gptkit.signals import STOPPED, StopSignals
-from gptkit.tokenization import Tokenizer, TokenizerSettings, load_tokenizer, with_tokenizer_of
+from gptkit.tokenization import Tokenizer, TokenizerSettings, load_saved, load_tokenizer, with_tokenizer_of
 from gptkit.tokenizer_check import refuse_problems
 from gptkit.training_settings import (
     MAX_RETURNS,
@@ -86,8 +87,8 @@ class PretrainingConfig(TokenizerSettings, TrainingSettings):
         "begin with the weights of this folder or repository of the hub: GPT-2's or Qwen3's form, tokenizer included",
     )
     arch: Arch | None = setting(None, "modern: in the form of Qwen3 (the default); gpt2: GPT-2's")
-    model_size: Literal["auto", "nano", "micro", "tiny", "mini", "midi", "124M", "355M", "774M", "1558M"] = setting(
-        "124M", "dimensions to start from; auto: the best for --budget_minutes on this machine"
+    model_size: Literal["auto", "nano", "micro", "tiny", "mini", "midi", "124M", "355M", "774M", "1558M"] | None = (
+        setting(None, "dimensions to start from (default: 124M); auto: the best for --budget_minutes on this machine")
     )
     context_length: int | None = setting(None, "tokens the model sees at once (default: of --model_size)", at_least=1)
     emb_dim: int | None = setting(None, "width of the model (default: of --model_size)", at_least=1)
@@ -140,8 +141,12 @@ def main(config: PretrainingConfig, began: float, stop: StopSignals) -> None:
     device, dtype = choose_device_and_dtype(config)
     devices.keep_freed_memory(device)
     with hold(output_dir):
-        tokenizer = load_tokenizer(with_tokenizer_of(config, config.init_from))
         checkpoint = parallel.on_main(lambda: checkpoints.newest_whole(output_dir))
+        settings = with_tokenizer_of(config, config.init_from)
+        if checkpoint and settings is not config:  # the folder that the run began with may be gone
+            tokenizer = load_saved(checkpoint / checkpoints.TOKENIZER_DIR)
+        else:
+            tokenizer = load_tokenizer(settings)
         state = parallel.on_main(lambda: checkpoints.read_state(checkpoint) if checkpoint else {})
         identity = run_identity(config, tokenizer)
         refuse_another_run(checkpoint, state, identity)
@@ -401,6 +406,8 @@ def check_settings(config: PretrainingConfig) -> Path:
         import_galore()
     if config.init_from:
         refuse_dimensions(config)
+        if not checkpoints.find_checkpoints(folder):
+            hf_conversion.read_dimensions(config.init_from)
     import_logger(config.logger, folder)
     if config.optimizer == "galore_adamw" and config.parallel == "fsdp":
         raise UserError("--optimizer galore_adamw needs whole matrices; give --parallel ddp, or muon or adamw")
@@ -445,10 +452,9 @@ def hold(output_dir: Path) -> Iterator[None]:
 
 
 def refuse_dimensions(config: PretrainingConfig) -> None:
-    """Raise UserError where --init_from is no model that can be taken in, or a flag asks for another model."""
-    hf_conversion.read_dimensions(str(config.init_from))
+    """Raise UserError where a flag asks for another model than --init_from has."""
     given = [name for name in DIMENSIONS if name != "context_length" and getattr(config, name) is not None]
-    given += ["model_size"] if config.model_size == "auto" else []
+    given += ["model_size"] if config.model_size is not None else []
     if given:
         raise UserError(
             f"--{given[0]} goes with a new model, and --init_from {config.init_from} has its own; leave it out"
@@ -488,16 +494,16 @@ def choose_plan(
     A run that goes on keeps what it chose when it began.
     """
     auto = config.model_size == "auto"
-    sizes = LADDER if auto else (config.model_size,)
+    size = config.model_size or ("the one of --init_from" if config.init_from else "124M")
     n_processes = parallel.world_size()
     if config.budget_minutes is None:
-        model = choose_model_config(config, config.model_size, vocab_size)
+        model = choose_model_config(config, size, vocab_size, state)
         plan = Plan(model, config.batch_size or 16, config.grad_accum_steps or 1, n_processes)
         return planning.as_before(plan, config, state)
     if state:
         try:
             known = state["identity"]["model"]
-            model = GPTConfig(**known) if auto else choose_model_config(config, config.model_size, vocab_size)
+            model = GPTConfig(**known) if auto else choose_model_config(config, size, vocab_size, state)
             before = Plan(model, **state["plan"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the newest checkpoint is damaged ({error!r}); remove it to go on from an older one")
@@ -511,7 +517,7 @@ def choose_plan(
         )
     return planning.plan_for_budget(
         left_s,
-        {size: choose_model_config(config, size, vocab_size) for size in sizes},
+        {name: choose_model_config(config, name, vocab_size, state) for name in (LADDER if auto else (size,))},
         lambda model: measure_tokens_per_s(config, model, device, dtype),
         n_training_tokens,
         device.type,
@@ -537,18 +543,23 @@ def measure_tokens_per_s(
     return batch[0].numel() / seconds
 
 
-def choose_model_config(config: PretrainingConfig, size: str, vocab_size: int) -> GPTConfig:
-    """The preset, or the dimensions of --init_from, with what the command line says otherwise. Raises UserError."""
+def choose_model_config(config: PretrainingConfig, size: str, vocab_size: int, state: Mapping[str, Any]) -> GPTConfig:
+    """The preset, or the dimensions of --init_from, with what the command line says otherwise. Raises UserError.
+
+    Those of --init_from stand in the state of a run that goes on.
+    """
     given = {name: getattr(config, name) for name in DIMENSIONS if getattr(config, name) is not None}
-    dimensions: dict[str, Any] = {"arch": "modern", **PRESETS[size]}
     if config.init_from:
-        dimensions = hf_conversion.read_dimensions(config.init_from)
+        known = as_dict(as_dict(state.get("identity")).get("model"))
+        dimensions = known or hf_conversion.read_dimensions(config.init_from)
         if given.get("context_length", 0) > dimensions["context_length"]:
             raise UserError(
                 f"--context_length {config.context_length} is more than the {dimensions['context_length']} of --init_from"
             )
     elif config.qkv_bias and config.arch != "gpt2":
         raise UserError("--qkv_bias needs --arch gpt2; a modern model has no biases")
+    else:
+        dimensions = {"arch": "modern", **PRESETS[size]}
     try:
         return GPTConfig(**dimensions | given | {"vocab_size": vocab_size, "drop_rate": config.drop_rate})
     except (ValueError, TypeError) as error:
@@ -622,7 +633,7 @@ def compile_and_measure(run: Run, progress: Progress) -> tuple[Loss, dict[str, f
 
 def run_identity(config: PretrainingConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What must stay the same for a checkpoint to go on as one run; the plan and the tokens' fingerprint come to it."""
-    named = ("optimizer", "seed", "val_fraction")
+    named = ("optimizer", "seed", "val_fraction", "init_from")
     return {"tokenizer": tokenizer.fingerprint} | {name: getattr(config, name) for name in named}
 
 

@@ -9,6 +9,7 @@ One HTML file, in Japanese, that needs no network and no other file. The run may
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from gptkit.charts import N_COLOURS
 from gptkit.command_line import UserError, existing_path, run_command, setting
@@ -17,7 +18,7 @@ from gptkit.report_page import report_page
 from gptkit.run_log import read_lines, run_name
 from gptkit.run_records import RunRecord
 
-RUN_FILES = ("config.json", "metrics.jsonl")
+RUN_FILES, RUN_FORMAT = ("config.json", "metrics.jsonl"), "gptkit-run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +61,22 @@ def find_run(exp_dir: str, flag: str) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in RUN_FILES)
+    return (folder / "metrics.jsonl").is_file() or about_run(folder).get("format") == RUN_FORMAT
+
+
+def about_run(folder: Path) -> dict[str, Any]:
+    """config.json of a run, {} where it is none."""
+    try:
+        about = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    except (OSError, ValueError):
+        about = {}
+    return about if isinstance(about, dict) else {}
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
     """What a run has written so far; what is missing or broken is left out."""
-    try:
-        about = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        about = {}
     metrics, samples, sessions = (read_lines(folder / f"{kind}.jsonl") for kind in ("metrics", "samples", "sessions"))
-    return RunRecord(name, about if isinstance(about, dict) else {}, metrics, samples, sessions, is_held(folder))
+    return RunRecord(name, about_run(folder), metrics, samples, sessions, is_held(folder))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ pod_problem() { # why no pod can be stopped from here, if so
 stop_pod() { # $1: the exit code
   local problem
   problem=$(pod_problem)
-  if [ "$1" -eq 75 ] || [ "$1" -gt 128 ]; then
+  if [ "$1" -eq 75 ]; then
     problem="a signal ended the run, and the same command goes on"
   fi
   if [ -n "$problem" ]; then

@@ -93,7 +93,7 @@ def _path(curve: Curve, at: Place) -> str:
 
 def ticks(low: float, high: float, n_wanted: int = 5) -> list[float]:
     """About so many round numbers, the first at most `low` and the last at least `high`."""
-    span = high - low or abs(high) or 1.0
+    span = max(high - low or abs(high) or 1.0, 1e-12)  # or the logarithm has no value
     rough = span / n_wanted
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)

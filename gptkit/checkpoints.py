@@ -375,7 +375,11 @@ def load_model(folder: Path, build: Callable[[dict[str, Any]], Model], vocab_siz
             raise ValueError(f"{different[0]} is {found.get(different[0])}, not {expected.get(different[0])}")
         with _WithoutInitialization():
             model = build(dimensions)
-        model.load_state_dict(read_tensors(folder, MODEL_FILE, torch.device("cpu")))
+        weights = read_tensors(folder, MODEL_FILE, torch.device("cpu"))
+        broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+        if broken:
+            raise ValueError(f"{broken} holds values that are not finite")
+        model.load_state_dict(weights)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{folder} is damaged or from another version ({reason}); use another checkpoint")

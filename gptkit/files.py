@@ -41,8 +41,14 @@ def folder_replaced(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which then takes the place of `folder`, whole; not where an error is raised."""
     folder = folder.resolve()
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+
+    def clear_away() -> None:
+        if old.exists() and not folder.exists():  # broken off between two renames
+            os.replace(old, folder)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    clear_away()
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -53,8 +59,7 @@ def folder_replaced(folder: Path) -> Iterator[Path]:
         os.replace(partial, folder)
         sync_folder(folder.parent)
     finally:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        clear_away()
 
 
 def sync_file(path: Path) -> None:

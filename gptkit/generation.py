@@ -12,6 +12,7 @@ The model gives new_cache(B, S) and next_logits(ids, lengths, cache, n_slots), a
 Shapes: B batch (rows), T time, V vocabulary, S slots of the cache.
 """
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -131,15 +132,28 @@ def decode_one_token(
 
 
 def compiled_decode() -> Decode:
-    """decode_one_token by torch.compile: shapes stay what they are, so all of the cache is looked at each time."""
+    """decode_one_token by torch.compile: shapes stay what they are, so all of the cache is looked at each time.
+
+    Where that fails, it warns and goes on without.
+    """
     step = torch.compile(
         lambda model, ids, lengths, cache: decode_one_token(model, ids, lengths, cache, None),
         mode="reduce-overhead",
         fullgraph=True,
     )
 
+    works = True
+
     def decode(model: Any, ids: torch.Tensor, lengths: torch.Tensor, cache: Any, n_slots: int | None) -> torch.Tensor:
-        return step(model, ids, lengths, cache).clone()  # what it gives is overwritten by its next call
+        nonlocal works
+        if works:
+            try:
+                return step(model, ids, lengths, cache).clone()  # what it gives is overwritten by its next call
+            except torch._dynamo.exc.TorchDynamoException as error:
+                works = False
+                reason = str(error).strip().partition("\n")[0]
+                print(f"warning: torch.compile failed ({reason}); going on without it", file=sys.stderr)
+        return decode_one_token(model, ids, lengths, cache, n_slots)
 
     return decode
 
@@ -179,7 +193,7 @@ def generate(
     A text ends at (and without) end-of-text, or where the reader adds its row to `stopped`. byte_ids are the ids of the
     bytes 0 … 255, where there are such: they are drawn in an order only that makes characters. Each row draws from its
     own generator, of the CPU: the same seed and prompt give the same text, alone or in a batch, on every device
-    whose logits agree.
+    whose logits agree. (In bfloat16 and int8 they do not: a batch rounds otherwise.)
     """
     byte_of = {i: byte for byte, i in enumerate(byte_ids)}
     begins_nothing = {i for i, byte in byte_of.items() if 0x80 <= byte < 0xC2 or byte > 0xF4}

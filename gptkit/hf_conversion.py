@@ -22,7 +22,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERNS = ["config.json", WEIGHTS, "model-*.safetensors", INDEX]
 Tensors = dict[str, torch.Tensor]
 RMS_NORM_EPS, LAYER_NORM_EPS = 1e-6, 1e-5
-MOST_PADDING = 1024  # rows that a model's embedding may have beyond its tokenizer's ids: Qwen3's has 267
+MOST_PADDING = 1024  # rows that an embedding may have more (Qwen3's: 267) or less than its tokenizer has ids
 GPT2_BLOCK = {
     "norm1": "ln_1",
     "norm2": "ln_2",
@@ -73,7 +73,7 @@ def from_hf(
     except KeyError as error:
         raise UserError(f"the weights lack {error}; choose a folder of a GPT2LMHeadModel or a Qwen3ForCausalLM")
     n_known = len(weights["tok_emb.weight"])
-    if n_known > vocab_size + MOST_PADDING:
+    if abs(n_known - vocab_size) > MOST_PADDING:
         raise UserError(
             f"the model has {n_known} words and its tokenizer {vocab_size}; choose the tokenizer it was trained with"
         )
@@ -93,9 +93,11 @@ def _with_rows(matrix: torch.Tensor, n_words: int, n_rows: int) -> torch.Tensor:
 
 def read_dimensions(name: str) -> dict[str, Any]:
     """GPTConfig's fields of the model in a folder, or a repository of the hub. Raises UserError."""
-    path = hub_folder(name, FLAG, PATTERNS) / "config.json"
+    folder = hub_folder(name, FLAG, PATTERNS)
+    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
+        raise UserError(f"{FLAG} {name} has no {WEIGHTS}; a pickle is not read: save the model anew by transformers")
     try:
-        config = read_json(path)
+        config = read_json(folder / "config.json")
         if not isinstance(config, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
@@ -111,9 +113,14 @@ def load_weights(name: str, model: Any) -> None:
         files = [WEIGHTS]
         if (folder / INDEX).is_file():
             files = sorted({Path(file).name for file in read_json(folder / INDEX)["weight_map"].values()})
-        elif not (folder / WEIGHTS).is_file():
-            raise ValueError(f"it has no {WEIGHTS}; a pickle is not read: save the model anew by transformers")
         tensors = {key: tensor for file in files for key, tensor in load_file(folder / file).items()}
+        for key, tensor in tensors.items():
+            if not tensor.is_floating_point() and tensor.dtype not in (torch.bool, torch.uint8):  # masks of old files
+                raise ValueError(f"{key} is {tensor.dtype}; choose weights that are not quantized")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{key} holds values that are not finite")
+        if any(f".{kind}.{config.n_layers}." in f".{key}" for key in tensors for kind in ("h", "layers")):
+            raise ValueError(f"there are more layers than the {config.n_layers} of its config.json")
         n_rows = config.padded_vocab_size
         weights = from_hf(tensors, dataclasses.asdict(config), config.vocab_size, n_rows)
         model.load_state_dict(weights)

@@ -10,6 +10,7 @@ piece of two others, in the order of the pieces' scores.
 
 import json
 import math
+import unicodedata
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -97,6 +98,7 @@ def _of_sentencepiece(backend: SentencePieceBackend) -> Any:
         raise UserError("this SentencePiece model writes spaces after words; it cannot be exported")
     steps: list[Any] = []
     if how.precompiled_charsmap:  # there it does not put a mark to its letter where both take six bytes: か and U+3099
+        steps += [normalizers.Replace(halves, whole) for halves, whole in _marked_kana()]
         steps += [normalizers.NFC(), normalizers.Precompiled(how.precompiled_charsmap)]
     if how.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
@@ -113,6 +115,13 @@ def _of_sentencepiece(backend: SentencePieceBackend) -> Any:
         [AddedToken(t, normalized=False) for (t, _), k in zip(pieces, kinds, strict=True) if k == kind.USER_DEFINED]
     )
     return made
+
+
+def _marked_kana() -> list[tuple[str, str]]:
+    """Half-width kana with a mark of voicing behind it, such as ｶﾞ, and the letter that NFKC makes of the two."""
+    pairs = [chr(kana) + mark for kana in range(0xFF66, 0xFF9E) for mark in "\uff9e\uff9f"]
+    made = [(pair, unicodedata.normalize("NFKC", pair)) for pair in pairs]
+    return [(pair, letter) for pair, letter in made if len(letter) == 1]
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:

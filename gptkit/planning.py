@@ -19,6 +19,7 @@ IDENTITY = {
     "optimizer": "--optimizer",
     "seed": "--seed",
     "val_fraction": "--val_fraction",
+    "init_from": "--init_from",
 }
 TOLD = ("model", "tokenizer", "tokens")  # too long to print
 # What may change within a run, and changes what comes out of it.

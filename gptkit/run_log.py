@@ -193,7 +193,7 @@ def json_line(record: Mapping[str, Any]) -> bytes:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects with a step in a .jsonl; a line that is none, as a crash leaves it, is left out. No file: none."""
-    if not path.exists():
+    if not path.is_file():
         return []
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a text may hold U+2028

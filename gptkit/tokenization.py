@@ -307,7 +307,7 @@ def _converted_by_transformers(what: str, folder: Path) -> Backend:
     from transformers import AutoTokenizer
 
     try:
-        fast = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+        fast = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
         return TokenizersBackend(fast.to_str().encode())
     except Exception as error:  # it raises many kinds for a folder without a tokenizer
         reason = str(error).strip().partition("\n")[0]

@@ -4,11 +4,20 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from conftest import SAMPLE_TOKENIZER, assert_user_error, run_command
 
+from gpt_model import PRESETS
+from pretraining import PretrainingConfig
+
 TOKENIZER = ("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER, "--device", "cpu")
 TINY = ("--n_layers", 1, "--emb_dim", 32, "--n_heads", 2, "--context_length", 32)
+
+
+def test_every_preset_can_be_named() -> None:
+    choices = get_args(get_type_hints(PretrainingConfig)["model_size"])[0]
+    assert set(get_args(choices)) == {"auto", *PRESETS}
 
 
 def test_a_run_ends_with_its_budget_and_not_long_before(tmp_path: Path, sample_shards: Path) -> None:

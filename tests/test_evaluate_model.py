@@ -45,7 +45,7 @@ def measured(capsys: pytest.CaptureFixture[str]):
     """A function that measures in this process, and gives what was printed on standard output and standard error."""
 
     def measure(exp_dir: Path, text_path: Path, **settings: object) -> tuple[dict, str]:
-        evaluate_model.run(EvaluationConfig(exp_dir=str(exp_dir), text_path=str(text_path), **settings))
+        evaluate_model.run(EvaluationConfig(exp_dir=(str(exp_dir),), text_path=str(text_path), **settings))
         out, err = capsys.readouterr()
         assert out.endswith("}\n")
         return json.loads(out), err
@@ -175,10 +175,12 @@ def test_out_of_memory(measured, experiment: Path, text: Path, monkeypatch: pyte
 def test_a_model_that_broke_down(measured, experiment: Path, text: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(experiment, tmp_path / "exp"))
     weights = checkpoint_of(copy) / "model.safetensors"
-    save_file({name: weight * math.nan for name, weight in load_file(weights).items()}, weights)
-    sign(weights.parent)
-    with pytest.raises(UserError, match="step_00000002 predicts nothing: its loss is nan"):
-        measured(copy, text)
+    known = load_file(weights)
+    for factor, message in ((1e30, "step_00000002 predicts nothing: its loss is "), (math.nan, "are not finite")):
+        save_file({name: weight * factor for name, weight in known.items()}, weights)
+        sign(weights.parent)
+        with pytest.raises(UserError, match=message):
+            measured(copy, text)
 
 
 def test_settings_that_cannot_be(measured, experiment: Path, text: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from gpt_model import GPTConfig, GPTModel
 from gptkit import hf_conversion
 from gptkit.checkpoints import choose_checkpoint, read_tensors
 from gptkit.command_line import UserError
+from gptkit.files import folder_replaced
 from gptkit.generation import SamplingSettings, generate
 from gptkit.hf_tokenizer import compare, tokenizer_files
 from gptkit.run_log import read_lines
@@ -39,7 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "modern": {"arch": "modern", "n_heads": 4, "n_kv_heads": 2, "rope_base": 5000.0},
     "modern tied": {"arch": "modern", "n_heads": 3, "head_width": 20, "ff_width": 72, "tied_head": True},
 }
-TRAPS = ["", " ", "  二つの空白  ", "　全角", "ABC Ａｂｃ １２３", "𠮟る😀", "</s><unk>[PAD]<|endoftext|>", "\t", "か\u3099が", "a\u00a0b", "ﾊﾝｶｸ…"]  # fmt: skip
+TRAPS = ["", " ", "  二つの空白  ", "　全角", "ABC Ａｂｃ １２３", "𠮟る😀", "</s><unk>[PAD]<|endoftext|>", "\t", "か\u3099が", "a\u00a0b", "ﾊﾝｶｸ…", "ﾊﾟﾘのｶﾞｽ"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -282,10 +285,14 @@ def test_training_goes_on_from_a_folder(trained: tuple[Path, list[object]]) -> N
     assert "license: cc-by-4.0" in card
     assert "globis-university/aozorabunko-clean" in card
 
-    result = run_command("pretraining.py", *line, "--max_steps", 102)  # the folder is not begun with again
+    (folder / "hf").rename(folder / "moved")  # the run goes on without it, and does not begin with it again
+    result = run_command("pretraining.py", *line, "--max_steps", 102)
     assert result.returncode == 0, result.stderr
     assert "going on from" in result.stdout
     assert "start: the weights" not in result.stdout
+    (folder / "moved").rename(folder / "hf")
+    other = ["moved" if part == folder / "hf" else part for part in line]
+    assert_user_error(run_command("pretraining.py", *other, "--max_steps", 104), "--init_from")
 
     models = ("--exp_dir", folder / "exp", folder / "on", "--hf_model", folder / "hf")
     result = run_command("evaluate_model.py", *models, "--text_path", SAMPLE, "--max_chars", 3000)
@@ -321,6 +328,16 @@ def test_what_users_get_wrong(trained: tuple[Path, list[object]], tmp_path: Path
     push = run_command(*export, tmp_path / "hf", "--push_to_hub", "me/model")
     assert_user_error(push, "--push_to_hub me/model", "is written", "hf auth login")
     assert (tmp_path / "hf" / "model.safetensors").exists()
+    assert_user_error(run_command(*export, "."), "is in use")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "export.json").write_text('{"mine": true}')
+    assert_user_error(run_command(*export, tmp_path / "foreign"), "export.json")
+    shutil.copytree(folder / "hf", tmp_path / "both")
+    shutil.copytree(folder / "exp", tmp_path / "both" / "model_checkpoints")  # not to be taken for part of an export
+    assert_user_error(run_command(*export, tmp_path / "both"), "model_checkpoints")
+    assert (tmp_path / "both" / "model_checkpoints" / "latest").exists()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert_user_error(run_command(*export, tmp_path / "loop"), "loop")
     on = ("pretraining.py", *arguments, "--output_dir", tmp_path / "on", "--init_from")
     assert_user_error(run_command(*on, folder / "hf", "--n_layers", 3), "--n_layers", "leave it out")
     assert_user_error(run_command(*on, folder / "hf", "--context_length", 64), "--context_length 64", "32")
@@ -340,7 +357,8 @@ def test_what_users_get_wrong(trained: tuple[Path, list[object]], tmp_path: Path
         ({"model_type": "llama"}, "llama"), ({"hidden_act": "gelu"}, "hidden_act"), ({"hidden_size": None}, "cannot be"),
         ({"num_attention_heads": 0}, "n_heads is 0"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),
         ({"rope_parameters": ["x"]}, "cannot be"), ({"hidden_size": 2**70}, None), ({"num_hidden_layers": "x"}, None),
-        ({"num_key_value_heads": 3}, None), ({"intermediate_size": -1}, None),
+        ({"num_key_value_heads": 3}, None), ({"intermediate_size": -1}, None), ({"head_dim": "64"}, None),
+        ({"num_hidden_layers": 1.0}, "whole number"), ({"num_hidden_layers": True}, "whole number"),
     ],
     ids=str,
 )  # fmt: skip
@@ -356,6 +374,74 @@ def test_configurations_of_strangers(
         hf_conversion.load_weights(
             str(tmp_path / "hf"), GPTModel(GPTConfig(**hf_conversion.read_dimensions(str(tmp_path / "hf"))))
         )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda tensors: tensors["model.norm.weight"].fill_(float("nan")), "not finite"),
+        (lambda tensors: tensors.pop("model.norm.weight"), "lack"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}), "quantized"),
+        (lambda tensors: tensors.update({"model.layers.1.x": torch.ones(2)}), "more layers"),
+        (lambda tensors: tensors.update({"model.embed_tokens.weight": torch.ones(10, 32)}), "10 words"),
+    ],
+)
+def test_weights_of_strangers(
+    trained: tuple[Path, list[object]], tmp_path: Path, spoil: Callable[[dict[str, torch.Tensor]], Any], named: str
+) -> None:
+    folder, _ = trained
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    tensors = load_file(folder / "hf" / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    model = GPTModel(GPTConfig(**hf_conversion.read_dimensions(str(tmp_path / "hf"))))
+    with pytest.raises(UserError, match=named):
+        hf_conversion.load_weights(str(tmp_path / "hf"), model)
+    if named == "lack":  # transformers would begin with what is missing anew, in silence
+        result = run_command("evaluate_model.py", "--hf_model", tmp_path / "hf", "--text_path", SAMPLE)
+        assert_user_error(result, "--hf_model", "lack model.norm.weight")
+
+
+def test_a_break_in_the_middle_leaves_one_whole_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "hf"
+    for content in ("first", "second"):
+        with folder_replaced(folder) as partial:
+            (partial / "x").write_text(content)
+        assert (folder / "x").read_text() == content
+    real = os.replace
+
+    def breaks(source: Any, target: Any) -> None:
+        if Path(target) == folder and ".partial" in str(source):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", breaks)
+    with pytest.raises(KeyboardInterrupt), folder_replaced(folder) as partial:
+        (partial / "x").write_text("third")
+    monkeypatch.undo()
+    assert (folder / "x").read_text() == "second"
+    assert os.listdir(tmp_path) == ["hf"]
+    real(folder, tmp_path / ".hf.old")  # as a kill between the two renames leaves it
+    with pytest.raises(ZeroDivisionError), folder_replaced(folder):
+        _ = 1 / 0
+    assert (folder / "x").read_text() == "second"
+
+
+def test_odd_run_folders_have_a_card_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    from gptkit.model_card import model_card
+
+    model = random_model(tokenizer.vocab_size, **KINDS["modern"])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": "x", "val_loss": [1]}\n{"step": 4}\n')
+    for run in (
+        [],
+        {"settings": []},
+        {"tokens": "<script>\n---\nx: 1; a path", "settings": {"init_from": "rinna/gpt"}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(run))
+        card = model_card(tmp_path, {"step": 4}, model, tokenizer, ["雨が\n降る"])
+        assert card.count("\n---\n") == 1
+        assert "a path" not in card
+    assert "base_model: rinna/gpt" in card
 
 
 def test_a_sum_of_files_that_leads_out_of_the_folder_does_not(

@@ -194,7 +194,7 @@ def test_an_old_run_a_broken_one_and_one_that_has_just_begun(experiments: Path, 
     )
     (broken / "samples.jsonl").write_text('{"step": 2, "text": "\\ud842"}\n')  # half a surrogate pair
     new.mkdir()
-    (new / "config.json").write_text('{"settings": null}')
+    (new / "config.json").write_text('{"format": "gptkit-run", "settings": null}')
     for folder in (old, broken, new):
         result = run_command("report.py", "--exp_dir", folder, "--output", output)
         assert result.returncode == 0, result.stderr
