@@ -176,8 +176,9 @@ def test_a_model_that_broke_down(measured, experiment: Path, text: Path, tmp_pat
     copy = Path(shutil.copytree(experiment, tmp_path / "exp"))
     weights = checkpoint_of(copy) / "model.safetensors"
     known = load_file(weights)
-    for factor, message in ((1e30, "step_00000002 predicts nothing: its loss is "), (math.nan, "are not finite")):
-        save_file({name: weight * factor for name, weight in known.items()}, weights)
+    for value, message in ((3e38, "step_00000002 predicts nothing: its loss is "), (math.nan, "are not finite")):
+        broken = known["final_norm.weight"].clone().fill_(value)
+        save_file(known | {"final_norm.weight": broken}, weights)
         sign(weights.parent)
         with pytest.raises(UserError, match=message):
             measured(copy, text)

@@ -168,7 +168,7 @@ def test_state_dict_holds_weights_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"emb_dim": 20}, "emb_dim / n_heads is 5"),
+        ({"emb_dim": 20}, "a head has 5 channels"),
         ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
         ({"n_kv_heads": 8}, "n_heads 4 is not a multiple of n_kv_heads 8"),
         ({"n_kv_heads": -1}, "n_kv_heads -1"),
