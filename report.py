@@ -16,7 +16,7 @@ from gptkit.command_line import UserError, existing_path, run_command, setting
 from gptkit.files import is_held, read_json, write_atomically
 from gptkit.report_page import report_page
 from gptkit.run_log import read_lines, run_name
-from gptkit.run_records import RunRecord
+from gptkit.run_records import RunRecord, as_dict
 
 RUN_FILES, RUN_FORMAT = ("config.json", "metrics.jsonl"), "gptkit-run"
 
@@ -67,10 +67,9 @@ def is_run(folder: Path) -> bool:
 def about_run(folder: Path) -> dict[str, Any]:
     """config.json of a run, {} where it is none."""
     try:
-        about = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        return as_dict(read_json(folder / "config.json")) if (folder / "config.json").is_file() else {}
     except (OSError, ValueError):
-        about = {}
-    return about if isinstance(about, dict) else {}
+        return {}
 
 
 def read_run(folder: Path, name: str) -> RunRecord:

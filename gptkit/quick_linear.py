@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from gptkit.command_line import UserError
 
-# oneDNN's product for one row does not read packed weights as fast as the one for some rows: with rows of zeros a token
-# of a 110M model takes 12.5 ms of products in place of 15 to 16 (2 cores of an AMD EPYC).
+# oneDNN's product for one row reads packed weights a little more slowly than the one for some rows: benchmarks/products.py
 PACKED_FOR_ROWS, LEAST_ROWS = 8, 4
 INPUT_LEVELS = 63  # AVX2 adds products of inputs and weights in pairs, in 16 bits: 2 x 127 x 127 is the most that fits
 
