@@ -21,7 +21,7 @@ from gpt_model import GPTConfig, GPTModel
 from gptkit import checkpoints, devices
 from gptkit.command_line import UserError, check_bounds, run_command, setting
 from gptkit.generation import SamplingSettings, Text, write
-from gptkit.quick_linear import PackedLinear, can_pack, replace_linear_layers
+from gptkit.quick_linear import prepare_to_write
 from gptkit.tokenization import Tokenizer, encode_prompt, load_saved
 
 MAX_CHARS = 20_000  # of a prompt, or of a text to go on from
@@ -55,6 +55,7 @@ class DemoConfig:
 class Model:
     model: GPTModel
     tokenizer: Tokenizer
+    draft: GPTModel | None
 
 
 def main(config: DemoConfig) -> None:
@@ -137,9 +138,8 @@ def load_model(folder: Path, device: torch.device) -> Model:
     checkpoints.first_whole([folder], training=False)
     tokenizer = load_saved(folder / "tokenizer")
     model = checkpoints.load_model(folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, device)
-    if device.type == "cpu" and can_pack():
-        replace_linear_layers(model, PackedLinear)
-    return Model(model.eval(), tokenizer)
+    draft = prepare_to_write(model, with_draft=True) if device.type == "cpu" else None
+    return Model(model.eval(), tokenizer, draft)
 
 
 def growing_text(model: Model, prompt: str, sampling: SamplingSettings, n_tokens: int, seed: int) -> Iterator[str]:
@@ -149,7 +149,8 @@ def growing_text(model: Model, prompt: str, sampling: SamplingSettings, n_tokens
     check_bounds(sampling)
     text = Text(model.tokenizer, encode_prompt(model.tokenizer, prompt), seed)
     drawn_at, written = 0.0, prompt
-    for _, piece in write(model.model, [text], sampling, n_tokens, model.model.config.context_length):
+    context_length = model.model.config.context_length
+    for _, piece in write(model.model, [text], sampling, n_tokens, context_length, draft=model.draft):
         written += piece
         if time.monotonic() - drawn_at > REDRAW_S:
             drawn_at = time.monotonic()

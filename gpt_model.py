@@ -182,12 +182,12 @@ class Cache:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a call that uses a cache stands in its rows: at the beginning (T > 1), or one token further (T = 1)."""
+    """Where the ids of a call that uses a cache stand in its rows: alike in all, or (T = 1) in each elsewhere."""
 
     cache: Cache
     positions: torch.Tensor  # (T,), or where T = 1 (B, 1)
-    mask: torch.Tensor | None  # (B, 1, 1, n_slots): the slots a row has filled. None: all of them, the last one now
-    n_slots: int  # the first so many are looked at where T = 1
+    mask: torch.Tensor | None  # (…, T, n_slots): what each looks at. None: what stands before it, and itself
+    n_slots: int  # the first so many are looked at; where positions are (T,), the last T of them are the ids' own
 
     def of_layer(self, number: int) -> "Reading":
         return replace(self, cache=self.cache.layer(number))
@@ -219,7 +219,7 @@ class CausalSelfAttention(nn.Module):
         if reading is not None:
             k, v, mask = self.remember(k, v, reading)
         context = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p=dropout, is_causal=T > 1, enable_gqa=grouped
+            q, k, v, mask, dropout_p=dropout, is_causal=T > 1 and mask is None, enable_gqa=grouped
         )  # (B, H, T, D)
         return self.out_proj(context.transpose(1, 2).reshape(B, T, -1))
 
@@ -228,17 +228,14 @@ class CausalSelfAttention(nn.Module):
         k: torch.Tensor, v: torch.Tensor, reading: Reading
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Put keys and values, each (B, G, T, D), into the cache of a layer; those to attend to, and which of them."""
-        keys, values = reading.cache.keys, reading.cache.values
-        T = k.shape[2]
-        if T > 1:
-            keys[:, :, :T], values[:, :, :T] = k, v
-            return k, v, None
-        if reading.mask is None:
-            keys[:, :, reading.n_slots - 1], values[:, :, reading.n_slots - 1] = k[:, :, 0], v[:, :, 0]
+        keys, values, n_slots = reading.cache.keys, reading.cache.values, reading.n_slots
+        if reading.positions.dim() == 1:
+            own = slice(n_slots - k.shape[2], n_slots)
+            keys[:, :, own], values[:, :, own] = k, v
         else:
             rows, slots = torch.arange(len(k), device=k.device), reading.positions[:, 0]
             keys[rows, :, slots], values[rows, :, slots] = k[:, :, 0], v[:, :, 0]
-        return keys[:, :, : reading.n_slots], values[:, :, : reading.n_slots], reading.mask
+        return keys[:, :, :n_slots], values[:, :, :n_slots], reading.mask
 
 
 class FeedForward(nn.Module):
@@ -376,14 +373,22 @@ class GPTModel(nn.Module):
         B, T = ids.shape
         if T > 1:
             reading = Reading(cache, torch.arange(T, device=ids.device), None, T)
+        elif B == 1 and n_slots:
+            return self.further_logits(ids, cache, n_slots - 1)
         else:
             n_looked_at = n_slots or cache.keys.shape[3]
             is_filled = torch.arange(n_looked_at, device=ids.device) < lengths[:, None]  # (B, n_slots)
-            mask = None if B == 1 and n_slots else is_filled[:, None, None]
-            reading = Reading(cache, lengths[:, None] - 1, mask, n_looked_at)
+            reading = Reading(cache, lengths[:, None] - 1, is_filled[:, None, None], n_looked_at)
         x = self.features(ids, reading)  # (B, T, C)
         last = x[torch.arange(B, device=ids.device), lengths - 1] if T > 1 else x[:, 0]  # (B, C)
         return self.logits(last)
+
+    def further_logits(self, ids: torch.Tensor, cache: Cache, n_read: int) -> torch.Tensor:  # (1, T) -> (T, V)
+        """Logits of the id that follows each of some ids, which come after the first n_read of a cache's only row."""
+        T, n_slots = ids.shape[1], n_read + ids.shape[1]
+        positions = torch.arange(n_read, n_slots, device=ids.device)
+        mask = torch.arange(n_slots, device=ids.device) <= positions[:, None] if T > 1 else None  # (T, n_slots)
+        return self.logits(self.features(ids, Reading(cache, positions, mask, n_slots)))[0]
 
     def n_parameters(self) -> int:
         """All parameters, a tied embedding counted once."""

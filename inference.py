@@ -25,7 +25,7 @@ from gpt_model import GPTConfig, GPTModel
 from gptkit import checkpoints, devices
 from gptkit.command_line import UserError, changed, existing_path, run_command, setting
 from gptkit.generation import Decode, SamplingSettings, Text, compiled_decode, decode_one_token, window_start, write
-from gptkit.quick_linear import Int8Linear, PackedLinear, can_pack, replace_linear_layers
+from gptkit.quick_linear import Int8Linear, prepare_to_write, replace_linear_layers
 from gptkit.run_log import shown
 from gptkit.tokenization import Tokenizer, encode_prompt, load_saved
 
@@ -69,6 +69,7 @@ class Writer:
     model: GPTModel
     tokenizer: Tokenizer
     decode: Decode
+    draft: GPTModel | None
 
     def begin(self, prompt: str, settings: WritingSettings, seed: int, number: int = 0) -> Text:
         """Raises UserError where the prompt is none for the tokenizer."""
@@ -76,7 +77,7 @@ class Writer:
 
     def write(self, texts: list[Text], settings: WritingSettings) -> Generator[tuple[int, str], None, None]:
         context_length = self.model.config.context_length
-        return write(self.model, texts, settings, settings.max_new_tokens, context_length, self.decode)
+        return write(self.model, texts, settings, settings.max_new_tokens, context_length, self.decode, self.draft)
 
 
 def main(config: InferenceConfig) -> None:
@@ -126,11 +127,13 @@ def load_writer(config: InferenceConfig) -> Writer:
     compile = config.compile
     if compile is None:
         compile = device.type == "cuda" and config.max_new_tokens >= 500
+    draft = None
     if config.quantize == "int8":
         replace_linear_layers(model, Int8Linear)
-    elif device.type == "cpu" and dtype == torch.float32 and not compile and can_pack():
-        replace_linear_layers(model, PackedLinear)
-    return Writer(model, tokenizer, compiled_decode() if compile else decode_one_token)
+    elif device.type == "cpu" and dtype == torch.float32 and not compile:
+        alone = config.interactive or config.batch_size == 1 or (config.num_samples == 1 and not config.prompts_file)
+        draft = prepare_to_write(model, with_draft=alone)
+    return Writer(model, tokenizer, compiled_decode() if compile else decode_one_token, draft)
 
 
 def write_prompt(writer: Writer, config: InferenceConfig, prompt: str, seed: int) -> None:

@@ -1,16 +1,16 @@
 """New tokens a second: ours with the cache, in float32 and int8, against transformers' generate, in one process.
 
 All have GPT-2's architecture in the same dimensions, with random weights, a prompt of 32 tokens, 64 new ones, top-k 40,
-and no end-of-text. They take turns, in an order that turns too, because the machines are shared.
+and no end-of-text. They take turns, in an order that turns too, because the machines are shared. ours is what
+inference.py does: a text alone in float32 is written with a draft's guesses; ours_unguessed goes without.
 
-With --exp_dir, a trained model: what int8 costs in bits per character on --text_path, and the seconds from the command
-to the first character, in new processes.
+With --exp_dir, a trained model: how often its draft's guesses are right, what int8 costs in bits per character on
+--text_path, and the seconds from the command to the first character, in new processes.
 
     python benchmarks/generation_speed.py --exp_dir quickstart_run --text_path HELDOUT
 """
 
 import argparse
-import copy
 import json
 import statistics
 import subprocess
@@ -19,32 +19,42 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from machine import read_texts, say, script, versions, write_result
 
 from gpt_model import GPTConfig, GPTModel
-from gptkit import checkpoints
+from gptkit import checkpoints, generation
 from gptkit.evaluation import score_works
-from gptkit.generation import SamplingSettings, generate
-from gptkit.quick_linear import Int8Linear, PackedLinear, replace_linear_layers
-from gptkit.tokenization import load_saved
+from gptkit.generation import SamplingSettings
+from gptkit.quick_linear import int8_copy, prepare_to_write
+from gptkit.tokenization import Tokenizer, load_saved
 
-OURS, INT8, TRANSFORMERS = "ours", "ours_int8", "transformers"
+OURS, UNGUESSED, INT8, TRANSFORMERS = "ours", "ours_unguessed", "ours_int8", "transformers"
 TOP_K = 40
-Write = Callable[[list[list[int]], int], int]  # prompts and how many new tokens each -> how many came
+# Of the last norm, so that the next token of random weights is as uncertain as a young model's (5 nats; even odds have
+# 10). Guesses are right more often where a model is surer; "tokens_a_reading" is of a trained one.
+SURENESS = 6.0
+Write = Callable[[list[list[int]], int, int], int]  # prompts, how many new tokens each, a seed -> how many came
 
 
-def ours(model: GPTModel, layer: Callable[[torch.Tensor, torch.Tensor | None], torch.nn.Module]) -> Write:
-    model = copy.deepcopy(model)
-    replace_linear_layers(model, layer)
+def random_model(config: GPTConfig) -> GPTModel:
+    """Random weights from which the next token is about as uncertain as a young model's."""
+    torch.manual_seed(0)
+    model = GPTModel(config).eval()
+    model.final_norm.weight.data.fill_(SURENESS)  # type: ignore[operator,union-attr]
+    return model
 
-    def write(prompts: list[list[int]], n_new: int) -> int:
-        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+
+def ours(model: GPTModel, draft: GPTModel | None, n_guesses: int = generation.N_GUESSES) -> Write:
+    def write(prompts: list[list[int]], n_new: int, seed: int) -> int:
+        generation.N_GUESSES = n_guesses
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         how = SamplingSettings(temperature=1.0, top_k=TOP_K)
-        steps = generate(
+        steps = generation.generate(
             model, prompts, how, max_new_tokens=n_new, context_length=model.config.context_length, end_of_text_id=-1,
-            banned_ids=(), generators=generators,
+            banned_ids=(), generators=generators, draft=draft,
         )  # fmt: skip
         return sum(len(new) for new in steps)
 
@@ -65,7 +75,8 @@ def transformers(config: GPTConfig) -> Write:
     )
     model = GPT2LMHeadModel(dimensions).eval()
 
-    def write(prompts: list[list[int]], n_new: int) -> int:
+    def write(prompts: list[list[int]], n_new: int, seed: int) -> int:
+        torch.manual_seed(seed)
         ids = torch.tensor(prompts)
         found = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=TOP_K, max_new_tokens=n_new, min_new_tokens=n_new,
@@ -76,35 +87,66 @@ def transformers(config: GPTConfig) -> Write:
     return write
 
 
+def random_prompts(vocab_size: int, batch_size: int, n_prompt: int, seed: int) -> list[list[int]]:
+    found: list[list[int]] = torch.randint(
+        vocab_size, (batch_size, n_prompt), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    return found
+
+
+def tokens_a_second(write: Write, prompts: list[list[int]], n_new: int, seed: int) -> float:
+    start = time.perf_counter()
+    n_tokens = write(prompts, n_new, seed)
+    assert n_tokens == len(prompts) * n_new
+    return n_tokens / (time.perf_counter() - start)
+
+
 def measure(contenders: dict[str, Write], options: argparse.Namespace, batch_size: int) -> dict[str, list[float]]:
     """Tokens a second of each contender, round by round; the first round is not counted."""
-    prompts = torch.randint(options.vocab_size, (batch_size, options.n_prompt)).tolist()
     found: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for i in range(options.n_rounds + 1):
+        prompts = random_prompts(options.vocab_size, batch_size, options.n_prompt, seed=i)
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            n_tokens = contenders[name](prompts, options.n_new)
-            assert n_tokens == batch_size * options.n_new, name
+            speed = tokens_a_second(contenders[name], prompts, options.n_new, i)
             if i:
-                found[name].append(n_tokens / (time.perf_counter() - start))
+                found[name].append(speed)
         say(f"batch {batch_size}, round {i}: " + ", ".join(f"{n} {v[-1]:.1f}" for n, v in found.items() if v))
     return found
 
 
-def cost_of_int8(exp_dir: Path, text_path: Path) -> dict[str, float]:
-    """Bits per character of a trained model in float32 and in int8."""
+def load_trained(exp_dir: Path) -> tuple[GPTModel, Tokenizer]:
     folder = checkpoints.choose_checkpoint(str(exp_dir), "newest")
     tokenizer = load_saved(folder / "tokenizer")
+    build = lambda model: GPTModel(GPTConfig(**model))  # noqa: E731
+    return checkpoints.load_model(folder, build, tokenizer.vocab_size, torch.device("cpu")).eval(), tokenizer
+
+
+def cost_of_int8(exp_dir: Path, text_path: Path) -> dict[str, float]:
+    """Bits per character of a trained model in float32 and in int8."""
+    model, tokenizer = load_trained(exp_dir)
     found = {}
-    for name in (OURS, INT8):
-        model = checkpoints.load_model(
-            folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, torch.device("cpu")
-        ).eval()
-        if name == INT8:
-            replace_linear_layers(model, Int8Linear)
-        score = score_works(model, tokenizer, read_texts(text_path), model.config.context_length)
+    for name, scored in ((OURS, model), (INT8, int8_copy(model))):
+        score = score_works(scored, tokenizer, read_texts(text_path), model.config.context_length)
         found[name] = round(score.bits_per_char, 5)
+    return found
+
+
+def tokens_a_reading(exp_dir: Path) -> dict[str, float]:
+    """Tokens that a trained model writes each time it reads what its draft has guessed; at most one more than guesses."""
+    model, tokenizer = load_trained(exp_dir)
+    draft, found = int8_copy(model), {}
+    for temperature, top_k in ((0.0, None), (0.8, None), (1.0, TOP_K)):
+        how, n_tokens = SamplingSettings(temperature=temperature, top_k=top_k), 0
+        with mock.patch.object(model, "further_logits", wraps=model.further_logits) as reading:
+            for seed in range(10):
+                steps = generation.generate(
+                    model, [tokenizer.encode("雨")], how, max_new_tokens=100, context_length=model.config.context_length,
+                    end_of_text_id=-1, banned_ids=tokenizer.never_written, byte_ids=tokenizer.byte_ids,
+                    generators=[torch.Generator().manual_seed(seed)], draft=draft,
+                )  # fmt: skip
+                n_tokens += sum(1 for _ in steps) - 1  # the first one follows the prompt's own reading
+        found[f"temperature {temperature}, top-k {top_k}"] = round(n_tokens / reading.call_count, 2)
     return found
 
 
@@ -147,14 +189,22 @@ def main() -> None:
     config = GPTConfig(
         options.vocab_size, options.context_length, options.emb_dim, options.n_layers, options.n_heads, arch="gpt2"
     )
-    torch.manual_seed(0)
-    model = GPTModel(config).eval()
-    contenders = {OURS: ours(model, PackedLinear), INT8: ours(model, Int8Linear), TRANSFORMERS: transformers(config)}
+    model = random_model(config)
+    int8 = int8_copy(model)
+    draft = prepare_to_write(model, with_draft=True)
+    contenders = {
+        OURS: ours(model, draft),
+        UNGUESSED: ours(model, None),
+        INT8: ours(int8, None),
+        TRANSFORMERS: transformers(config),
+    }
     result: dict[str, Any] = {"size": f"{config.n_layers}x{config.emb_dim}", "vocab_size": config.vocab_size}
     result |= {"n_parameters": model.n_parameters(), "versions": versions("torch", "transformers")}
     result["prompt_and_new_tokens"] = [options.n_prompt, options.n_new]
     goals: dict[str, bool] = {}
     for batch_size, least in ((1, 2.0), (8, 1.5)):
+        if batch_size > 1:
+            contenders.pop(UNGUESSED)  # a batch has no guesses
         rounds = measure(contenders, options, batch_size)
         speed = {name: statistics.median(values) for name, values in rounds.items()}
         ratio = {
@@ -169,7 +219,9 @@ def main() -> None:
         goals[f"batch {batch_size}: at least {least} times transformers"] = ratio["ours_to_transformers"] >= least
         if batch_size == 1:
             goals["int8 at least 2 times float32"] = ratio["int8_to_ours"] >= 2
+            goals["int8 at least 2 times float32 without guesses"] = speed[INT8] >= 2 * speed[UNGUESSED]
     if options.exp_dir:
+        result["tokens_a_reading"] = tokens_a_reading(options.exp_dir)
         result["first_character_s"] = first_character_s(options.exp_dir, options.n_rounds)
         result["import_torch_s"] = import_torch_s(options.n_rounds)  # the most of it
         goals["first character in less than 3 s"] = statistics.median(result["first_character_s"]) < 3

@@ -1,8 +1,8 @@
 """What a token's products cost on a CPU: the matrices of a GPT-2 of 110M parameters times one row, by several products.
 
 Writing reads all weights once a token, so a plain sum over the same memory is about the least. torch's own product is
-F.linear; "packed" is oneDNN's with the weights laid out for it, for one row and with the row filled up as
-gptkit/quick_linear.py does. They take turns.
+F.linear; "packed" is oneDNN's with the weights laid out for it, "int8" FBGEMM's (gptkit/quick_linear.py). Several rows
+at once are what reads a draft's guesses. They take turns.
 
     python benchmarks/products.py
 """
@@ -16,7 +16,8 @@ import torch
 from machine import say, versions, write_result
 from torch.nn import functional as F
 
-from gptkit.quick_linear import PACKED_FOR_ROWS, PackedLinear
+from gptkit.generation import N_GUESSES
+from gptkit.quick_linear import PACKED_FOR_ROWS, Int8Linear, PackedLinear
 
 WIDTH, N_LAYERS, VOCAB = 768, 12, 32_000
 OF_A_BLOCK = ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH))
@@ -28,8 +29,8 @@ def main() -> None:
     options = parser.parse_args()
     weights = [torch.randn(shape) for shape in (*OF_A_BLOCK * N_LAYERS, (VOCAB, WIDTH))]
     rows = [torch.randn(1, weight.shape[1]) for weight in weights]
-    layers = [PackedLinear(weight, None) for weight in weights]
-    product = torch.ops.mkldnn._linear_pointwise
+    several = [row.repeat(N_GUESSES + 1, 1) for row in rows]
+    packed, int8 = ([kind(weight, None) for weight in weights] for kind in (PackedLinear, Int8Linear))
 
     def each(work: Callable[[int], object]) -> Callable[[], object]:
         return lambda: [work(i) for i in range(len(weights))]
@@ -37,8 +38,9 @@ def main() -> None:
     contenders = {
         "sum": each(lambda i: weights[i].sum()),
         "F.linear": each(lambda i: F.linear(rows[i], weights[i])),
-        "packed, one row": each(lambda i: product(rows[i], layers[i].packed, None, "none", [], "")),
-        "packed, filled up": each(lambda i: layers[i](rows[i])),
+        "packed": each(lambda i: packed[i](rows[i])),
+        f"packed, {N_GUESSES + 1} rows": each(lambda i: packed[i](several[i])),
+        "int8": each(lambda i: int8[i](rows[i])),
     }
     times_ms: dict[str, list[float]] = {name: [] for name in contenders}
     with torch.inference_mode():
@@ -54,7 +56,7 @@ def main() -> None:
     write_result("products", {
         "weights_mb": round(n_bytes / 1e6), "packed_for_rows": PACKED_FOR_ROWS, "threads": torch.get_num_threads(),
         "versions": versions("torch"), "median_ms": medians,
-        "gb_per_s": {name: round(n_bytes / ms / 1e6, 1) for name, ms in medians.items()}, "times_ms": times_ms,
+        "times_ms": times_ms,
     })  # fmt: skip
 
 

@@ -7,7 +7,12 @@ as it comes.
 Past the context's end: a text of n ids is read from `window_start(n)` on. So the window moves on by half a context at
 a time, when it is full, and is read anew; in between a token costs one position's work.
 
-The model gives new_cache(B, S) and next_logits(ids, lengths, cache, n_slots), as gpt_model.py describes them.
+A single text may be written with a draft's help (speculative decoding, Leviathan et al. 2023, arXiv 2211.17192): a
+quicker model guesses a few ids, and the model reads them all at once, which costs it hardly more than one. What is
+written is what the model itself draws, with the random numbers it would have drawn it with alone.
+
+The model gives new_cache(B, S) and next_logits(ids, lengths, cache, n_slots), as gpt_model.py describes them, and with
+a draft both of them further_logits(ids, cache, n_read).
 
 Shapes: B batch (rows), T time, V vocabulary, S slots of the cache.
 """
@@ -25,8 +30,10 @@ from gptkit.command_line import setting
 if TYPE_CHECKING:
     from gptkit.tokenization import Tokenizer
 
+N_GUESSES = 6  # of a draft, at a time: benchmarks/draft_sizes.py
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
 Decode = Callable[[Any, torch.Tensor, torch.Tensor, Any, int | None], torch.Tensor]
+Choose = Callable[[torch.Tensor, Sequence[int], torch.Generator], int]  # logits (V,), the ids before -> the next id
 Finish = Literal["length", "end_of_text", "stop"]
 
 
@@ -74,18 +81,20 @@ def kept(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:  # (
 
 
 def sample(logits: torch.Tensor, settings: SamplingSettings, seen: Sequence[int], generator: torch.Generator) -> int:
-    """One id drawn by the settings after the ids seen; logits (V,) float32 on the CPU. Draws one random number."""
+    """One id drawn by the settings after the ids seen; logits (V,) float32 on the CPU. Draws V random numbers, or none.
+
+    By the Gumbel-max trick (Maddison et al. 2014, "A* Sampling", section 2): with the same random numbers, logits that
+    differ little seldom give another id, so that a draft guesses well.
+    """
     if settings.repetition_penalty != 1:
         logits = penalize(logits, torch.tensor(seen), settings.repetition_penalty)
     if settings.temperature == 0:
         return int(logits.argmax())
-    candidates = None
+    uniform, candidates = torch.rand(len(logits), dtype=torch.float64, generator=generator).clamp_min_(1e-300), None
     if settings.top_k is not None and settings.top_k < len(logits):  # then the rest of the work is over few
         candidates = (logits >= logits.topk(settings.top_k).values[-1]).nonzero()[:, 0]
-        logits = logits[candidates]
-    cumulative = kept(logits, settings).softmax(-1).cumsum(-1)
-    at = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
-    drawn = int(torch.searchsorted(cumulative, at, right=True))  # never one of probability 0: it ends where it begins
+        logits, uniform = logits[candidates], uniform[candidates]
+    drawn = int((kept(logits, settings) - (-uniform.log()).log()).argmax())
     return drawn if candidates is None else int(candidates[drawn])
 
 
@@ -158,20 +167,51 @@ def compiled_decode() -> Decode:
     return decode
 
 
-def next_of_rows(
-    model: Any, rows: Sequence[Sequence[int]], starts: list[int], cache: Any, context_length: int, decode: Decode
-) -> torch.Tensor:
-    """Logits (B, V) after the last id of each row; a row whose window has moved is read anew up to that id."""
+def move_windows(model: Any, rows: Sequence[Sequence[int]], starts: list[int], cache: Any, context_length: int) -> None:
+    """Read a row whose window must move anew, up to its last id."""
     for i, row in enumerate(rows):
         start = window_start(len(row), context_length)
         if start > starts[i]:
             starts[i] = start
             if len(row) - start > 1:
                 prefill(model, [row[start:-1]], cache.rows(slice(i, i + 1)))
+
+
+def next_of_rows(
+    model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int], cache: Any, decode: Decode
+) -> torch.Tensor:
+    """Logits (B, V) after the last id of each row."""
     device = next(model.parameters()).device
     lengths = [len(row) - start for row, start in zip(rows, starts, strict=True)]
     ids = torch.tensor([[row[-1]] for row in rows], device=device)
     return decode(model, ids, torch.tensor(lengths, device=device), cache, max(lengths))
+
+
+def guess_ahead(
+    model: Any,
+    draft: Any,
+    row: Sequence[int],
+    starts: Sequence[int],
+    cache: Any,
+    n_slots: int,
+    choose: Choose,
+    generator: torch.Generator,
+) -> Iterator[torch.Tensor]:
+    """Logits (1, V) after the last id of the only row, again and again; the reader puts an id to the row in between.
+
+    The draft's guesses are chosen with the random numbers that the reader's ids will be, so most of them are right. It
+    reads from the cache what the model has put there, and writes to it what the model then overwrites.
+    """
+    while True:
+        ids, n_read = [row[-1]], len(row) - 1 - starts[0]
+        alike = generator.clone_state()
+        for n_guessed in range(min(N_GUESSES, n_slots - n_read - 1)):
+            logits = draft.further_logits(torch.tensor([ids[-1:]]), cache, n_read + n_guessed)
+            ids.append(choose(logits[0], [*row, *ids[1:]], alike))
+        for guess, logits in zip(ids, model.further_logits(torch.tensor([ids]), cache, n_read), strict=True):
+            if guess != row[-1]:
+                break
+            yield logits[None]
 
 
 def generate(
@@ -187,19 +227,29 @@ def generate(
     generators: Sequence[torch.Generator],
     stopped: set[int] | None = None,
     decode: Decode = decode_one_token,
+    draft: nn.Module | None = None,
 ) -> Iterator[list[int | None]]:
     """The next id of each prompt's text, step by step, at most max_new_tokens times; None once a text has ended.
 
     A text ends at (and without) end-of-text, or where the reader adds its row to `stopped`. byte_ids are the ids of the
     bytes 0 … 255, where there are such: they are drawn in an order only that makes characters. Each row draws from its
     own generator, of the CPU: the same seed and prompt give the same text, alone or in a batch, on every device
-    whose logits agree. (In bfloat16 and int8 they do not: a batch rounds otherwise.)
+    whose logits agree. (In bfloat16 and int8 they do not: a batch rounds otherwise.) A draft helps with a single
+    text only.
     """
     byte_of = {i: byte for byte, i in enumerate(byte_ids)}
     begins_nothing = {i for i, byte in byte_of.items() if 0x80 <= byte < 0xC2 or byte > 0xF4}
     banned = torch.tensor(sorted({*banned_ids, *begins_nothing}), dtype=torch.int64)
     rows = [list(prompt) for prompt in prompts]
     ended = set() if stopped is None else stopped
+
+    def choose(logits: torch.Tensor, row: Sequence[int], generator: torch.Generator) -> int:
+        if may_follow := [byte_ids[byte] for byte in continuing(row, byte_of)]:
+            logits = torch.full_like(logits, -torch.inf).index_copy(0, torch.tensor(may_follow), logits[may_follow])
+        elif len(banned):
+            logits = logits.index_fill(0, banned, -torch.inf)
+        return sample(logits, settings, row, generator)
+
     was_training = model.training
     model.eval()
     try:
@@ -208,31 +258,27 @@ def generate(
             windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
             n_slots = min(max(map(len, windows)) + max_new_tokens, context_length)
             cache = model.new_cache(len(rows), n_slots)  # type: ignore[operator]
-        logits: torch.Tensor | None = None
-        for _ in range(max_new_tokens):
+        ahead = guess_ahead(model, draft, rows[0], starts, cache, n_slots, choose, generators[0])
+        for n_written in range(max_new_tokens):
             with torch.inference_mode():
-                if logits is None:
+                move_windows(model, rows, starts, cache, context_length)
+                if n_written == 0:
                     logits = prefill(model, windows, cache)
+                elif draft is not None and len(rows) == 1:
+                    logits = next(ahead)
                 else:
-                    logits = next_of_rows(model, rows, starts, cache, context_length, decode)
+                    logits = next_of_rows(model, rows, starts, cache, decode)
                 shown = logits.float().cpu()
+                new: list[int | None] = [None] * len(rows)
                 for i, row in enumerate(rows):
-                    if may_follow := [byte_ids[byte] for byte in continuing(row, byte_of)]:
-                        shown[i] = torch.full_like(shown[i], -torch.inf).index_copy(
-                            0, torch.tensor(may_follow), shown[i, may_follow]
-                        )
+                    if i in ended:
+                        continue
+                    drawn = choose(shown[i], row, generators[i])
+                    if drawn == end_of_text_id:
+                        ended.add(i)
                     else:
-                        shown[i, banned] = -torch.inf
-            new: list[int | None] = [None] * len(rows)
-            for i, row in enumerate(rows):
-                if i in ended:
-                    continue
-                drawn = sample(shown[i], settings, row, generators[i])
-                if drawn == end_of_text_id:
-                    ended.add(i)
-                else:
-                    new[i] = drawn
-                    row.append(drawn)
+                        new[i] = drawn
+                        row.append(drawn)
             if len(ended) < len(rows):
                 yield new
             if len(ended) == len(rows):
@@ -299,6 +345,7 @@ def write(
     max_new_tokens: int,
     context_length: int,
     decode: Decode = decode_one_token,
+    draft: nn.Module | None = None,
 ) -> Generator[tuple[int, str], None, None]:
     """Write the texts, all by one tokenizer, at once: (row, characters) as they come, the last ones when it ends."""
     tokenizer = texts[0].tokenizer
@@ -315,6 +362,7 @@ def write(
         generators=[text.generator for text in texts],
         stopped=stopped,
         decode=decode,
+        draft=draft,
     )
     for new in steps:
         for i, text in enumerate(texts):

@@ -2,29 +2,30 @@
 
 For few rows torch hands a float32 product to a routine that reads the weights with one core, or, for some rows, again
 and again. `PackedLinear` has oneDNN do it, with the weights laid out for it; `Int8Linear` has a quarter of the bytes
-to read. Both are for inference alone: they have no parameters of their own.
+to read. Both are for inference alone: they have no parameters of their own. `prepare_to_write` puts the first into a
+model, and makes of the second a draft that guesses what the model will write (generation.py).
 
 Shapes: M rows (of all dimensions but the last), K inputs, N outputs.
 """
 
-import math
+import contextlib
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from gptkit.command_line import UserError
 
-# oneDNN's product for one row reads packed weights a little more slowly than the one for some rows: benchmarks/products.py
-PACKED_FOR_ROWS, LEAST_ROWS = 8, 4
+PACKED_FOR_ROWS = 8
+DRAFT_FROM = 20_000_000  # entries of all matrices of a model from which a draft pays: benchmarks/draft_sizes.py
 INPUT_LEVELS = 63  # AVX2 adds products of inputs and weights in pairs, in 16 bits: 2 x 127 x 127 is the most that fits
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b in float32, by the product that torch.compile would choose. can_pack() tells whether there is one."""
+    """x W^T + b in float32, by the product that torch.compile would choose, where torch has it."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -32,36 +33,28 @@ class PackedLinear(nn.Module):
         self.packed: Any = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR_ROWS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, K) -> (…, N)
-        n_rows = math.prod(x.shape[:-1])
-        if n_rows >= LEAST_ROWS:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        rows = F.pad(x.reshape(n_rows, -1), (0, 0, 0, LEAST_ROWS - n_rows))
-        product = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
-        return product[:n_rows].reshape(*x.shape[:-1], -1)
-
-
-def can_pack() -> bool:
-    """Whether this torch has oneDNN and its product; without it, torch's own layers stay."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class Int8Linear(nn.Module):
     """x W^T + b with weights in 8 bits, one scale an output, and inputs in 7 bits, one scale a row.
 
     As LLM.int8 (Dettmers et al. 2022, section 2.1, "row-wise" and vector-wise scales), without its outliers. A row's
-    result does not depend on the rows beside it. torch's FBGEMM kernels do the product. Raises UserError where torch
-    has none for this processor.
+    result does not depend on the rows beside it; a single row has a quicker kernel, whose 128 levels lie between its
+    least and its largest input, never further apart. torch's FBGEMM kernels do the product. Raises UserError where
+    torch has none for this processor.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.bias = None if bias is None else bias.detach().float()
-        scales = (weight.detach().float().abs().amax(1) / 127).clamp_min(1e-12).double()
+        scales = (weight.detach().float().abs().amax(1) / 127).clamp_min(1e-12)
+        levels = (weight.detach() / scales[:, None]).round_().to(torch.int8)
         zeros = torch.zeros(len(weight), dtype=torch.int64)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch means to move these tensors to another library
-                quantized = torch.quantize_per_channel(weight.detach().float(), scales, zeros, 0, torch.qint8)
+                quantized = torch._make_per_channel_quantized_tensor(levels, scales.double(), zeros, 0)
             self.packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
         except (RuntimeError, AttributeError) as error:
             reason = str(error).strip().partition("\n")[0]
@@ -70,6 +63,9 @@ class Int8Linear(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, K) -> (…, N)
+        if x.numel() == x.shape[-1]:
+            product = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)  # 7 bits
+            return product if self.bias is None else product.add_(self.bias)
         largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min(1e-12)  # (…, 1)
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             x / largest, 1 / INPUT_LEVELS, INPUT_LEVELS + 1, self.packed
@@ -89,3 +85,22 @@ def replace_linear_layers(model: Any, layer: Callable[[torch.Tensor, torch.Tenso
             if isinstance(child, nn.Linear) and child.weight is not head:
                 setattr(module, name, layer(child.weight, child.bias))
     model.quick_head = layer(head, model.padding_bias if model.padding_bias.any() else None)
+
+
+def int8_copy(model: Any) -> Any:
+    """A model to write with that has Int8Linear layers and shares all else with the one given. Raises UserError."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, shared)
+    replace_linear_layers(copied, Int8Linear)
+    return copied.eval()
+
+
+def prepare_to_write(model: Any, *, with_draft: bool) -> Any | None:
+    """Put packed layers into a float32 model on the CPU, for good; the draft, where one is asked for and pays."""
+    draft = None
+    if with_draft and model.config.n_block_parameters + model.head_weight.numel() >= DRAFT_FROM:
+        with contextlib.suppress(UserError):
+            draft = int8_copy(model)
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        replace_linear_layers(model, PackedLinear)  # else torch's own layers stay
+    return draft

@@ -13,6 +13,7 @@ from torch import nn
 
 from gpt_model import GPTModel
 from gptkit.generation import (
+    N_GUESSES,
     SamplingSettings,
     Text,
     compiled_decode,
@@ -26,7 +27,7 @@ from gptkit.generation import (
     window_start,
     write,
 )
-from gptkit.quick_linear import PackedLinear, replace_linear_layers
+from gptkit.quick_linear import PackedLinear, int8_copy, replace_linear_layers
 from gptkit.tokenization import Tokenizer, load_sentencepiece
 
 END = 0
@@ -143,6 +144,79 @@ def test_all_of_the_cache_may_be_looked_at() -> None:
             prefill(model, [[5, 6, 7]], cache)
             logits.append(decode_one_token(model, torch.tensor([[8]]), torch.tensor([4]), cache, n_slots))
     torch.testing.assert_close(*logits)
+
+
+@both_archs
+@pytest.mark.parametrize("n_further", [1, 2, 5])
+def test_some_further_ids_at_once(arch: str, n_further: int) -> None:
+    """What the cache holds behind them, of guesses that were wrong, does not count."""
+    model, ids = random_model(arch=arch, n_kv_heads=2 if arch == "modern" else 0), list(range(5, 25))
+    with torch.inference_mode():
+        whole = model(torch.tensor([ids]))[0]
+        cache = model.new_cache(1, CONTEXT)
+        cache.keys.fill_(7.0)
+        cache.values.fill_(7.0)
+        prefill(model, [ids[:4]], cache)
+        for n_read in range(4, 20, n_further):
+            further = torch.tensor([ids[n_read : n_read + n_further]])
+            logits = model.further_logits(further, cache, n_read)
+            torch.testing.assert_close(logits, whole[n_read : n_read + n_further], atol=2e-4, rtol=1e-4)
+
+
+class Counted(nn.Module):
+    """A model, and how often it reads on."""
+
+    def __init__(self, model: GPTModel) -> None:
+        super().__init__()
+        self.model, self.n_readings = model, 0
+        self.new_cache, self.next_logits = model.new_cache, model.next_logits
+
+    def further_logits(self, *arguments: Any) -> torch.Tensor:
+        self.n_readings += 1
+        return self.model.further_logits(*arguments)
+
+
+HOT = SamplingSettings(temperature=1.5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GREEDY,
+        HOT,
+        SamplingSettings(temperature=0.7, top_k=9),
+        SamplingSettings(temperature=2.0, top_p=0.9, min_p=0.01, repetition_penalty=1.3),
+    ],
+    ids=str,
+)
+@both_archs
+def test_a_draft_changes_nothing(arch: str, settings: SamplingSettings) -> None:
+    """A good one and one that knows nothing, far past the context's end; the good one saves most of the readings."""
+    model = random_model(arch=arch)
+    for number, prompt in enumerate([[7], list(range(20, 40)), list(range(23)), list(range(60))]):
+        how: dict[str, Any] = {"seed": number, "settings": settings, "banned_ids": [3, 40], "max_new_tokens": 70}
+        expected = written(model, [prompt], **how)
+        for draft, most in ((int8_copy(model), 40), (random_model(seed=5, arch=arch), 70)):
+            counted = Counted(model)
+            assert written(counted, [prompt], draft=draft, **how) == expected
+            assert 70 / (N_GUESSES + 1) < counted.n_readings < most
+        end = expected[0][33]
+        found = written(model, [prompt], draft=int8_copy(model), end_of_text_id=end, **how)
+        assert found == [expected[0][: expected[0].index(end)]]
+
+
+def test_a_draft_is_for_one_text_only() -> None:
+    model = random_model()
+    expected = written(model, PROMPTS, 4, HOT)
+    assert written(model, PROMPTS, 4, HOT, draft=int8_copy(model)) == expected
+
+
+def test_a_draft_guesses_bytes_that_make_characters() -> None:
+    model = random_model(arch="modern", vocab_size=300)
+    byte_ids = range(20, 276)
+    expected = written(model, [[7]], 1, HOT, byte_ids=byte_ids, max_new_tokens=60)
+    bytes(i - 20 for i in expected[0] if i in byte_ids).decode()
+    assert written(model, [[7]], 1, HOT, byte_ids=byte_ids, max_new_tokens=60, draft=int8_copy(model)) == expected
 
 
 def test_compiled_decoding_writes_the_same() -> None:

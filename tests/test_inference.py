@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import (
@@ -23,6 +24,7 @@ from conftest import (
 )
 
 import inference
+from gptkit import quick_linear
 from gptkit.command_line import UserError, parse
 
 
@@ -53,6 +55,31 @@ def test_samples_are_those_of_their_seeds(babble: Path) -> None:
     assert len(set(alone)) == 3
     together = infer(babble, *how, "--seed", 7, "--num_samples", 3, "--batch_size", 2).stdout
     assert together == "\n".join(f"―― {i} / 3 ――\n{text}" for i, text in enumerate(alone, 1))
+
+
+def test_a_draft_is_made_for_texts_alone_and_changes_nothing(
+    babble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("雨\n雪\n", "utf-8")
+    how = {"exp_dir": str(babble), "device": "cpu", "seed": 5, "max_new_tokens": 40}
+    inference.main(inference.InferenceConfig(**how, prompt="雨が"))
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(quick_linear, "DRAFT_FROM", 0)  # as if the model were large
+    inference.main(inference.InferenceConfig(**how, prompt="雨が"))
+    assert capsys.readouterr().out == expected
+    many = str(tmp_path / "prompts.txt")
+    ways: list[tuple[dict[str, Any], bool]] = [
+        ({"prompt": "雨が"}, True),
+        ({"interactive": True}, True),
+        ({"prompts_file": many, "batch_size": 1}, True),
+        ({"prompts_file": many}, False),
+        ({"prompt": "雨が", "num_samples": 2}, False),
+        ({"prompt": "雨が", "quantize": "int8"}, False),
+        ({"prompt": "雨が", "dtype": "bfloat16"}, False),
+    ]
+    for way, expects_draft in ways:
+        writer = inference.load_writer(inference.InferenceConfig(**how, **way))
+        assert (writer.draft is not None) == expects_draft, way
 
 
 def test_many_prompts_into_json_lines(poem: tuple[Path, str], tmp_path: Path) -> None:

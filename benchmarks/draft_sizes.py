@@ -1,0 +1,54 @@
+"""From which size of a model on a draft pays, and how many guesses at a time: tokens a second on a CPU, batch 1.
+
+As generation_speed.py: random weights, top-k 40. Each size is written without a draft and with some numbers of guesses,
+in turns.
+
+    python benchmarks/draft_sizes.py
+"""
+
+import argparse
+import statistics
+
+from generation_speed import ours, random_model, random_prompts, tokens_a_second
+from machine import say, versions, write_result
+
+from gpt_model import GPTConfig
+from gptkit import quick_linear
+
+SIZES = ((4, 256), (6, 384), (8, 512), (12, 768))  # layers, width
+VOCAB, CONTEXT = 32_000, 512
+N_GUESSES = (3, 4, 5, 6, 7)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="From which size on a draft pays")
+    parser.add_argument("--n_rounds", type=int, default=9)
+    parser.add_argument("--n_new", type=int, default=64)
+    options = parser.parse_args()
+    quick_linear.DRAFT_FROM = 0
+    result = {}
+    for n_layers, emb_dim in SIZES:
+        model = random_model(GPTConfig(VOCAB, CONTEXT, emb_dim, n_layers, emb_dim // 64))
+        draft = quick_linear.prepare_to_write(model, with_draft=True)
+        contenders = {"none": ours(model, None)} | {f"{n} guesses": ours(model, draft, n) for n in N_GUESSES}
+        found: dict[str, list[float]] = {name: [] for name in contenders}
+        for i in range(options.n_rounds + 1):
+            prompt = random_prompts(VOCAB, 1, 32, seed=i)
+            for name, write in contenders.items():
+                speed = tokens_a_second(write, prompt, options.n_new, i)
+                if i:  # the first round warms up
+                    found[name].append(round(speed, 1))
+        n_matrix = model.config.n_block_parameters + model.head_weight.numel()
+        medians = {name: statistics.median(values) for name, values in found.items()}
+        result[f"{n_layers}x{emb_dim}"] = {
+            "matrix_entries": n_matrix,
+            "median_tokens_per_s": medians,
+            "to_none": {name: round(value / medians["none"], 2) for name, value in medians.items()},
+            "rounds": found,
+        }
+        say(f"{n_layers}x{emb_dim}, {n_matrix / 1e6:.0f} M: " + ", ".join(f"{n} {v}" for n, v in medians.items()))
+    write_result("draft_sizes", {"vocab_size": VOCAB, "versions": versions("torch"), "sizes": result})
+
+
+if __name__ == "__main__":
+    main()
