@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,10 +32,10 @@ from gptkit.quick_linear import int8_copy, prepare_to_write
 from gptkit.tokenization import Tokenizer, load_saved
 
 OURS, UNGUESSED, INT8, TRANSFORMERS = "ours", "ours_unguessed", "ours_int8", "transformers"
-TOP_K = 40
-# Of the last norm, so that the next token of random weights is as uncertain as a young model's (5 nats; even odds have
-# 10). Guesses are right more often where a model is surer; "tokens_a_reading" is of a trained one.
-SURENESS = 6.0
+HOW = SamplingSettings(temperature=1.0, top_k=40)
+# Of the last norm, so that as many of the guesses are right as with a trained model, both of which "tokens_a_reading"
+# tells: random weights alone make all words nearly as likely, and a guess is seldom as unsure as that.
+SURENESS = 9.0
 Write = Callable[[list[list[int]], int, int], int]  # prompts, how many new tokens each, a seed -> how many came
 
 
@@ -51,9 +51,8 @@ def ours(model: GPTModel, draft: GPTModel | None, n_guesses: int = generation.N_
     def write(prompts: list[list[int]], n_new: int, seed: int) -> int:
         generation.N_GUESSES = n_guesses
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        how = SamplingSettings(temperature=1.0, top_k=TOP_K)
         steps = generation.generate(
-            model, prompts, how, max_new_tokens=n_new, context_length=model.config.context_length, end_of_text_id=-1,
+            model, prompts, HOW, max_new_tokens=n_new, context_length=model.config.context_length, end_of_text_id=-1,
             banned_ids=(), generators=generators, draft=draft,
         )  # fmt: skip
         return sum(len(new) for new in steps)
@@ -79,7 +78,7 @@ def transformers(config: GPTConfig) -> Write:
         torch.manual_seed(seed)
         ids = torch.tensor(prompts)
         found = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=TOP_K, max_new_tokens=n_new, min_new_tokens=n_new,
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=HOW.top_k, max_new_tokens=n_new, min_new_tokens=n_new,
             pad_token_id=0,
         )  # fmt: skip
         return int(found.numel() - ids.numel())
@@ -132,22 +131,30 @@ def cost_of_int8(exp_dir: Path, text_path: Path) -> dict[str, float]:
     return found
 
 
-def tokens_a_reading(exp_dir: Path) -> dict[str, float]:
-    """Tokens that a trained model writes each time it reads what its draft has guessed; at most one more than guesses."""
+def tokens_a_reading(
+    model: GPTModel, draft: GPTModel, prompt: list[int], how: SamplingSettings, banned_ids: Iterable[int] = ()
+) -> float:
+    """Tokens written each time the model reads what its draft has guessed: at most one more than there are guesses."""
+    n_tokens = 0
+    with mock.patch.object(model, "further_logits", wraps=model.further_logits) as reading:
+        for seed in range(15):
+            steps = generation.generate(
+                model, [prompt], how, max_new_tokens=100, context_length=model.config.context_length, end_of_text_id=-1,
+                banned_ids=banned_ids, generators=[torch.Generator().manual_seed(seed)], draft=draft,
+            )  # fmt: skip
+            n_tokens += sum(1 for _ in steps) - 1  # the first one follows the prompt's own reading
+    return round(n_tokens / reading.call_count, 2)
+
+
+def tokens_a_reading_of_trained(exp_dir: Path) -> dict[str, float]:
     model, tokenizer = load_trained(exp_dir)
-    draft, found = int8_copy(model), {}
-    for temperature, top_k in ((0.0, None), (0.8, None), (1.0, TOP_K)):
-        how, n_tokens = SamplingSettings(temperature=temperature, top_k=top_k), 0
-        with mock.patch.object(model, "further_logits", wraps=model.further_logits) as reading:
-            for seed in range(10):
-                steps = generation.generate(
-                    model, [tokenizer.encode("雨")], how, max_new_tokens=100, context_length=model.config.context_length,
-                    end_of_text_id=-1, banned_ids=tokenizer.never_written, byte_ids=tokenizer.byte_ids,
-                    generators=[torch.Generator().manual_seed(seed)], draft=draft,
-                )  # fmt: skip
-                n_tokens += sum(1 for _ in steps) - 1  # the first one follows the prompt's own reading
-        found[f"temperature {temperature}, top-k {top_k}"] = round(n_tokens / reading.call_count, 2)
-    return found
+    draft, prompt = int8_copy(model), tokenizer.encode("雨")
+    return {
+        f"temperature {how.temperature}, top-k {how.top_k}": tokens_a_reading(
+            model, draft, prompt, how, tokenizer.never_written
+        )
+        for how in (SamplingSettings(temperature=0), SamplingSettings(), HOW)
+    }
 
 
 def first_character_s(exp_dir: Path, n_times: int) -> list[float]:
@@ -190,6 +197,7 @@ def main() -> None:
         options.vocab_size, options.context_length, options.emb_dim, options.n_layers, options.n_heads, arch="gpt2"
     )
     model = random_model(config)
+    n_parameters = model.n_parameters()
     int8 = int8_copy(model)
     draft = prepare_to_write(model, with_draft=True)
     contenders = {
@@ -199,8 +207,14 @@ def main() -> None:
         TRANSFORMERS: transformers(config),
     }
     result: dict[str, Any] = {"size": f"{config.n_layers}x{config.emb_dim}", "vocab_size": config.vocab_size}
-    result |= {"n_parameters": model.n_parameters(), "versions": versions("torch", "transformers")}
+    result |= {"n_parameters": n_parameters, "versions": versions("torch", "transformers")}
     result["prompt_and_new_tokens"] = [options.n_prompt, options.n_new]
+    result["tokens_a_reading"] = {}
+    if draft:
+        prompt = random_prompts(options.vocab_size, 1, options.n_prompt, seed=0)[0]
+        for name, sureness in (("random weights as they are", 1.0), ("random weights", SURENESS)):
+            model.final_norm.weight.data.fill_(sureness)  # type: ignore[operator,union-attr]
+            result["tokens_a_reading"][name] = tokens_a_reading(model, draft, prompt, HOW)
     goals: dict[str, bool] = {}
     for batch_size, least in ((1, 2.0), (8, 1.5)):
         if batch_size > 1:
@@ -221,7 +235,7 @@ def main() -> None:
             goals["int8 at least 2 times float32"] = ratio["int8_to_ours"] >= 2
             goals["int8 at least 2 times float32 without guesses"] = speed[INT8] >= 2 * speed[UNGUESSED]
     if options.exp_dir:
-        result["tokens_a_reading"] = tokens_a_reading(options.exp_dir)
+        result["tokens_a_reading"] |= tokens_a_reading_of_trained(options.exp_dir)
         result["first_character_s"] = first_character_s(options.exp_dir, options.n_rounds)
         result["import_torch_s"] = import_torch_s(options.n_rounds)  # the most of it
         goals["first character in less than 3 s"] = statistics.median(result["first_character_s"]) < 3
