@@ -20,7 +20,7 @@ import torch
 
 from gpt_model import GPTConfig, GPTModel
 from gptkit import checkpoints, devices
-from gptkit.command_line import UserError, existing_path, hub_folder, run_command, setting
+from gptkit.command_line import UserError, existing_path, first_line, hub_folder, run_command, setting
 from gptkit.evaluation import read_works, score_works
 from gptkit.run_log import shown
 from gptkit.tokenization import HF_PATTERNS, Tokenizer, load_hf, load_saved
@@ -130,8 +130,7 @@ def of_transformers(name: str, folder: Path, device: torch.device) -> Contender:
         n_words = model.get_input_embeddings().num_embeddings
         context_length = model.config.max_position_embeddings
     except Exception as error:  # it raises many kinds for a folder without a model
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"--hf_model {name} is no causal model that transformers loads ({reason})")
+        raise UserError(f"--hf_model {name} is no causal model that transformers loads ({first_line(error)})")
     if tokenizer.vocab_size > n_words:
         if tokenizer.vocab_size > n_words + 1 or tokenizer.unknown_id is None:
             raise UserError(f"--hf_model {name} has {n_words} words and its tokenizer {tokenizer.vocab_size}")

@@ -25,7 +25,7 @@ from gpt_model import LADDER, PRESETS, Arch, GPTConfig, GPTModel
 from gptkit import budget, checkpoints, devices, hf_conversion, parallel, planning, sharding
 from gptkit.batches import Batch, TrainingBatches, check_size, validation_batches
 from gptkit.bigrams import MIN_TOKENS_PER_WORD, fit_to_bigrams
-from gptkit.command_line import UserError, existing_path, run_command, setting
+from gptkit.command_line import UserError, existing_path, first_line, run_command, setting
 from gptkit.compilation import (
     Loss,
     TooLarge,
@@ -360,9 +360,8 @@ def load(run: Run, checkpoint: Path) -> Progress:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if devices.is_out_of_memory(error):
             raise
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{checkpoint} is damaged ({reason}); remove it to go on from an older checkpoint, if there is one"
+            f"{checkpoint} is damaged ({first_line(error)}); remove it to go on from an older checkpoint, if there is one"
         )
     return progress
 

@@ -1,7 +1,7 @@
 """From which size of a model on a draft pays, and how many guesses at a time: tokens a second on a CPU, batch 1.
 
 As generation_speed.py: random weights, top-k 40. Each size is written without a draft and with some numbers of guesses,
-in turns.
+in turns, whose order turns too.
 
     python benchmarks/draft_sizes.py
 """
@@ -32,10 +32,11 @@ def main() -> None:
         draft = quick_linear.prepare_to_write(model, with_draft=True)
         contenders = {"none": ours(model, None)} | {f"{n} guesses": ours(model, draft, n) for n in N_GUESSES}
         found: dict[str, list[float]] = {name: [] for name in contenders}
+        names = list(contenders)
         for i in range(options.n_rounds + 1):
             prompt = random_prompts(VOCAB, 1, 32, seed=i)
-            for name, write in contenders.items():
-                speed = tokens_a_second(write, prompt, options.n_new, i)
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                speed = tokens_a_second(contenders[name], prompt, options.n_new, i)
                 if i:  # the first round warms up
                     found[name].append(round(speed, 1))
         n_matrix = model.config.n_block_parameters + model.head_weight.numel()

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gptkit.command_line import UserError, existing_path
+from gptkit.command_line import UserError, existing_path, first_line
 from gptkit.files import read_json, sha256_of, sync_file, sync_folder, write_atomically, write_json
 
 FORMAT, VERSION = "gptkit-checkpoint", 2
@@ -381,6 +381,5 @@ def load_model(folder: Path, build: Callable[[dict[str, Any]], Model], vocab_siz
             raise ValueError(f"{broken} holds values that are not finite")
         model.load_state_dict(weights)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder} is damaged or from another version ({reason}); use another checkpoint")
+        raise UserError(f"{folder} is damaged or from another version ({first_line(error)}); use another checkpoint")
     return model.to(device)

@@ -26,6 +26,11 @@ class UserError(Exception):
     """A mistake the user can mend. The message names the value and the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says, for a message of one line."""
+    return str(error).strip().partition("\n")[0]
+
+
 def setting(
     default: Any = dataclasses.MISSING,
     help: str = "",

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gptkit import devices, parallel, sharding
-from gptkit.command_line import UserError
+from gptkit.command_line import UserError, first_line
 from gptkit.losses import linear_cross_entropy
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, each (B, T) -> mean, nats a token
@@ -125,8 +125,10 @@ def compile_and_try(
         except Exception as error:  # the compiler's errors have no common class
             if devices.is_out_of_memory(error):
                 raise
-            reason = str(error).strip().partition("\n")[0]
-            print(f"warning: --compile failed ({type(error).__name__}: {reason}); going on without", file=sys.stderr)
+            print(
+                f"warning: --compile failed ({type(error).__name__}: {first_line(error)}); going on without",
+                file=sys.stderr,
+            )
     parts_s = micro_step_s(chosen)
     if parallel.on_main(lambda: sum(parts_s) < 5):  # the first one also warms up; a long one is measure enough
         parts_s = min((micro_step_s(chosen) for _ in range(3)), key=sum)

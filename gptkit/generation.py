@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from gptkit.command_line import setting
+from gptkit.command_line import first_line, setting
 
 if TYPE_CHECKING:
     from gptkit.tokenization import Tokenizer
@@ -160,8 +160,7 @@ def compiled_decode() -> Decode:
                 return step(model, ids, lengths, cache).clone()  # what it gives is overwritten by its next call
             except torch._dynamo.exc.TorchDynamoException as error:
                 works = False
-                reason = str(error).strip().partition("\n")[0]
-                print(f"warning: torch.compile failed ({reason}); going on without it", file=sys.stderr)
+                print(f"warning: torch.compile failed ({first_line(error)}); going on without it", file=sys.stderr)
         return decode_one_token(model, ids, lengths, cache, n_slots)
 
     return decode
@@ -234,8 +233,8 @@ def generate(
     A text ends at (and without) end-of-text, or where the reader adds its row to `stopped`. byte_ids are the ids of the
     bytes 0 … 255, where there are such: they are drawn in an order only that makes characters. Each row draws from its
     own generator, of the CPU: the same seed and prompt give the same text, alone or in a batch, on every device
-    whose logits agree. (In bfloat16 and int8 they do not: a batch rounds otherwise.) A draft helps with a single
-    text only.
+    whose logits agree. (In bfloat16 and int8 they do not: a batch rounds otherwise.) A draft
+    helps with a single text only, in place of `decode`; it and the model are on the CPU.
     """
     byte_of = {i: byte for byte, i in enumerate(byte_ids)}
     begins_nothing = {i for i, byte in byte_of.items() if 0x80 <= byte < 0xC2 or byte > 0xF4}
@@ -258,13 +257,15 @@ def generate(
             windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
             n_slots = min(max(map(len, windows)) + max_new_tokens, context_length)
             cache = model.new_cache(len(rows), n_slots)  # type: ignore[operator]
-        ahead = guess_ahead(model, draft, rows[0], starts, cache, n_slots, choose, generators[0])
+        ahead = None
+        if draft is not None and len(rows) == 1:
+            ahead = guess_ahead(model, draft, rows[0], starts, cache, n_slots, choose, generators[0])
         for n_written in range(max_new_tokens):
             with torch.inference_mode():
                 move_windows(model, rows, starts, cache, context_length)
                 if n_written == 0:
                     logits = prefill(model, windows, cache)
-                elif draft is not None and len(rows) == 1:
+                elif ahead is not None:
                     logits = next(ahead)
                 else:
                     logits = next_of_rows(model, rows, starts, cache, decode)

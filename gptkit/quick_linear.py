@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptkit.command_line import UserError
+from gptkit.command_line import UserError, first_line
 
 PACKED_FOR_ROWS = 8
 DRAFT_FROM = 20_000_000  # entries of all matrices of a model from which a draft pays: benchmarks/draft_sizes.py
@@ -40,9 +40,9 @@ class Int8Linear(nn.Module):
     """x W^T + b with weights in 8 bits, one scale an output, and inputs in 7 bits, one scale a row.
 
     As LLM.int8 (Dettmers et al. 2022, section 2.1, "row-wise" and vector-wise scales), without its outliers. A row's
-    result does not depend on the rows beside it; a single row has a quicker kernel, whose 128 levels lie between its
-    least and its largest input, never further apart. torch's FBGEMM kernels do the product. Raises UserError where
-    torch has none for this processor.
+    result does not depend on the rows beside it. A single row has a quicker kernel, whose 128 levels lie between its
+    least and its largest input and 0: no further apart, unless all inputs are below 0.004. torch's FBGEMM kernels do
+    the product. Raises UserError where torch has none for this processor.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -56,13 +56,13 @@ class Int8Linear(nn.Module):
                 warnings.simplefilter("ignore")  # torch means to move these tensors to another library
                 quantized = torch._make_per_channel_quantized_tensor(levels, scales.double(), zeros, 0)
             self.packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
+            self(torch.zeros(2, weight.shape[1]))  # some of torch's engines pack, and have no such product
         except (RuntimeError, AttributeError) as error:
-            reason = str(error).strip().partition("\n")[0]
             raise UserError(
-                f"--quantize int8: this torch has no such product for this processor ({reason}); leave it out"
+                f"--quantize int8: this torch has no such product for this processor ({first_line(error)}); leave it out"
             )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, K) -> (…, N)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, M, K) -> (…, M, N)
         if x.numel() == x.shape[-1]:
             product = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)  # 7 bits
             return product if self.bias is None else product.add_(self.bias)
@@ -80,7 +80,7 @@ def replace_linear_layers(model: Any, layer: Callable[[torch.Tensor, torch.Tenso
     for it as quick_head.
     """
     head: Any = model.head_weight
-    for module in list(model.modules()):
+    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:  # those go as they can
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and child.weight is not head:
                 setattr(module, name, layer(child.weight, child.bias))

@@ -21,7 +21,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from gptkit.command_line import UserError, hub_folder, likely_path, setting
+from gptkit.command_line import UserError, first_line, hub_folder, likely_path, setting
 from gptkit.files import read_json
 from gptkit.tokenizer_backends import Backend, SentencePieceBackend, TiktokenBackend, TokenizersBackend
 
@@ -310,5 +310,6 @@ def _converted_by_transformers(what: str, folder: Path) -> Backend:
         fast = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
         return TokenizersBackend(fast.to_str().encode())
     except Exception as error:  # it raises many kinds for a folder without a tokenizer
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{what} holds no SentencePiece model and no tokenizer.json that can be used ({reason})")
+        raise UserError(
+            f"{what} holds no SentencePiece model and no tokenizer.json that can be used ({first_line(error)})"
+        )

@@ -8,9 +8,15 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from conftest import ROOT, assert_user_error, command, environment, run_command
+
+import demo
+from gptkit import generation, quick_linear
+from gptkit.generation import SamplingSettings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # A closed network refuses what a browser sends by itself.
@@ -135,3 +141,15 @@ def test_without_gradio_one_line_says_what_to_install(poem: tuple[Path, str], tm
         command("demo.py", "--exp_dir", poem[0]), env=variables, capture_output=True, encoding="utf-8"
     )
     assert_user_error(result, "pip install gradio")
+
+
+def test_a_draft_changes_no_text(babble: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder,) = demo.find_folders([str(babble)]).values()
+    texts = []
+    for least in (quick_linear.DRAFT_FROM, 0):  # the second as if the model were large
+        monkeypatch.setattr(quick_linear, "DRAFT_FROM", least)
+        model = demo.load_model(folder, torch.device("cpu"))
+        with mock.patch.object(generation, "guess_ahead", wraps=generation.guess_ahead) as guessing:
+            texts.append(list(demo.growing_text(model, "雨が", SamplingSettings(), 40, 5))[-1])
+        assert guessing.call_count == (least == 0)
+    assert texts[0] == texts[1]

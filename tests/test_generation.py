@@ -189,14 +189,14 @@ HOT = SamplingSettings(temperature=1.5)
     ],
     ids=str,
 )
-@both_archs
-def test_a_draft_changes_nothing(arch: str, settings: SamplingSettings) -> None:
+@pytest.mark.parametrize("changes", [{"arch": "gpt2"}, {"arch": "modern", "n_kv_heads": 2}], ids=str)
+def test_a_draft_changes_nothing(changes: dict[str, Any], settings: SamplingSettings) -> None:
     """A good one and one that knows nothing, far past the context's end; the good one saves most of the readings."""
-    model = random_model(arch=arch)
+    model = random_model(**changes)
     for number, prompt in enumerate([[7], list(range(20, 40)), list(range(23)), list(range(60))]):
         how: dict[str, Any] = {"seed": number, "settings": settings, "banned_ids": [3, 40], "max_new_tokens": 70}
         expected = written(model, [prompt], **how)
-        for draft, most in ((int8_copy(model), 40), (random_model(seed=5, arch=arch), 70)):
+        for draft, most in ((int8_copy(model), 40), (random_model(seed=5, **changes), 70)):
             counted = Counted(model)
             assert written(counted, [prompt], draft=draft, **how) == expected
             assert 70 / (N_GUESSES + 1) < counted.n_readings < most
@@ -212,11 +212,21 @@ def test_a_draft_is_for_one_text_only() -> None:
 
 
 def test_a_draft_guesses_bytes_that_make_characters() -> None:
-    model = random_model(arch="modern", vocab_size=300)
-    byte_ids = range(20, 276)
-    expected = written(model, [[7]], 1, HOT, byte_ids=byte_ids, max_new_tokens=60)
-    bytes(i - 20 for i in expected[0] if i in byte_ids).decode()
-    assert written(model, [[7]], 1, HOT, byte_ids=byte_ids, max_new_tokens=60, draft=int8_copy(model)) == expected
+    model = Counted(random_model(arch="modern", vocab_size=300))
+    how: dict[str, Any] = {"settings": HOT, "byte_ids": range(20, 276), "max_new_tokens": 60}
+    expected = written(model.model, [[7]], **how)
+    assert sum(i - 20 >= 0x80 for i in expected[0] if i < 276) > 10
+    assert written(model, [[7]], draft=int8_copy(model.model), **how) == expected
+    assert model.n_readings < 25
+
+
+@pytest.mark.parametrize("context_length", [1, 2, 3])
+def test_a_draft_in_the_least_of_contexts(context_length: int) -> None:
+    model = random_model(arch="modern", context_length=context_length)
+    how: dict[str, Any] = {"settings": HOT, "context_length": context_length}
+    expected = written(model, [[7, 8]], **how)
+    assert written(model, [[7, 8]], draft=int8_copy(model), **how) == expected
+    assert written(model, [[7, 8]], draft=int8_copy(model), **how | {"max_new_tokens": 1}) == [expected[0][:1]]
 
 
 def test_compiled_decoding_writes_the_same() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import (
@@ -24,7 +25,7 @@ from conftest import (
 )
 
 import inference
-from gptkit import quick_linear
+from gptkit import generation, quick_linear
 from gptkit.command_line import UserError, parse
 
 
@@ -65,7 +66,9 @@ def test_a_draft_is_made_for_texts_alone_and_changes_nothing(
     inference.main(inference.InferenceConfig(**how, prompt="雨が"))
     expected = capsys.readouterr().out
     monkeypatch.setattr(quick_linear, "DRAFT_FROM", 0)  # as if the model were large
-    inference.main(inference.InferenceConfig(**how, prompt="雨が"))
+    with mock.patch.object(generation, "guess_ahead", wraps=generation.guess_ahead) as guessing:
+        inference.main(inference.InferenceConfig(**how, prompt="雨が"))
+    assert guessing.call_count == 1
     assert capsys.readouterr().out == expected
     many = str(tmp_path / "prompts.txt")
     ways: list[tuple[dict[str, Any], bool]] = [
