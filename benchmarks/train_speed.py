@@ -68,8 +68,8 @@ def measure_rounds(
 ) -> dict[str, list[float]]:
     """The seconds of a step of each contender, round by round.
 
-    The first step of a turn is not counted: in it a contender takes back the memory that the others gave away, which a
-    run of its own never does.
+    The first step of a turn is not counted: in it memory that another contender kept is given back, or what another
+    gave back is taken anew, which happens in no run of its own.
     """
     times_s: dict[str, list[float]] = {name: [] for name in ready}
     names = list(ready)
