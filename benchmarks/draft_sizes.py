@@ -9,7 +9,7 @@ in turns, whose order turns too.
 import argparse
 import statistics
 
-from generation_speed import ours, random_model, random_prompts, tokens_a_second
+from generation_speed import measure, ours, random_model
 from machine import say, versions, write_result
 
 from gpt_model import GPTConfig
@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="From which size on a draft pays")
     parser.add_argument("--n_rounds", type=int, default=9)
     parser.add_argument("--n_new", type=int, default=64)
+    parser.set_defaults(vocab_size=VOCAB, n_prompt=32)
     options = parser.parse_args()
     quick_linear.DRAFT_FROM = 0
     result = {}
@@ -31,21 +32,14 @@ def main() -> None:
         model = random_model(GPTConfig(VOCAB, CONTEXT, emb_dim, n_layers, emb_dim // 64))
         draft = quick_linear.prepare_to_write(model, with_draft=True)
         contenders = {"none": ours(model, None)} | {f"{n} guesses": ours(model, draft, n) for n in N_GUESSES}
-        found: dict[str, list[float]] = {name: [] for name in contenders}
-        names = list(contenders)
-        for i in range(options.n_rounds + 1):
-            prompt = random_prompts(VOCAB, 1, 32, seed=i)
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                speed = tokens_a_second(contenders[name], prompt, options.n_new, i)
-                if i:  # the first round warms up
-                    found[name].append(round(speed, 1))
+        found = measure(contenders, options, batch_size=1)
         n_matrix = model.config.n_block_parameters + model.head_weight.numel()
-        medians = {name: statistics.median(values) for name, values in found.items()}
+        medians = {name: round(statistics.median(values), 1) for name, values in found.items()}
         result[f"{n_layers}x{emb_dim}"] = {
             "matrix_entries": n_matrix,
             "median_tokens_per_s": medians,
             "to_none": {name: round(value / medians["none"], 2) for name, value in medians.items()},
-            "rounds": found,
+            "rounds": {name: [round(value, 1) for value in values] for name, values in found.items()},
         }
         say(f"{n_layers}x{emb_dim}, {n_matrix / 1e6:.0f} M: " + ", ".join(f"{n} {v}" for n, v in medians.items()))
     write_result("draft_sizes", {"vocab_size": VOCAB, "versions": versions("torch"), "sizes": result})

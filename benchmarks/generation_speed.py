@@ -22,15 +22,16 @@ from typing import Any
 from unittest import mock
 
 import torch
+from export_truth import load
 from machine import read_texts, say, script, versions, write_result
 from torch.nn import functional as F
 
 from gpt_model import GPTConfig, GPTModel
-from gptkit import checkpoints, generation
+from gptkit import generation
 from gptkit.evaluation import score_works
 from gptkit.generation import SamplingSettings
 from gptkit.quick_linear import int8_copy, prepare_to_write
-from gptkit.tokenization import Tokenizer, encode_prompt, load_saved
+from gptkit.tokenization import encode_prompt
 
 OURS, UNGUESSED, INT8, TRANSFORMERS = "ours", "ours_unguessed", "ours_int8", "transformers"
 HOW = SamplingSettings(temperature=1.0, top_k=40)
@@ -41,7 +42,7 @@ Write = Callable[[list[list[int]], int, int], int]  # prompts, how many new toke
 
 
 def random_model(config: GPTConfig) -> GPTModel:
-    """Random weights from which the next token is about as uncertain as a young model's."""
+    """Random weights, and a last norm with which a draft guesses as well as a trained model's."""
     torch.manual_seed(0)
     model = GPTModel(config).eval()
     model.final_norm.weight.data.fill_(SURENESS / config.emb_dim**0.5)  # type: ignore[operator,union-attr]
@@ -94,13 +95,6 @@ def random_prompts(vocab_size: int, batch_size: int, n_prompt: int, seed: int) -
     return found
 
 
-def tokens_a_second(write: Write, prompts: list[list[int]], n_new: int, seed: int) -> float:
-    start = time.perf_counter()
-    n_tokens = write(prompts, n_new, seed)
-    assert n_tokens == len(prompts) * n_new
-    return n_tokens / (time.perf_counter() - start)
-
-
 def measure(contenders: dict[str, Write], options: argparse.Namespace, batch_size: int) -> dict[str, list[float]]:
     """Tokens a second of each contender, round by round; the first round is not counted."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
@@ -108,18 +102,13 @@ def measure(contenders: dict[str, Write], options: argparse.Namespace, batch_siz
     for i in range(options.n_rounds + 1):
         prompts = random_prompts(options.vocab_size, batch_size, options.n_prompt, seed=i)
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            speed = tokens_a_second(contenders[name], prompts, options.n_new, i)
+            start = time.perf_counter()
+            n_tokens = contenders[name](prompts, options.n_new, i)
+            assert n_tokens == batch_size * options.n_new, name
             if i:
-                found[name].append(speed)
+                found[name].append(n_tokens / (time.perf_counter() - start))
         say(f"batch {batch_size}, round {i}: " + ", ".join(f"{n} {v[-1]:.1f}" for n, v in found.items() if v))
     return found
-
-
-def load_trained(exp_dir: Path) -> tuple[GPTModel, Tokenizer]:
-    folder = checkpoints.choose_checkpoint(str(exp_dir), "newest")
-    tokenizer = load_saved(folder / "tokenizer")
-    build = lambda model: GPTModel(GPTConfig(**model))  # noqa: E731
-    return checkpoints.load_model(folder, build, tokenizer.vocab_size, torch.device("cpu")).eval(), tokenizer
 
 
 def cost_of_int8(exp_dir: Path, text_path: Path) -> dict[str, dict[str, float]]:
@@ -127,7 +116,7 @@ def cost_of_int8(exp_dir: Path, text_path: Path) -> dict[str, dict[str, float]]:
 
     The one is by whole windows; the other, of the first windows of the text, by the product of a single row.
     """
-    model, tokenizer = load_trained(exp_dir)
+    model, tokenizer = load(exp_dir)
     works, context_length = read_texts(text_path), model.config.context_length
     n_ids = 8 * context_length
     windows = torch.tensor(tokenizer.encode("".join(works)[: 4 * n_ids])[:n_ids]).view(-1, context_length)
@@ -164,7 +153,7 @@ def tokens_a_reading(
 
 
 def tokens_a_reading_of_trained(exp_dir: Path) -> dict[str, float]:
-    model, tokenizer = load_trained(exp_dir)
+    model, tokenizer = load(exp_dir)
     draft, prompt = int8_copy(model), encode_prompt(tokenizer, "雨が")
     return {
         f"temperature {how.temperature}, top-k {how.top_k}": tokens_a_reading(
