@@ -169,7 +169,7 @@ def main(config: PretrainingConfig, began: float, stop: StopSignals) -> None:
         with memory_told(plan.batch_size, plan.grad_accum_steps):
             model = build_model(config, plan, batches, checkpoint is None, device, dtype)
             optimizer = build_optimizer(
-                model, config.optimizer, choose_peak(config), config.adam_lr, config.weight_decay
+                model, config.optimizer, choose_peak(config), config.adam_lr, config.weight_decay, dtype
             )
             run = Run(
                 config, output_dir, tokenizer, manifest, files, unchanged, plan, identity, batches, validation, model,
@@ -389,7 +389,7 @@ def choose_device_and_dtype(config: PretrainingConfig) -> tuple[torch.device, to
         torch.cuda.set_device(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what float32 products are left
-    return device, devices.choose_dtype(config.dtype, device)
+    return device, devices.choose_dtype(config.dtype, device, training=True)
 
 
 def check_settings(config: PretrainingConfig) -> Path:
@@ -532,7 +532,9 @@ def measure_tokens_per_s(
     """What this machine trains, by a few steps of such a model on random tokens. Changes no random stream."""
     states = devices.random_states(device)
     model = GPTModel(model_config).to(device)
-    optimizer = build_optimizer(model, config.optimizer, choose_peak(config), config.adam_lr, config.weight_decay)
+    optimizer = build_optimizer(
+        model, config.optimizer, choose_peak(config), config.adam_lr, config.weight_decay, dtype
+    )
     n_sequences = max((1024 if device.type == "cpu" else 16_384) // model_config.context_length, 1)
     ids = torch.randint(model_config.vocab_size, (n_sequences, model_config.context_length + 1))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

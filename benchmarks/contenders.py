@@ -35,13 +35,20 @@ Contender = tuple[Any, Loss, torch.optim.Optimizer]  # the first is the model
 Wrap = Callable[[Any], Any]  # torch.compile, or what leaves a module as it is
 
 
-def build(name: str, config: GPTConfig, device: torch.device, compile: bool, nanogpt_dir: Path | None) -> Contender:
+def build(
+    name: str,
+    config: GPTConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    compile: bool,
+    nanogpt_dir: Path | None,
+) -> Contender:
     """Model, loss of a batch, and optimizer. Raises ImportError where a package is missing."""
     wrap: Wrap = torch.compile if compile else (lambda module: module)
     if name == OURS:
-        return _ours(config, device, wrap, "adamw")
+        return _ours(config, device, dtype, wrap, "adamw")
     if name == MODERN:
-        return _ours(dataclasses.replace(config, arch="modern"), device, wrap, "muon")
+        return _ours(dataclasses.replace(config, arch="modern"), device, dtype, wrap, "muon")
     if name == TRANSFORMERS:
         return _transformers(config, device, wrap)
     if name == LLMS_FROM_SCRATCH:
@@ -80,6 +87,15 @@ def allocate_as(name: str, device: torch.device) -> None:
         devices.keep_freed_memory(device, trim_threshold=2 * devices.LARGEST_FROM_HEAP)
 
 
+def dtype_as(name: str, choice: str, device: torch.device) -> torch.dtype:
+    """The type of a contender's matrix products; of "auto", what its project trains with on the device.
+
+    On CUDA that is bfloat16 for all. On a CPU ours takes bfloat16 where it is multiplied there; nanoGPT's train.py has
+    autocast on CUDA alone, transformers' Trainer where it is told to, and the book's loops nowhere.
+    """
+    return devices.choose_dtype(choice, device, training=name in (OURS, MODERN))
+
+
 def random_batch(
     config: GPTConfig, batch_size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:  # inputs and targets, each (B, T)
@@ -97,10 +113,12 @@ def load_nanogpt(folder: Path) -> Any:
     return module
 
 
-def _ours(config: GPTConfig, device: torch.device, wrap: Wrap, optimizer: OptimizerName) -> Contender:
+def _ours(
+    config: GPTConfig, device: torch.device, dtype: torch.dtype, wrap: Wrap, optimizer: OptimizerName
+) -> Contender:
     model = GPTModel(config).to(device)
     loss_of_batch = loss_of(model, wrap(model.features), config.vocab_size)
-    return model, loss_of_batch, build_optimizer(model, optimizer, DEFAULT_LR[optimizer], ADAM_LR, WEIGHT_DECAY)
+    return model, loss_of_batch, build_optimizer(model, optimizer, DEFAULT_LR[optimizer], ADAM_LR, WEIGHT_DECAY, dtype)
 
 
 def _adamw(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:

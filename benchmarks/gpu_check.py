@@ -158,9 +158,10 @@ def muon_orthogonalizes(device: torch.device, tiny: bool) -> Found:
     n, wide = (16, 32) if tiny else (256, 1024)
     left, right = (torch.linalg.qr(torch.randn(4, size, n))[0] for size in (n, wide))
     spread = (left * torch.logspace(-2, 0, n)) @ right.mT  # (4, n, wide)
+    dtype = devices.choose_dtype("auto", device, training=True)
     found = []
     for matrices in (torch.randn(4, n, wide), spread, spread.mT):
-        found.append(torch.linalg.svdvals(orthogonalize(matrices.to(device)).float().cpu()))
+        found.append(torch.linalg.svdvals(orthogonalize(matrices.to(device), dtype).float().cpu()))
     smallest, largest = torch.stack(found).min().item(), torch.stack(found).max().item()
     holds = SINGULAR_VALUES[0] <= smallest and largest <= SINGULAR_VALUES[1]
     return holds, {"smallest": smallest, "largest": largest}

@@ -85,7 +85,7 @@ if [ -n "$TINY" ]; then
   speed=(--device "$device" --size 1x32 --n_heads 2 --context_length 16 --batch_size 2 --vocab_size 500 --n_rounds 2)
   quality+=(--n_layers 1 --emb_dim 32 --n_heads 2 --context_length 32 --max_steps 5 --bigram_steps 2 --eval_iter 1)
 fi
-[ "$device" = cpu ] || speed+=(--dtype bfloat16 --compile)
+[ "$device" = cpu ] || speed+=(--compile)
 [ -z "$NANOGPT_DIR" ] || speed+=(--nanogpt_dir "$NANOGPT_DIR")
 
 quality+=(--tokenizer sentencepiece --tokenizer_path "$TOKENIZER_PATH" --use_pretokenized)

@@ -35,10 +35,11 @@ def resident_bytes(device: torch.device) -> int:
 
 
 def train(name: str, config: GPTConfig, batch_size: int, device: torch.device, n_steps: int) -> None:
-    contender = build(name, config, device, compile=False, nanogpt_dir=None)
+    dtype = devices.choose_dtype("auto", device)  # on a CPU float32 for each of them
+    contender = build(name, config, device, dtype, compile=False, nanogpt_dir=None)
     batch = random_batch(config, batch_size, device)
     for _ in range(n_steps):
-        train_step(contender, *batch, device, devices.choose_dtype("auto", device))
+        train_step(contender, *batch, device, dtype)
 
 
 def measure_one(name: str, config: GPTConfig, batch_size: int, device: torch.device) -> dict[str, float]:

@@ -56,7 +56,7 @@ def check_all(device: torch.device, tiny: bool, work: Path) -> dict[str, Any]:
     if n > 1:
         ways["ddp"] = ("--parallel", "ddp", "--no-compile")
     alone = run(command(work / "alone", n, "--no-compile"), work / "alone")
-    dtype = devices.choose_dtype("auto", device)
+    dtype = devices.choose_dtype("auto", device, training=True)
     checks: dict[str, bool] = {}
     differences: dict[str, float] = {}
     problems: dict[str, str] = {}

@@ -5,8 +5,12 @@ All contenders (contenders.py) live in one process and take turns, a few steps e
 because the machines are shared and slow down and speed up. ours_modern_muon, the default recipe, is another model: its
 row is there to see what it costs. A peer that is not installed, or fails, is told as missing.
 
+Each multiplies in the type that its project chooses for the device (contenders.dtype_as): on a CPU that multiplies
+bfloat16, ours does and the peers do not. --dtype gives all of them the same one.
+
     python benchmarks/train_speed.py --nanogpt_dir CHECKOUT
     python benchmarks/train_speed.py --nanogpt_dir CHECKOUT --vocab_size 4096
+    python benchmarks/train_speed.py --nanogpt_dir CHECKOUT --dtype float32
     python benchmarks/train_speed.py --size 12x768 --context_length 1024 --batch_size 16 --dtype bfloat16 --compile
 """
 
@@ -27,18 +31,19 @@ from gpt_model import GPTConfig
 from gptkit import devices
 
 N_WARM_UP = 2  # steps of each before the first round; the first one compiles
+CONTENDERS = OURS, TRANSFORMERS, MODERN, NANOGPT, LLMS_FROM_SCRATCH
 HEAD_WIDTH = 64  # GPT-2's, where --n_heads does not say otherwise
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def warm_up(
-    config: GPTConfig, options: argparse.Namespace, batch: Batch, device: torch.device, dtype: torch.dtype
+    config: GPTConfig, options: argparse.Namespace, batch: Batch, device: torch.device, dtypes: dict[str, torch.dtype]
 ) -> tuple[dict[str, Contender], dict[str, list[float]], dict[str, str]]:
     """The contenders that can run, the losses of each so far, and why the others cannot."""
     ready: dict[str, Contender] = {}
     losses: dict[str, list[float]] = {}
     missing: dict[str, str] = {}
-    for name in (OURS, TRANSFORMERS, MODERN, NANOGPT, LLMS_FROM_SCRATCH):
+    for name, dtype in dtypes.items():
         if name == NANOGPT and options.nanogpt_dir is None:
             missing[name] = "no --nanogpt_dir"
             continue
@@ -46,7 +51,7 @@ def warm_up(
         try:
             torch.manual_seed(0)
             contenders.allocate_as(name, device)
-            contender = build(name, config, device, options.compile, options.nanogpt_dir)
+            contender = build(name, config, device, dtype, options.compile, options.nanogpt_dir)
             losses[name] = [train_step(contender, *batch, device, dtype).item() for _ in range(N_WARM_UP)]
             ready[name] = contender
             say(f"{name}: ready in {time.monotonic() - start:.1f} s")
@@ -64,7 +69,7 @@ def measure_rounds(
     options: argparse.Namespace,
     batch: Batch,
     device: torch.device,
-    dtype: torch.dtype,
+    dtypes: dict[str, torch.dtype],
 ) -> dict[str, list[float]]:
     """The seconds of a step of each contender, round by round.
 
@@ -77,11 +82,11 @@ def measure_rounds(
         for name in names[i % len(names) :] + names[: i % len(names)]:
             gc.collect()  # so that nobody pays for another's leavings
             contenders.allocate_as(name, device)
-            train_step(ready[name], *batch, device, dtype)
+            train_step(ready[name], *batch, device, dtypes[name])
             devices.synchronize(device)
             start = time.perf_counter()
             for _ in range(options.steps_a_round):
-                loss = train_step(ready[name], *batch, device, dtype)
+                loss = train_step(ready[name], *batch, device, dtypes[name])
             devices.synchronize(device)
             times_s[name].append((time.perf_counter() - start) / options.steps_a_round)
             losses[name].append(loss.item())
@@ -101,23 +106,24 @@ def goals(speed: dict[str, float], mfu: dict[str, str], vocab_size: int, device:
     return found
 
 
-def measure(config: GPTConfig, options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def measure(config: GPTConfig, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
     batch = contenders.random_batch(config, options.batch_size, device)
-    ready, losses, missing = warm_up(config, options, batch, device, dtype)
-    times_s = measure_rounds(ready, losses, options, batch, device, dtype)
+    dtypes = {name: contenders.dtype_as(name, options.dtype, device) for name in CONTENDERS}
+    ready, losses, missing = warm_up(config, options, batch, device, dtypes)
+    times_s = measure_rounds(ready, losses, options, batch, device, dtypes)
     speed = {name: batch[0].numel() / statistics.median(values) for name, values in times_s.items()}
     # Of the architecture, whoever runs it: each GPT-2 has the same matrices.
     per_token = {name: ready[MODERN if name == MODERN else OURS][0].n_flops_per_token() for name in ready}
     flops = {name: value * per_token[name] for name, value in speed.items()}
-    mfu = {name: devices.utilization(value, device, dtype) for name, value in flops.items()}
+    mfu = {name: devices.utilization(value, device, dtypes[name]) for name, value in flops.items()}
     return {
         "size": f"{config.n_layers}x{config.emb_dim}",
         "n_heads": config.n_heads,
         "vocab_size": config.vocab_size,
         "batch": f"{options.batch_size} x {config.context_length}",
         "device": devices.describe_device(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": {name: str(dtypes[name]).removeprefix("torch.") for name in ready},
         "compile": options.compile,
         "versions": versions("torch", "transformers", "llms-from-scratch"),
         "n_parameters": {name: sum(p.numel() for p in model.parameters()) for name, (model, _, _) in ready.items()},
@@ -153,7 +159,7 @@ def main() -> None:
     parser.add_argument("--steps_a_round", type=int, default=2)
     parser.add_argument("--nanogpt_dir", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", choices=["auto", *devices.DTYPES], default="auto", help="of matrix products")
+    parser.add_argument("--dtype", choices=["auto", *devices.DTYPES], default="auto", help="of matrix products (auto: as each project)")
     parser.add_argument("--compile", action="store_true", help="torch.compile every contender")
     options = parser.parse_args()
     n_layers, emb_dim = options.size
@@ -167,8 +173,8 @@ def main() -> None:
         sys.exit(f"error: --nanogpt_dir {options.nanogpt_dir} holds no model.py; name a checkout of nanoGPT")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as pretraining.py, and as nanoGPT's train.py
-    result = measure(config, options, device, devices.choose_dtype(options.dtype, device))
-    write_result(f"train_speed_{config.vocab_size}", result)
+    alike = "" if options.dtype == "auto" else f"_{options.dtype}"
+    write_result(f"train_speed_{config.vocab_size}{alike}", measure(config, options, device))
 
 
 if __name__ == "__main__":

@@ -52,10 +52,25 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of the matrix products; "auto" is bfloat16 on CUDA and float32 elsewhere."""
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware itself multiplies bfloat16; elsewhere that is emulated, and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        can = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+        return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    return False
+
+
+def choose_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
+    """The type of the matrix products; "auto" is bfloat16 where the device multiplies it, and float32 elsewhere.
+
+    On a CPU only in training, whose rounding the float32 weights average out. What writes or evaluates there is exact:
+    a text must not depend on the CPU's kind.
+    """
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        fast = (training or device.type != "cpu") and multiplies_bfloat16(device)
+        name = "bfloat16" if fast else "float32"
     return DTYPES[name]
 
 

@@ -47,15 +47,20 @@ def import_galore() -> Any:
 
 
 def build_optimizer(
-    model: nn.Module, name: OptimizerName, lr: float, adam_lr: float, weight_decay: float
+    model: nn.Module,
+    name: OptimizerName,
+    lr: float,
+    adam_lr: float,
+    weight_decay: float,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
     """An optimizer each of whose groups has its "peak_lr"; every parameter is in exactly one of them.
 
     adamw: all parameters at `lr`; matrices decay, biases and norms do not. muon: block matrices take Muon's steps at
-    `lr`, and decay; the rest takes AdamW's, embeddings at `adam_lr`, head, biases and norms at shares of it, and does
-    not decay. galore_adamw: block
-    matrices take their steps in a subspace, the rest plain AdamW steps, all at `lr`, and nothing decays, as in the
-    paper. Raises UserError where galore-torch is not installed.
+    `lr`, by matrix products in `dtype`, and decay; the rest takes AdamW's, embeddings at `adam_lr`, head, biases and
+    norms at shares of it, and does not decay. galore_adamw: block matrices take their steps in a subspace, the rest
+    plain AdamW steps, all at `lr`, and nothing decays, as in the paper. Raises UserError where galore-torch is not
+    installed.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - {id(model.head_weight)}
     blocks = [parameter for parameter in model.parameters() if id(parameter) in linear]
@@ -72,7 +77,7 @@ def build_optimizer(
         groups = [{"params": blocks, **decayed, "muon": True}]
         for share, parameters in ((HEAD_SHARE, [head]), (1.0, other), (VECTOR_SHARE, vectors)):
             groups += [{"params": parameters, **plain, "peak_lr": share * adam_lr, "muon": False}]
-        optimizer = MuonAdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=fused)
+        optimizer = MuonAdamW(groups, dtype, lr=lr, betas=BETAS, eps=EPS, fused=fused)
     else:
         groups = [{"params": blocks, **plain, **GALORE}, {"params": embeddings + vectors, **plain}]
         optimizer = import_galore().GaLoreAdamW(groups, lr=lr, betas=BETAS, eps=EPS, no_deprecation_warning=True)
@@ -94,9 +99,13 @@ class MuonAdamW(torch.optim.AdamW):
 
     Muon's step is the momentum's nearest orthogonal matrix, so that each direction moves as far as any other. Its size
     is sqrt(max(1, rows / columns)), as in the authors' code: the same change of each output's root mean square.
-    torch.optim.Muon is not used because it iterates in bfloat16, also where the hardware only emulates it. Of a sharded
-    matrix each process keeps its part of the momentum, and computes the step of the whole matrix.
+    torch.optim.Muon is not used because it iterates in bfloat16, also where the hardware only emulates it; here it is
+    `dtype`. Of a sharded matrix each process keeps its part of the momentum, and computes the step of the whole matrix.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -120,18 +129,18 @@ class MuonAdamW(torch.optim.AdamW):
                 updates.append(whole(grad.lerp(momentum, MUON_MOMENTUM), like=parameter))  # Nesterov's
                 parameter.grad = None
             size = max(1.0, n_rows / n_columns) ** 0.5
-            for parameter, update in zip(parameters, orthogonalize(torch.stack(updates)), strict=True):
+            steps = orthogonalize(torch.stack(updates), self.dtype)
+            for parameter, update in zip(parameters, steps, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(part_of(update, like=parameter), alpha=-group["lr"] * size)
 
 
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """For each matrix U S V^T of (n, rows, columns) about U V^T: singular values from 1/1000 of the norm up come near 1.
 
-    Newton-Schulz steps, in bfloat16 where a GPU has it and else in float32.
+    Newton-Schulz steps, their products in `dtype`.
     """
-    fast = matrices.is_cuda and torch.cuda.is_bf16_supported()
-    x = matrices.bfloat16() if fast else matrices
+    x = matrices.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT

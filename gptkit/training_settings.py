@@ -117,7 +117,9 @@ class TrainingSettings:
         123, "of the weights, the order of the data, dropout and samples", at_least=0, at_most=2**63 - 1
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products (auto: bfloat16 on CUDA)")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of matrix products (auto: bfloat16 where the device itself multiplies it)"
+    )
     compile: bool | None = setting(None, "torch.compile the model (default: on CUDA); where that fails, go on without")
     activation_checkpointing: bool = setting(
         False, "keep less for the backward pass and compute it again: less memory, a third more arithmetic"

@@ -170,15 +170,23 @@ def matrix(n_rows: int, n_columns: int, smallest: float) -> tuple[torch.Tensor, 
 
 # Polar Express with five steps leaves singular values between 0.876 and 1.123.
 SLACK = 0.125
+DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("smallest", [0.1, 0.01, 0.0011])
+@pytest.mark.parametrize(
+    ("dtype", "smallest", "slack"),
+    [
+        *((torch.float32, smallest, SLACK) for smallest in (0.1, 0.01, 0.0011)),
+        *((torch.bfloat16, smallest, SLACK + 0.01) for smallest in (0.1, 0.01)),  # smaller ones drown in its rounding
+    ],
+)
 @pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 80)])
-def test_orthogonalize_equals_svd(shape: tuple[int, int], smallest: float) -> None:
+def test_orthogonalize_equals_svd(shape: tuple[int, int], dtype: torch.dtype, smallest: float, slack: float) -> None:
     given, expected = matrix(*shape, smallest)
-    found = orthogonalize(given[None])
+    found = orthogonalize(given[None], dtype)
     assert found.shape == (1, *shape)
-    assert torch.linalg.matrix_norm(found[0] - expected, 2) < SLACK
+    assert found.dtype == torch.float32
+    assert torch.linalg.matrix_norm(found[0] - expected, 2) < slack
 
 
 def test_orthogonalize_takes_each_matrix_for_itself() -> None:
@@ -191,11 +199,12 @@ def test_orthogonalize_takes_each_matrix_for_itself() -> None:
     assert torch.equal(orthogonalize(torch.zeros(2, 16, 24)), torch.zeros(2, 16, 24))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_muon_by_hand(arch: str) -> None:
+def test_muon_by_hand(arch: str, dtype: torch.dtype) -> None:
     """Three steps at changing rates: momentum as a running mean, Nesterov's look ahead, decay, the size of each shape."""
     model = tiny_model(arch)
-    optimizer = build_optimizer(model, "muon", LR, ADAM_LR, DECAY)
+    optimizer = build_optimizer(model, "muon", LR, ADAM_LR, DECAY, dtype)
     named = block_matrices(model)
     expected = {name: parameter.detach().clone() for name, parameter in named.items()}
     momentum = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
@@ -206,7 +215,7 @@ def test_muon_by_hand(arch: str) -> None:
             momentum[name] = 0.95 * momentum[name] + 0.05 * parameter.grad
             ahead = 0.95 * momentum[name] + 0.05 * parameter.grad
             size = max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
-            update = size * orthogonalize(ahead[None])[0]
+            update = size * orthogonalize(ahead[None], dtype)[0]
             expected[name] = expected[name] * (1 - share * LR * DECAY) - share * LR * update
         set_learning_rate(optimizer, share)
         optimizer.step()

@@ -1,0 +1,59 @@
+"""gptkit/devices.py: the precision that each kind of device is given, and that training and writing take it up."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from gptkit import devices
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+def as_if(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], cuda: bool = False) -> None:
+    """Let the CPU have these instructions, and a GPU multiply bfloat16 or only emulate it, as torch does by itself."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or cuda)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "multiplies"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, True),  # AMD from Zen 4 on
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, False),  # oneDNN would emulate it
+        ({"architecture": "aarch64"}, False),
+        ({}, False),
+    ],
+)
+def test_a_cpu_trains_in_bfloat16_where_it_multiplies_it(
+    capabilities: dict[str, Any], multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_if(monkeypatch, capabilities)
+    assert devices.multiplies_bfloat16(CPU) is multiplies
+    assert devices.choose_dtype("auto", CPU, training=True) == (torch.bfloat16 if multiplies else torch.float32)
+    assert devices.choose_dtype("auto", CPU) == torch.float32  # what writes and evaluates
+
+
+def test_a_torch_that_does_not_tell_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert devices.choose_dtype("auto", CPU, training=True) == torch.float32
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_gpu_that_only_emulates_bfloat16_gets_float32(
+    multiplies: bool, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a T4 or a V100, of which torch says that bfloat16 is supported."""
+    as_if(monkeypatch, {"avx512_bf16": True}, multiplies)
+    assert devices.choose_dtype("auto", CUDA, training) == (torch.bfloat16 if multiplies else torch.float32)
+    assert devices.choose_dtype("auto", MPS, training) == torch.float32
+
+
+def test_what_is_asked_for_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_if(monkeypatch, {"avx512_bf16": True}, cuda=True)
+    for device in (CPU, CUDA, MPS):
+        for training in (True, False):
+            assert devices.choose_dtype("float32", device, training) == torch.float32
+            assert devices.choose_dtype("bfloat16", device, training) == torch.bfloat16
