@@ -22,13 +22,15 @@ sys.path.insert(1, str(ROOT))  # behind this folder, which leads already
 
 
 def cpu_name() -> str:
+    """Such as "AMD EPYC, family 26, model 2": the name alone may stand for several kinds."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = found.get("model name") or platform.processor() or platform.machine()
+    kind = [f"{key.split()[-1]} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return ", ".join([name, *kind])
 
 
 def machine() -> dict[str, Any]:

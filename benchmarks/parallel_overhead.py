@@ -30,7 +30,8 @@ from gptkit.compilation import Loss, loss_of
 from gptkit.tokenization import load_sentencepiece
 
 DIMENSIONS: dict[str, Any] = {"n_layers": 3, "emb_dim": 192, "n_heads": 3, "context_length": 128}
-QUIET = {"print_sample_iter": 10_000, "save_ckpt_freq": 10_000, "eval_iter": 1, "bigram_steps": 0, "device": "cpu"}
+QUIET = {"print_sample_iter": 10_000, "save_ckpt_freq": 10_000, "eval_iter": 1, "bigram_steps": 0}
+ON = {"device": "cpu", "dtype": "float32"}
 FEW, MORE = 3, 13  # steps
 LEAST_SPEED, MOST_DIFFERENCE = 0.97, 0.05
 JOBS = (
@@ -45,7 +46,7 @@ JOBS = (
 def command(options: argparse.Namespace, output: Path, **flags: object) -> list[str]:
     where = {"data_dir": options.data_dir, "pretokenized_dir": output.parent / "tokens", "output_dir": output}
     tokenizer = {"tokenizer": "sentencepiece", "tokenizer_path": options.tokenizer_path}
-    flags = {**where, **tokenizer, **DIMENSIONS, **QUIET, **flags}
+    flags = {**where, **tokenizer, **DIMENSIONS, **QUIET, **ON, **flags}
     return [*script("pretraining.py", **flags), "--use_pretokenized"]
 
 

@@ -25,7 +25,7 @@ from gptkit.checkpoints import find_checkpoints
 
 SETTINGS: dict[str, object] = {
     "n_layers": 2, "emb_dim": 64, "n_heads": 2, "context_length": 64, "batch_size": 4, "max_steps": 200, "n_epochs": 9, "eval_freq": 20,
-    "eval_iter": 8, "save_ckpt_freq": 40, "print_sample_iter": 200, "device": "cpu", "bigram_steps": 5,
+    "eval_iter": 8, "save_ckpt_freq": 40, "print_sample_iter": 200, "device": "cpu", "dtype": "float32", "bigram_steps": 5,
 }  # fmt: skip
 SEQUENCES, KILL_AFTER = 16, 60  # sequences a step; the step whose report a kill or a stop waits for
 MOST_DIFFERENCE = 1e-4  # nats a token

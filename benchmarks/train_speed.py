@@ -159,7 +159,9 @@ def main() -> None:
     parser.add_argument("--steps_a_round", type=int, default=2)
     parser.add_argument("--nanogpt_dir", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", choices=["auto", *devices.DTYPES], default="auto", help="of matrix products (auto: as each project)")
+    parser.add_argument(
+        "--dtype", choices=["auto", *devices.DTYPES], default="auto", help="of matrix products (auto: as each project)"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile every contender")
     options = parser.parse_args()
     n_layers, emb_dim = options.size
