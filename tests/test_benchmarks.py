@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, SAMPLE_TOKENIZER, command, environment
+
+from gptkit import devices
 
 TINY = ("--n_heads", 2, "--vocab_size", 500, "--context_length", 16, "--batch_size", 2, "--device", "cpu")
 # Stand-ins with the interfaces of the real ones.
@@ -109,6 +112,9 @@ def test_train_speed_times_all_contenders(tmp_path: Path) -> None:
     for name in names - {"ours"}:
         assert ratio[name] == pytest.approx(speed["ours"] / speed[name], abs=1e-3)
     assert found["goals"] == {"at least 1.1 times nanoGPT": ratio["nanogpt"] >= 1.1}
+    assert {found["dtype"][name] for name in names - {"ours", "ours_modern_muon"}} == {"float32"}  # theirs on a CPU
+    trains_in = str(devices.choose_dtype("auto", torch.device("cpu"), training=True))
+    assert {found["dtype"][name] for name in ("ours", "ours_modern_muon")} == {trains_in.removeprefix("torch.")}
     # GPT-2's parameters, counted by hand: embeddings, then a block's four matrices and biases, and three norms.
     block = 12 * 32 * 32 + (3 + 1 + 4 + 1) * 32 + 2 * 2 * 32
     assert found["n_parameters"]["transformers"] == (500 + 16) * 32 + block + 2 * 32

@@ -203,7 +203,7 @@ def test_compiled_run_and_its_checkpoint(tmp_path: Path, sample_shards: Path) ->
     flags = ("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER, "--data_dir", sample_shards)
     size = ("--n_layers", 1, "--emb_dim", 16, "--n_heads", 1, "--context_length", 16, "--batch_size", 2)
     rate = ("--optimizer", "adamw", "--lr", 0.03, "--warmup_steps", 0, "--bigram_steps", 0)
-    common = (*flags, *size, *rate, "--eval_freq", 2, "--eval_iter", 4)
+    common = (*flags, *size, *rate, "--eval_freq", 2, "--eval_iter", 4, "--dtype", "float32")
     losses = {}
     for name in ("--compile", "--no-compile"):
         output = ("--output_dir", tmp_path / name)

@@ -1,9 +1,14 @@
 """gptkit/devices.py: the precision that each kind of device is given, and that training and writing take it up."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_guards import drive
+from test_resume import curve, newest, small_run
 
 from gptkit import devices
 
@@ -57,3 +62,29 @@ def test_what_is_asked_for_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
         for training in (True, False):
             assert devices.choose_dtype("float32", device, training) == torch.float32
             assert devices.choose_dtype("bfloat16", device, training) == torch.bfloat16
+
+
+def test_a_run_takes_up_what_the_cpu_can(tmp_path: Path, sample_shards: Path) -> None:
+    """And it tells; weights and the optimizer's state stay in float32, and the same command goes on to the same bytes."""
+    shards = Path(shutil.copytree(sample_shards, tmp_path / "001"))
+    whole, stopped, plain = (tmp_path / name for name in ("whole", "stopped", "plain"))
+    can = "torch.cpu.get_capabilities = lambda: {'avx512_bf16': %s}"
+
+    def run(output: Path, multiplies: bool, *more: object) -> str:
+        result = drive(can % multiplies, *small_run(shards, output, "muon"), "--max_steps", 20, *more)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert ", torch.float32, " in run(plain, multiplies=False)
+    assert ", torch.bfloat16, " in run(whole, multiplies=True)
+    run(stopped, True, "--max_minutes", 1e-5)
+    run(stopped, True)
+    for file in ("model.safetensors", "training.safetensors"):
+        assert (newest(stopped) / file).read_bytes() == (newest(whole) / file).read_bytes(), file
+        assert (newest(plain) / file).stat().st_size == (newest(whole) / file).stat().st_size
+    losses = [[report["val_loss"] for report in curve(output)] for output in (whole, plain)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], abs=0.01)
+    assert (
+        json.loads((whole / "sessions.jsonl").read_text("utf-8").splitlines()[0])["environment"]["dtype"] == "bfloat16"
+    )
