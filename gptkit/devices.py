@@ -57,7 +57,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        can = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+        can: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
         return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
     return False
 
