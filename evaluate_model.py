@@ -46,7 +46,9 @@ class EvaluationConfig:
     batch_size: int = setting(8, "windows at once", at_least=1)
     checkpoint: checkpoints.Choice = setting("newest", "best: the one with the lowest validation loss")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of matrix products (auto: float32 on a CPU)")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of matrix products (auto: bfloat16 on GPUs that multiply it)"
+    )
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,9 @@ class InferenceConfig(WritingSettings):
     batch_size: int = setting(8, "texts written at once", at_least=1, at_most=1024)
     checkpoint: checkpoints.Choice = setting("newest", "best: the one with the lowest validation loss")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the weights (auto: float32 on a CPU)")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of the weights (auto: bfloat16 on GPUs that multiply it)"
+    )
     quantize: Literal["none", "int8"] = setting("none", "int8: weights in 8 bits, quicker on a CPU")
     compile: bool | None = setting(None, "torch.compile a token's work (default: for 500 tokens or more on CUDA)")
 

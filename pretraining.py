@@ -185,7 +185,7 @@ def main(config: PretrainingConfig, began: float, stop: StopSignals) -> None:
                 return
             if checkpoint:
                 print(f"going on from {checkpoint}")
-                planning.tell_changes(state.get("settings"), dataclasses.asdict(config), progress.step)
+                planning.tell_changes(state.get("settings"), settings_of(run), progress.step)
                 parallel.on_main(lambda: checkpoints.set_aside_after(checkpoint))
             with contextlib.ExitStack() as session:
                 end: dict[str, Any] = {}
@@ -326,7 +326,7 @@ def save(run: Run, progress: Progress, val_loss: float | None, saver: checkpoint
     if val_loss is not None:
         progress.best_val_loss = min(val_loss, progress.best_val_loss or math.inf)
     state = {**dataclasses.asdict(progress), "val_loss": val_loss, "identity": run.identity, "plan": run.plan.batch}
-    state["settings"] = dataclasses.asdict(run.config)
+    state["settings"] = settings_of(run)
     keep = parallel.is_main()
     weights = sharding.whole_tensors(run.model.state_dict(), keep)
     training = sharding.whole_tensors(optimizer_tensors(run.model, run.optimizer), keep)
@@ -334,6 +334,11 @@ def save(run: Run, progress: Progress, val_loss: float | None, saver: checkpoint
     if keep:
         curve = functools.partial(draw_loss_curve, log.metrics_path, log.curve_path)
         saver.save(state, weights, training, run.tokenizer.files(), then=curve)
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint keeps for a later session to compare: the settings, with the precision that was chosen."""
+    return dataclasses.asdict(run.config) | {"dtype": devices.dtype_name(run.dtype)}
 
 
 def load(run: Run, checkpoint: Path) -> Progress:
@@ -389,7 +394,8 @@ def choose_device_and_dtype(config: PretrainingConfig) -> tuple[torch.device, to
         torch.cuda.set_device(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what float32 products are left
-    return device, devices.choose_dtype(config.dtype, device, training=True)
+    # The processes of a run may be on unlike devices, and must round alike.
+    return device, parallel.on_main(lambda: devices.choose_dtype(config.dtype, device, training=True))
 
 
 def check_settings(config: PretrainingConfig) -> Path:

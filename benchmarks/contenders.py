@@ -88,10 +88,11 @@ def allocate_as(name: str, device: torch.device) -> None:
 
 
 def dtype_as(name: str, choice: str, device: torch.device) -> torch.dtype:
-    """The type of a contender's matrix products; of "auto", what its project trains with on the device.
+    """The type of a contender's matrix products; of "auto", what its project trains with on a CPU.
 
-    On CUDA that is bfloat16 for all. On a CPU ours takes bfloat16 where it is multiplied there; nanoGPT's train.py has
-    autocast on CUDA alone, transformers' Trainer where it is told to, and the book's loops nowhere.
+    There ours takes bfloat16 where the CPU multiplies it. nanoGPT's train.py has autocast on CUDA alone, transformers'
+    Trainer where it is told so (bf16=True), and the book's loops nowhere: they stay in float32. On CUDA all get
+    bfloat16 alike, though of the peers nanoGPT alone takes it by itself.
     """
     return devices.choose_dtype(choice, device, training=name in (OURS, MODERN))
 

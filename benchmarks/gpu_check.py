@@ -93,7 +93,7 @@ def bfloat16_like_float32(device: torch.device, tiny: bool) -> Found:
 
 
 def compiled_like_eager(device: torch.device, tiny: bool) -> Found:
-    dtype = devices.choose_dtype("auto", device)
+    dtype = devices.choose_dtype("auto", device, training=True)
     # Float32 differs by the order of sums. In bfloat16 the compiler keeps more digits than the single kernels do.
     limits = (1e-5, 1e-4) if dtype == torch.float32 else (BFLOAT16_LOSS, BFLOAT16_GRADIENT)
     figures: dict[str, float] = {}

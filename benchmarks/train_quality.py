@@ -3,10 +3,13 @@
 Each contender trains for the same minutes, one after the other, from token shards made before. nanoGPT's recipe is its
 own model and its own optimizer (AdamW with decay, cosine, clipping; 4 layers x 256, context 256, batch 4, lr 2e-3, the
 best found for a run of minutes on a CPU), from a checkout of it. Ours is `pretraining.py --budget_minutes`, which
-chooses the model itself. Then all are scored on the same held-out works, unseen authors', by gptkit/evaluation.py.
+chooses the model itself. Then all are scored on the same held-out works, unseen authors', by gptkit/evaluation.py, in
+float32. Each multiplies in training in the type that its project chooses for the CPU (contenders.dtype_as): where that
+multiplies bfloat16, ours does and nanoGPT's does not. --dtype gives both the same.
 
 Apart from that, ours trains a model of nanoGPT's size for half of the time, to see whether it comes to nanoGPT's last
-validation loss on the same windows, and with what share of its tokens. --ingredients leaves things out of ours, one at
+validation loss on the same windows (ours in the type of the run, which changes less than a thousandth of it), and with
+what share of its tokens. --ingredients leaves things out of ours, one at
 a time, at the same minutes.
 
     python benchmarks/train_quality.py --data_dir dataset/001 --heldout_path HELDOUT --nanogpt_dir CHECKOUT
@@ -24,15 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import load_nanogpt
+from contenders import NANOGPT, OURS, dtype_as, load_nanogpt
 from machine import ROOT, read_texts, say, write_result
 
+from gptkit import devices
 from gptkit.batches import TrainingBatches, validation_batches
 from gptkit.evaluation import score_works
 from gptkit.pretokenization import load_manifest, open_tokens
 from gptkit.tokenization import load_sentencepiece
 
-NANOGPT = dict(n_layer=4, n_head=4, n_embd=256, block_size=256, bias=False, dropout=0.0)
+CPU = torch.device("cpu")
+NANOGPT_SIZE = dict(n_layer=4, n_head=4, n_embd=256, block_size=256, bias=False, dropout=0.0)
 BATCH_SIZE, LR, WARMUP_SHARE, N_VALIDATION = 4, 2e-3, 0.05, 20
 SAME_SIZE = ("--model_size", "mini", "--batch_size", "4", "--grad_accum_steps", "1", "--eval_iter", str(N_VALIDATION))
 INGREDIENTS: dict[str, tuple[str, ...]] = {
@@ -46,15 +51,17 @@ INGREDIENTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def train_nanogpt(folder: Path, data: Path, tokenizer: Any, minutes: float) -> tuple[dict[str, Any], Any]:
+def train_nanogpt(
+    folder: Path, data: Path, tokenizer: Any, minutes: float, dtype: torch.dtype
+) -> tuple[dict[str, Any], Any]:
     """Train nanoGPT's model for so long; what came out, and the model as ids -> logits."""
     module = load_nanogpt(folder)
     tokens = open_tokens(data, load_manifest(data, tokenizer))
-    context = NANOGPT["block_size"]
+    context = NANOGPT_SIZE["block_size"]
     batches = TrainingBatches(tokens["train"], int(context), BATCH_SIZE, 1, 0)
     torch.manual_seed(0)
     vocab_size = math.ceil(tokenizer.vocab_size / 64) * 64
-    model = module.GPT(module.GPTConfig(vocab_size=vocab_size, **NANOGPT))
+    model = module.GPT(module.GPTConfig(vocab_size=vocab_size, **NANOGPT_SIZE))
     optimizer = model.configure_optimizers(0.1, LR, (0.9, 0.95), "cpu")
     start, step = time.monotonic(), 0
     while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
@@ -62,7 +69,8 @@ def train_nanogpt(folder: Path, data: Path, tokenizer: Any, minutes: float) -> t
         for group in optimizer.param_groups:
             group["lr"] = LR * max(share, 1e-3)
         inputs, targets = batches.micro_batch(step, 0)
-        _, loss = model(inputs, targets)
+        with devices.autocast(CPU, dtype):
+            _, loss = model(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -84,13 +92,14 @@ def train_nanogpt(folder: Path, data: Path, tokenizer: Any, minutes: float) -> t
 
 
 def train_ours(
-    data: Path, tokenizer: Path, minutes: float, output_dir: Path, extra: tuple[str, ...] = ()
+    data: Path, tokenizer: Path, options: argparse.Namespace, minutes: float, output_dir: Path, *extra: str
 ) -> dict[str, Any]:
     """Run pretraining.py for so long, from the beginning; what came out."""
     shutil.rmtree(output_dir, ignore_errors=True)
     command = [sys.executable, str(ROOT / "pretraining.py"), "--data_dir", str(data / "text_is_not_needed")]
     command += ["--use_pretokenized", "--pretokenized_dir", str(data), "--tokenizer", "sentencepiece"]
     command += ["--tokenizer_path", str(tokenizer), "--output_dir", str(output_dir), "--device", "cpu"]
+    command += ["--dtype", options.dtype]
     command += [
         "--budget_minutes",
         str(minutes),
@@ -130,15 +139,16 @@ def against_nanogpt(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer_path, data = prepare(options.data_dir, options.work_dir, options.vocab_size)
     tokenizer = load_sentencepiece(str(tokenizer_path))
     works = read_texts(options.heldout_path)
-    theirs, forward = train_nanogpt(options.nanogpt_dir, data, tokenizer, options.minutes)
-    score = score_works(forward, tokenizer, works, int(NANOGPT["block_size"]))
+    dtypes = {name: dtype_as(name, options.dtype, CPU) for name in (NANOGPT, OURS)}
+    theirs, forward = train_nanogpt(options.nanogpt_dir, data, tokenizer, options.minutes, dtypes[NANOGPT])
+    score = score_works(forward, tokenizer, works, int(NANOGPT_SIZE["block_size"]))
     theirs["bits_per_char"] = round(score.bits_per_char, 4)
     say(f"nanoGPT: {theirs}")
-    half = train_ours(data, tokenizer_path, options.minutes / 2, options.work_dir / "same_size", SAME_SIZE)
+    half = train_ours(data, tokenizer_path, options, options.minutes / 2, options.work_dir / "same_size", *SAME_SIZE)
     reached = next((report for report in half["reports"] if report["val_loss"] <= theirs["val_loss"]), None)
     half["bits_per_char"] = round(evaluate_ours(options.work_dir / "same_size", options.heldout_path), 4)
     say(f"ours, nanoGPT's size, half of the time: {half['bits_per_char']}; nanoGPT's loss was reached at {reached}")
-    ours = train_ours(data, tokenizer_path, options.minutes, options.work_dir / "ours")
+    ours = train_ours(data, tokenizer_path, options, options.minutes, options.work_dir / "ours")
     ours["bits_per_char"] = round(evaluate_ours(options.work_dir / "ours", options.heldout_path), 4)
     saved = 1 - ours["bits_per_char"] / theirs["bits_per_char"]
     token_share = reached["tokens"] / theirs["tokens"] if reached else None
@@ -146,6 +156,7 @@ def against_nanogpt(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "minutes": options.minutes,
         "vocab_size": options.vocab_size,
+        "dtype": {name: devices.dtype_name(dtype) for name, dtype in dtypes.items()},
         "nanogpt": theirs,
         "ours": ours,
         "ours_of_nanogpts_size_in_half_the_time": half,
@@ -165,7 +176,7 @@ def leave_out(options: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for i, (name, extra) in enumerate(INGREDIENTS.items()):
         output_dir = options.work_dir / f"ingredient_{i}"
-        run = train_ours(data, tokenizer, options.minutes, output_dir, extra)
+        run = train_ours(data, tokenizer, options, options.minutes, output_dir, *extra)
         found[name] = {
             "bits_per_char": round(evaluate_ours(output_dir, options.heldout_path), 4),
             "tokens": run["tokens"],
@@ -185,15 +196,17 @@ def main() -> None:
     parser.add_argument("--nanogpt_dir", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--dtype", choices=["auto", *devices.DTYPES], default="auto", help="of matrix products")
     parser.add_argument("--ingredients", action="store_true", help="leave things out of ours, one at a time")
     options = parser.parse_args()
     options.work_dir.mkdir(parents=True, exist_ok=True)
+    alike = "" if options.dtype == "auto" else f"_{options.dtype}"
     if options.ingredients:
-        write_result("train_ingredients", leave_out(options))
+        write_result(f"train_ingredients{alike}", leave_out(options))
     elif options.nanogpt_dir is None:
         sys.exit("error: --nanogpt_dir is needed, a checkout of nanoGPT (or --ingredients)")
     else:
-        write_result("train_quality", against_nanogpt(options))
+        write_result(f"train_quality{alike}", against_nanogpt(options))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def measure(config: GPTConfig, options: argparse.Namespace, device: torch.device
         "vocab_size": config.vocab_size,
         "batch": f"{options.batch_size} x {config.context_length}",
         "device": devices.describe_device(device),
-        "dtype": {name: str(dtypes[name]).removeprefix("torch.") for name in ready},
+        "dtype": {name: devices.dtype_name(dtypes[name]) for name in ready},
         "compile": options.compile,
         "versions": versions("torch", "transformers", "llms-from-scratch"),
         "n_parameters": {name: sum(p.numel() for p in model.parameters()) for name, (model, _, _) in ready.items()},

@@ -53,11 +53,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware itself multiplies bfloat16; elsewhere that is emulated, and slower than float32."""
+    """Whether the device is known to multiply bfloat16 itself; emulated it is slower than float32.
+
+    NVIDIA's do from compute capability 8.0 on (Ampere; CUDA C++ Programming Guide, "Compute Capabilities"), and AMD's
+    count higher. Untried and so left out: ARM's CPUs, and MPS.
+    """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        can: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+        can: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # old versions of torch do not tell
         return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
     return False
 
@@ -65,13 +69,18 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def choose_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
     """The type of the matrix products; "auto" is bfloat16 where the device multiplies it, and float32 elsewhere.
 
-    On a CPU only in training, whose rounding the float32 weights average out. What writes or evaluates there is exact:
-    a text must not depend on the CPU's kind.
+    On a CPU only in training, with what a run itself validates, whose rounding the float32 weights average out.
+    inference.py and evaluate_model.py are exact there: a text must not depend on the CPU's kind.
     """
     if name == "auto":
         fast = (training or device.type != "cpu") and multiplies_bfloat16(device)
         name = "bfloat16" if fast else "float32"
     return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As --dtype calls it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:

@@ -138,7 +138,7 @@ class MuonAdamW(torch.optim.AdamW):
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """For each matrix U S V^T of (n, rows, columns) about U V^T: singular values from 1/1000 of the norm up come near 1.
 
-    Newton-Schulz steps, their products in `dtype`.
+    Newton-Schulz steps, their products in `dtype`; in bfloat16 values below 1/100 drown in its rounding.
     """
     x = matrices.to(dtype)
     tall = x.size(-2) > x.size(-1)

@@ -59,7 +59,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": devices.describe_device(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": devices.dtype_name(dtype),
         "system": f"{platform.system()} {platform.machine()}",
         "revision": revision(Path(__file__).parent),
     }

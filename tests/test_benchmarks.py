@@ -11,8 +11,6 @@ import pytest
 import torch
 from conftest import ROOT, SAMPLE_TOKENIZER, command, environment
 
-from gptkit import devices
-
 TINY = ("--n_heads", 2, "--vocab_size", 500, "--context_length", 16, "--batch_size", 2, "--device", "cpu")
 # Stand-ins with the interfaces of the real ones.
 NANOGPT = """
@@ -113,12 +111,33 @@ def test_train_speed_times_all_contenders(tmp_path: Path) -> None:
         assert ratio[name] == pytest.approx(speed["ours"] / speed[name], abs=1e-3)
     assert found["goals"] == {"at least 1.1 times nanoGPT": ratio["nanogpt"] >= 1.1}
     assert {found["dtype"][name] for name in names - {"ours", "ours_modern_muon"}} == {"float32"}  # theirs on a CPU
-    trains_in = str(devices.choose_dtype("auto", torch.device("cpu"), training=True))
-    assert {found["dtype"][name] for name in ("ours", "ours_modern_muon")} == {trains_in.removeprefix("torch.")}
     # GPT-2's parameters, counted by hand: embeddings, then a block's four matrices and biases, and three norms.
     block = 12 * 32 * 32 + (3 + 1 + 4 + 1) * 32 + 2 * 2 * 32
     assert found["n_parameters"]["transformers"] == (500 + 16) * 32 + block + 2 * 32
     assert found["n_parameters"]["ours"] == (512 + 16) * 32 + block + 2 * 32  # padded to a multiple of 64
+
+
+def test_train_speed_gives_all_the_same_precision_where_it_is_asked_for(tmp_path: Path) -> None:
+    size = ("--size", "1x32", *TINY, "--n_rounds", 1, "--steps_a_round", 1)
+    found = result_of("train_speed_500_bfloat16", tmp_path / "results", "train_speed.py", *size, "--dtype", "bfloat16")
+    assert set(found["dtype"].values()) == {"bfloat16"}
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_each_contender_gets_the_precision_of_its_project(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import contenders
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": multiplies}, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if multiplies else (7, 5))
+    best = torch.bfloat16 if multiplies else torch.float32
+    for name in ("ours", "ours_modern_muon"):
+        assert contenders.dtype_as(name, "auto", torch.device("cpu")) == best
+        assert contenders.dtype_as(name, "auto", torch.device("cuda")) == best
+    for name in ("transformers", "nanogpt", "llms_from_scratch"):
+        assert contenders.dtype_as(name, "auto", torch.device("cpu")) == torch.float32
+        assert contenders.dtype_as(name, "auto", torch.device("cuda")) == best
+        assert contenders.dtype_as(name, "bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
 @pytest.mark.parametrize(

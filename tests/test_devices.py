@@ -15,10 +15,10 @@ from gptkit import devices
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
-def as_if(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], cuda: bool = False) -> None:
-    """Let the CPU have these instructions, and a GPU multiply bfloat16 or only emulate it, as torch does by itself."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or cuda)
+def as_if(monkeypatch: pytest.MonkeyPatch, cpu: dict[str, Any], *cuda: tuple[int, int]) -> None:
+    """Let the CPU have these instructions, and each GPU this compute capability."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cuda[device.index or 0])
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def as_if(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], cuda: b
         ({"avx512_bf16": True, "amx_bf16": False}, True),  # AMD from Zen 4 on
         ({"avx512_bf16": False, "amx_bf16": True}, True),
         ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, False),  # oneDNN would emulate it
-        ({"architecture": "aarch64"}, False),
+        ({"architecture": "aarch64", "bf16": True}, False),  # untried
         ({}, False),
     ],
 )
@@ -46,18 +46,17 @@ def test_a_torch_that_does_not_tell_trains_in_float32(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_a_gpu_that_only_emulates_bfloat16_gets_float32(
-    multiplies: bool, training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such as a T4 or a V100, of which torch says that bfloat16 is supported."""
-    as_if(monkeypatch, {"avx512_bf16": True}, multiplies)
-    assert devices.choose_dtype("auto", CUDA, training) == (torch.bfloat16 if multiplies else torch.float32)
+def test_a_gpu_that_only_emulates_bfloat16_gets_float32(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 here, of which torch says that bfloat16 is supported; beside it is an A100, which multiplies it."""
+    as_if(monkeypatch, {"avx512_bf16": True}, (7, 5), (8, 0), (9, 0))
+    chosen = [devices.choose_dtype("auto", torch.device("cuda", i), training) for i in range(3)]
+    assert chosen == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert devices.choose_dtype("auto", CUDA, training) == torch.float32
     assert devices.choose_dtype("auto", MPS, training) == torch.float32
 
 
 def test_what_is_asked_for_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    as_if(monkeypatch, {"avx512_bf16": True}, cuda=True)
+    as_if(monkeypatch, {"avx512_bf16": True}, (8, 0))
     for device in (CPU, CUDA, MPS):
         for training in (True, False):
             assert devices.choose_dtype("float32", device, training) == torch.float32
@@ -70,19 +69,21 @@ def test_a_run_takes_up_what_the_cpu_can(tmp_path: Path, sample_shards: Path) ->
     whole, stopped, plain = (tmp_path / name for name in ("whole", "stopped", "plain"))
     can = "torch.cpu.get_capabilities = lambda: {'avx512_bf16': %s}"
 
-    def run(output: Path, multiplies: bool, *more: object) -> str:
+    def run(output: Path, multiplies: bool, *more: object) -> tuple[str, str]:
         result = drive(can % multiplies, *small_run(shards, output, "muon"), "--max_steps", 20, *more)
         assert result.returncode == 0, result.stderr
-        return result.stdout
+        return result.stdout, result.stderr
 
-    assert ", torch.float32, " in run(plain, multiplies=False)
-    assert ", torch.bfloat16, " in run(whole, multiplies=True)
+    assert ", torch.float32, " in run(plain, multiplies=False)[0]
+    assert ", torch.bfloat16, " in run(whole, multiplies=True)[0]
     run(stopped, True, "--max_minutes", 1e-5)
-    run(stopped, True)
+    assert "note: --dtype" not in run(stopped, True)[1]
+    moved = run(plain, True, "--max_steps", 21)[1]
+    assert "note: --dtype was float32 and is bfloat16: it holds from step 20 on" in moved
     for file in ("model.safetensors", "training.safetensors"):
         assert (newest(stopped) / file).read_bytes() == (newest(whole) / file).read_bytes(), file
         assert (newest(plain) / file).stat().st_size == (newest(whole) / file).stat().st_size
-    losses = [[report["val_loss"] for report in curve(output)] for output in (whole, plain)]
+    losses = [[report["val_loss"] for report in curve(output)[:2]] for output in (whole, plain)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], abs=0.01)
     assert (

@@ -140,6 +140,30 @@ def test_sharded_in_two_is_one_run(tmp_path: Path, shards: Path, alone: Path) ->
     assert isinstance(model, GPTModel)
 
 
+UNLIKE = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+import pretraining
+
+torch.cpu.get_capabilities = lambda: {{"avx512_bf16": os.environ["RANK"] == "0"}}
+pretraining.parallel.only_main_speaks()
+pretraining.run_command(pretraining.PretrainingConfig, pretraining.run)
+"""
+
+
+def test_processes_on_unlike_machines_round_alike(tmp_path: Path, shards: Path, alone: Path) -> None:
+    """The main process's machine multiplies bfloat16, the other's does not: sharded, a weight has one type for both."""
+    script, output = tmp_path / "unlike.py", tmp_path / "out"
+    script.write_text(UNLIKE.format(root=str(ROOT)), "utf-8")
+    more = ("--parallel", "fsdp", "--dtype", "auto")
+    result = finish(start(torchrun(2, *arguments(shards, output, 2, *more), script=script)))
+    assert result.returncode == 0, result.stderr
+    assert ", torch.bfloat16, " in result.stdout
+    for ours, theirs in zip(curve(output), curve(alone), strict=True):
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=0.02)
+
+
 def test_a_run_changes_its_processes_where_it_goes_on(tmp_path: Path, shards: Path) -> None:
     """Two, stopped by a signal to torchrun; four, sharded, stopped by the clock; then one alone: by one command line."""
     output, alone = tmp_path / "out", tmp_path / "alone"
