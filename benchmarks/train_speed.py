@@ -139,7 +139,7 @@ def measure(config: GPTConfig, options: argparse.Namespace, device: torch.device
         "missing": missing,
         "goals": goals(speed, mfu, config.vocab_size, device),
         "losses_first_and_last": {name: [round(v[0], 3), round(v[-1], 3)] for name, v in losses.items()},
-        "times_s": {name: [round(value, 4) for value in values] for name, values in times_s.items()},
+        "times_s": {name: [round(value, 6) for value in values] for name, values in times_s.items()},
     }
 
 
