@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
-from gpt_model import GPTConfig, GPTModel
-from gptkit import checkpoints, devices
-from gptkit.command_line import UserError, check_bounds, run_command, setting
-from gptkit.generation import SamplingSettings, Text, write
-from gptkit.quick_linear import prepare_to_write
-from gptkit.tokenization import Tokenizer, encode_prompt, load_saved
+from gpt_model import GPTModel
+from gptkit.base import devices
+from gptkit.base.cli import UserError, check_bounds, run_command, setting
+from gptkit.generation.cpu_linear import prepare_for_generation
+from gptkit.generation.generate import TextStream, stream_text
+from gptkit.generation.sampling import SamplingSettings
+from gptkit.text.tokenizer import Tokenizer, encode_prompt
+from gptkit.training import checkpoints
 
 MAX_CHARS = 20_000  # of a prompt, or of a text to go on from
 MAX_REQUEST_BYTES = 1 << 20
@@ -60,10 +62,7 @@ class Model:
 
 def main(config: DemoConfig) -> None:
     gradio = import_gradio()
-    try:
-        device = devices.choose_device(config.device)
-    except ValueError as error:
-        raise UserError(str(error))
+    device = devices.choose_device(config.device)
     folders = find_folders([config.exp_dir, *([config.compare_exp_dir] if config.compare_exp_dir else [])])
     load = functools.lru_cache(maxsize=N_MODELS)(lambda name: load_model(folders[name], device))
     load(next(iter(folders)))  # a mistake is told here, not to a visitor
@@ -135,10 +134,9 @@ def find_folders(exp_dirs: list[str]) -> dict[str, Path]:
 
 def load_model(folder: Path, device: torch.device) -> Model:
     """Raises UserError."""
-    checkpoints.first_whole([folder], training=False)
-    tokenizer = load_saved(folder / "tokenizer")
-    model = checkpoints.load_model(folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, device)
-    draft = prepare_to_write(model, with_draft=True) if device.type == "cpu" else None
+    checkpoints.first_valid([folder], training=False)
+    model, tokenizer = checkpoints.load_checkpoint(folder, GPTModel.from_dimensions, device)
+    draft = prepare_for_generation(model, with_draft=True) if device.type == "cpu" else None
     return Model(model.eval(), tokenizer, draft)
 
 
@@ -147,10 +145,10 @@ def growing_text(model: Model, prompt: str, sampling: SamplingSettings, n_tokens
     if len(prompt) > MAX_CHARS:
         raise UserError(f"文章が長すぎます({len(prompt):,} 字)。{MAX_CHARS:,} 字までにしてください。")
     check_bounds(sampling)
-    text = Text(model.tokenizer, encode_prompt(model.tokenizer, prompt), seed)
+    text = TextStream(model.tokenizer, encode_prompt(model.tokenizer, prompt), seed)
     drawn_at, written = 0.0, prompt
     context_length = model.model.config.context_length
-    for _, piece in write(model.model, [text], sampling, n_tokens, context_length, draft=model.draft):
+    for _, piece in stream_text(model.model, [text], sampling, n_tokens, context_length, draft=model.draft):
         written += piece
         if time.monotonic() - drawn_at > REDRAW_S:
             drawn_at = time.monotonic()

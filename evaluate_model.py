@@ -18,12 +18,14 @@ from typing import Any, Literal
 
 import torch
 
-from gpt_model import GPTConfig, GPTModel
-from gptkit import checkpoints, devices
-from gptkit.command_line import UserError, existing_path, first_line, hub_folder, run_command, setting
-from gptkit.evaluation import read_works, score_works
-from gptkit.run_log import shown
-from gptkit.tokenization import HF_PATTERNS, Tokenizer, load_hf, load_saved
+from gpt_model import GPTModel
+from gptkit.base import devices
+from gptkit.base.cli import UserError, first_line, progress_bar, run_command, setting
+from gptkit.base.paths import existing_path, hub_folder
+from gptkit.evaluation.documents import read_documents
+from gptkit.evaluation.scoring import score_documents
+from gptkit.text.tokenizer import HF_PATTERNS, Tokenizer, load_hf
+from gptkit.training import checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +79,7 @@ class WithinVocabulary:
 
 
 def main(config: EvaluationConfig) -> None:
-    try:
-        device = devices.choose_device(config.device)
-    except ValueError as error:
-        raise UserError(str(error))
+    device = devices.choose_device(config.device)
     if not config.exp_dir and not config.hf_model:
         raise UserError("no model is named; give --exp_dir, --hf_model or both")
     path = existing_path(config.text_path, "--text_path")
@@ -104,11 +103,8 @@ def contenders(config: EvaluationConfig, device: torch.device) -> Iterator[Conte
     patterns = [*HF_PATTERNS, "*.json", "*.safetensors"]
     of_others = {name: hub_folder(name, "--hf_model", patterns) for name in config.hf_model}
     for folder in folders:
-        tokenizer = load_saved(folder / "tokenizer")
-        model = checkpoints.load_model(
-            folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, device
-        ).eval()
-        yield Contender(str(folder), model, tokenizer, model.config.context_length, model.n_parameters())
+        model, tokenizer = checkpoints.load_checkpoint(folder, GPTModel.from_dimensions, device)
+        yield Contender(str(folder), model.eval(), tokenizer, model.config.context_length, model.n_parameters())
     for name, folder in of_others.items():
         yield of_transformers(name, folder, device)
 
@@ -150,16 +146,16 @@ def evaluate(config: EvaluationConfig, contender: Contender, device: torch.devic
         raise UserError(f"--stride {config.stride} is more than the model's context; give at most {context_length}")
     path = existing_path(config.text_path, "--text_path")
     # The works are read twice: a line that is none is found before the long work, and the time left is known.
-    n_tokens = sum(len(tokenizer.encode(work)) + 1 for work in read_works(path, config.max_chars))
+    n_tokens = sum(len(tokenizer.encode(work)) + 1 for work in read_documents(path, config.max_chars))
     print(
         f"{contender.name}: {contender.n_parameters:,} parameters on {devices.describe_device(device)}, {dtype}",
         file=sys.stderr,
     )
-    with shown(n_tokens, "token", "evaluate") as progress:
-        score = score_works(
+    with progress_bar(n_tokens, "token", "evaluate") as progress:
+        score = score_documents(
             contender.forward,
             tokenizer,
-            read_works(path, config.max_chars),
+            read_documents(path, config.max_chars),
             context_length,
             stride=config.stride,
             batch_size=config.batch_size,

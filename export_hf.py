@@ -21,15 +21,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from gpt_model import GPTConfig, GPTModel
-from gptkit import checkpoints, hf_conversion, hf_tokenizer
-from gptkit.command_line import UserError, existing_path, run_command, setting
-from gptkit.evaluation import read_works
-from gptkit.files import folder_replaced, read_json
-from gptkit.generation import SamplingSettings, Text, write
-from gptkit.gguf_file import write_gguf
-from gptkit.model_card import model_card
-from gptkit.tokenization import PROBE, Tokenizer, encode_prompt, load_saved
+from gpt_model import GPTModel
+from gptkit.base.cli import UserError, run_command, setting
+from gptkit.base.files import read_json, replace_folder
+from gptkit.base.paths import existing_path
+from gptkit.evaluation.documents import read_documents
+from gptkit.generation.generate import TextStream, stream_text
+from gptkit.generation.sampling import SamplingSettings
+from gptkit.interop import huggingface, tokenizer_export
+from gptkit.interop.gguf import write_gguf
+from gptkit.interop.model_card import model_card
+from gptkit.text.tokenizer import PROBE, Tokenizer, encode_prompt
+from gptkit.training import checkpoints
 
 N_LINES = 1000
 EXPORT_FILE, EXPORT_FORMAT = "export.json", "gptkit-export"
@@ -64,13 +67,11 @@ def main(config: ExportConfig) -> None:
         raise UserError("--push_to_hub is for --format hf; upload a GGUF file with `hf upload`")
     output_dir = check_output_dir(Path(config.output_dir))
     folder = checkpoints.choose_checkpoint(config.exp_dir, config.checkpoint)
-    tokenizer = load_saved(folder / "tokenizer")
-    model = checkpoints.load_model(
-        folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, torch.device("cpu")
-    ).eval()
+    model, tokenizer = checkpoints.load_checkpoint(folder, GPTModel.from_dimensions, torch.device("cpu"))
+    model = model.eval()
     lines = lines_to_try(existing_path(config.text_path, "--text_path") if config.text_path else SAMPLE)
-    tensors, dimensions = hf_conversion.to_hf(model.state_dict(), vars(model.config), tokenizer.end_of_text_id)
-    with told_in_one_line(output_dir), folder_replaced(output_dir) as partial:
+    tensors, dimensions = huggingface.to_hf(model.state_dict(), vars(model.config), tokenizer.end_of_text_id)
+    with as_user_error(output_dir), replace_folder(output_dir) as partial:
         if config.format == "gguf":
             write_gguf(partial / f"model-{config.gguf_type}.gguf", tensors, dimensions, tokenizer, config.gguf_type)
         else:
@@ -110,7 +111,7 @@ def check_output_dir(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def told_in_one_line(output_dir: Path) -> Iterator[None]:
+def as_user_error(output_dir: Path) -> Iterator[None]:
     """Raises UserError where protobuf is missing, or a library says in its own way that the disk is full."""
     try:
         yield
@@ -126,7 +127,7 @@ def told_in_one_line(output_dir: Path) -> Iterator[None]:
 
 def lines_to_try(path: Path) -> list[str]:
     """What the tokenizer is tried on: a line with many traps, and the first lines of a text."""
-    lines = (line for work in read_works(path) for line in work.split("\n") if line)
+    lines = (line for work in read_documents(path) for line in work.split("\n") if line)
     return [*PROBE.split("\n"), PROBE, *itertools.islice(lines, N_LINES)]
 
 
@@ -134,15 +135,15 @@ def write_tokenizer(
     to: Path, tokenizer: Tokenizer, context_length: int, dimensions: dict[str, Any], lines: list[str]
 ) -> None:
     """The tokenizer beside the model's configurations, tried by AutoTokenizer. Raises UserError where ids differ."""
-    for name, content in hf_tokenizer.tokenizer_files(tokenizer, context_length).items():
+    for name, content in tokenizer_export.export_tokenizer(tokenizer, context_length).items():
         (to / name).write_bytes(content)
     write_json(to / "config.json", dimensions)
     end = tokenizer.end_of_text_id
     write_json(to / "generation_config.json", {
         "bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "do_sample": True, "temperature": 0.8, "top_k": 40,
-        "max_new_tokens": min(200, context_length // 2), "suppress_tokens": sorted(tokenizer.never_written) or None,
+        "max_new_tokens": min(200, context_length // 2), "suppress_tokens": sorted(tokenizer.never_generated) or None,
     })  # fmt: skip
-    different, n_ties = hf_tokenizer.compare(tokenizer, to, lines)
+    different, n_ties = tokenizer_export.compare_tokenizers(tokenizer, to, lines)
     if n_ties:
         print(
             f"note: {n_ties} of {len(lines)} lines fall in two equally likely ways into pieces; there in the other one",
@@ -162,9 +163,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def samples(model: GPTModel, tokenizer: Tokenizer) -> list[str]:
     """What the model writes after PROMPTS, as in the card."""
-    texts = [Text(tokenizer, encode_prompt(tokenizer, prompt), seed) for seed, prompt in enumerate(PROMPTS)]
+    texts = [TextStream(tokenizer, encode_prompt(tokenizer, prompt), seed) for seed, prompt in enumerate(PROMPTS)]
     shown = list(PROMPTS)
-    for row, piece in write(
+    for row, piece in stream_text(
         model, texts, SamplingSettings(temperature=0.8, top_k=40), 100, model.config.context_length
     ):
         shown[row] += piece

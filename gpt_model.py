@@ -12,8 +12,9 @@ of a head (C / H where nothing else is asked for), V vocabulary (padded), L laye
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ Arch = Literal["modern", "gpt2"]
 ARCHS = get_args(Arch)
 RMS_NORM_EPS = 1e-6  # as Qwen3's; layer norms have GPT-2's 1e-5, torch's default
 # Far above any GPT, and low enough that a damaged or hostile configuration asks for nothing absurd.
-MOST = {
+MAX_DIMENSIONS = {
     "vocab_size": 1 << 24,
     "context_length": 1 << 20,
     "emb_dim": 1 << 16,
@@ -31,7 +32,7 @@ MOST = {
     "n_heads": 1 << 12,
     "vocab_multiple": 1 << 12,
 }
-MOST_ROPE_BASE = 1e9
+MAX_ROPE_BASE = 1e9
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (T, D) or (B, T, D)
 
 
@@ -59,10 +60,10 @@ class GPTConfig:
     tied_head: bool = False  # modern only: the embedding is the output head too, as it always is in gpt2
 
     def __post_init__(self) -> None:
-        for name in (*MOST, "n_kv_heads", "head_width", "ff_width"):
+        for name in (*MAX_DIMENSIONS, "n_kv_heads", "head_width", "ff_width"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
-        for name, most in MOST.items():
+        for name, most in MAX_DIMENSIONS.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {most}")
         if self.emb_dim % self.n_heads and not self.head_width:
@@ -70,9 +71,9 @@ class GPTConfig:
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate is {self.drop_rate}; it must be at least 0 and below 1")
         for name in ("head_width", "ff_width"):
-            if not 0 <= getattr(self, name) <= MOST["emb_dim"]:
+            if not 0 <= getattr(self, name) <= MAX_DIMENSIONS["emb_dim"]:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be at least 0 and at most {MOST['emb_dim']}"
+                    f"{name} is {getattr(self, name)}; it must be at least 0 and at most {MAX_DIMENSIONS['emb_dim']}"
                 )
         if self.arch == "modern" and self.head_dim % 2:
             raise ValueError(
@@ -80,8 +81,8 @@ class GPTConfig:
             )
         if self.arch not in ARCHS:
             raise ValueError(f"arch {self.arch} is unknown; there are {', '.join(ARCHS)}")
-        if not 1 < self.rope_base <= MOST_ROPE_BASE:
-            raise ValueError(f"rope_base is {self.rope_base}; it must be more than 1 and at most {MOST_ROPE_BASE:.0e}")
+        if not 1 < self.rope_base <= MAX_ROPE_BASE:
+            raise ValueError(f"rope_base is {self.rope_base}; it must be more than 1 and at most {MAX_ROPE_BASE:.0e}")
         if self.n_kv_heads < 0 or self.n_heads % self.kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.arch == "gpt2" and self.kv_heads != self.n_heads:
@@ -142,11 +143,11 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def norm_of(config: GPTConfig, width: int) -> nn.Module:
+def build_norm(config: GPTConfig, width: int) -> nn.Module:
     return RMSNorm(width, eps=RMS_NORM_EPS) if config.arch == "modern" else nn.LayerNorm(width)
 
 
-def rotation(config: GPTConfig) -> Rotation:
+def rotary_tables(config: GPTConfig) -> Rotation:
     """Cosines and sines of the angle of each position and channel, the two halves of a head alike: each (T, D)."""
     if torch.get_default_device().type == "meta":  # where only shapes are asked for, arithmetic is slow to start
         return torch.empty(config.context_length, config.head_dim), torch.empty(config.context_length, config.head_dim)
@@ -155,7 +156,7 @@ def rotation(config: GPTConfig) -> Rotation:
     return angles.cos(), angles.sin()
 
 
-def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:  # (B, T, H, D) -> (B, T, H, D)
+def apply_rotary_emb(x: torch.Tensor, by: Rotation) -> torch.Tensor:  # (B, T, H, D) -> (B, T, H, D)
     """Turn channel i and channel i + D / 2 as a pair, by the angle of the position."""
     cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in by)  # (T, 1, D)
     first, second = x.chunk(2, dim=-1)
@@ -163,7 +164,7 @@ def rotate(x: torch.Tensor, by: Rotation) -> torch.Tensor:  # (B, T, H, D) -> (B
 
 
 @dataclass(frozen=True)
-class Cache:
+class KVCache:
     """The keys and values of what each row of a batch has read, so that a further token costs one position's work.
 
     Slot i of a row is position i of its text. Slots beyond a row's length hold what is to be overwritten.
@@ -172,24 +173,24 @@ class Cache:
     keys: torch.Tensor  # (L, B, G, S, D); of a single layer (B, G, S, D)
     values: torch.Tensor
 
-    def rows(self, which: slice) -> "Cache":
+    def rows(self, which: slice) -> "KVCache":
         """Some rows: what is written there is written here."""
-        return Cache(self.keys[:, which], self.values[:, which])
+        return KVCache(self.keys[:, which], self.values[:, which])
 
-    def layer(self, number: int) -> "Cache":
-        return Cache(self.keys[number], self.values[number])
+    def layer(self, number: int) -> "KVCache":
+        return KVCache(self.keys[number], self.values[number])
 
 
 @dataclass(frozen=True)
-class Reading:
+class CacheView:
     """Where the ids of a call that uses a cache stand in its rows: alike in all, or (T = 1) in each elsewhere."""
 
-    cache: Cache
+    cache: KVCache
     positions: torch.Tensor  # (T,), or where T = 1 (B, 1)
     mask: torch.Tensor | None  # (…, T, n_slots): what each looks at. None: what stands before it, and itself
     n_slots: int  # the first so many are looked at; where positions are (T,), the last T of them are the ids' own
 
-    def of_layer(self, number: int) -> "Reading":
+    def for_layer(self, number: int) -> "CacheView":
         return replace(self, cache=self.cache.layer(number))
 
 
@@ -203,29 +204,29 @@ class CausalSelfAttention(nn.Module):
         self.widths = [heads * config.head_dim for heads in (config.n_heads, config.kv_heads, config.kv_heads)]
         self.qkv = nn.Linear(config.emb_dim, sum(self.widths), bias=config.qkv_bias and not modern)
         self.out_proj = nn.Linear(self.widths[0], config.emb_dim, bias=not modern)
-        self.q_norm, self.k_norm = (norm_of(config, config.head_dim) if modern else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (build_norm(config, config.head_dim) if modern else nn.Identity() for _ in range(2))
 
     def forward(
-        self, x: torch.Tensor, by: Rotation | None, reading: Reading | None = None
+        self, x: torch.Tensor, by: Rotation | None, reading: CacheView | None = None
     ) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
         B, T, _ = x.shape
         q, k, v = (t.view(B, T, -1, self.config.head_dim) for t in self.qkv(x).split(self.widths, dim=-1))
         if by is not None:
-            q, k = rotate(self.q_norm(q), by), rotate(self.k_norm(k), by)
+            q, k = apply_rotary_emb(self.q_norm(q), by), apply_rotary_emb(self.k_norm(k), by)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
         dropout = self.config.drop_rate if self.training else 0.0
         grouped = self.config.kv_heads < self.config.n_heads
         mask = None
         if reading is not None:
-            k, v, mask = self.remember(k, v, reading)
+            k, v, mask = self.update_cache(k, v, reading)
         context = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p=dropout, is_causal=T > 1 and mask is None, enable_gqa=grouped
         )  # (B, H, T, D)
         return self.out_proj(context.transpose(1, 2).reshape(B, T, -1))
 
     @staticmethod
-    def remember(
-        k: torch.Tensor, v: torch.Tensor, reading: Reading
+    def update_cache(
+        k: torch.Tensor, v: torch.Tensor, reading: CacheView
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Put keys and values, each (B, G, T, D), into the cache of a layer; those to attend to, and which of them."""
         keys, values, n_slots = reading.cache.keys, reading.cache.values, reading.n_slots
@@ -261,14 +262,14 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.norm1 = norm_of(config, config.emb_dim)
+        self.norm1 = build_norm(config, config.emb_dim)
         self.att = CausalSelfAttention(config)
-        self.norm2 = norm_of(config, config.emb_dim)
+        self.norm2 = build_norm(config, config.emb_dim)
         self.ff = FeedForward(config)
         self.dropout = nn.Dropout(config.drop_rate)
 
     def forward(
-        self, x: torch.Tensor, by: Rotation | None, reading: Reading | None = None
+        self, x: torch.Tensor, by: Rotation | None, reading: CacheView | None = None
     ) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
         x = x + self.dropout(self.att(self.norm1(x), by, reading))
         return x + self.dropout(self.ff(self.norm2(x)))
@@ -290,12 +291,14 @@ class GPTModel(nn.Module):
         else:
             if not config.is_tied:
                 self.out_head = nn.Linear(config.emb_dim, config.padded_vocab_size, bias=False)
-            for name, table in zip(("cos", "sin"), rotation(config), strict=True):
+            for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
                 self.register_buffer(name, table, persistent=False)
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
-        self.final_norm = norm_of(config, config.emb_dim)
-        self.quick_head: nn.Module | None = None  # in place of the last product where it is only to write, not to train
+        self.final_norm = build_norm(config, config.emb_dim)
+        self.inference_head: nn.Module | None = (
+            None  # in place of the last product where it is only to write, not to train
+        )
         # A bias of the last product, not a mask after it: padding costs no second pass over the logits.
         padding_bias = torch.zeros(config.padded_vocab_size)
         padding_bias[config.vocab_size :] = -torch.inf
@@ -307,6 +310,11 @@ class GPTModel(nn.Module):
                     nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers))  # GPT-2, section 2.3
                 else:
                     nn.init.zeros_(parameter)
+
+    @classmethod
+    def from_dimensions(cls, dimensions: Mapping[str, Any]) -> "GPTModel":
+        """Build a model of GPTConfig's fields by name. Raises TypeError and ValueError where they are none."""
+        return cls(GPTConfig(**dimensions))
 
     @staticmethod
     def _initialize_gpt2(module: nn.Module) -> None:
@@ -330,7 +338,7 @@ class GPTModel(nn.Module):
         """The matrix of the last product: (V, C)."""
         return self.tok_emb.weight if self.config.is_tied else self.out_head.weight
 
-    def features(self, ids: torch.Tensor, reading: Reading | None = None) -> torch.Tensor:  # (B, T) -> (B, T, C)
+    def hidden_states(self, ids: torch.Tensor, reading: CacheView | None = None) -> torch.Tensor:  # (B, T) -> (B, T, C)
         """What the last product turns into logits."""
         T = ids.shape[1]
         if T > self.config.context_length:
@@ -344,25 +352,25 @@ class GPTModel(nn.Module):
             by = (self.cos[:T], self.sin[:T]) if reading is None else (self.cos[positions], self.sin[positions])
         x = self.drop_emb(x)
         for number, block in enumerate(self.trf_blocks):
-            x = block(x, by, reading.of_layer(number) if reading else None)
+            x = block(x, by, reading.for_layer(number) if reading else None)
         return self.final_norm(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:  # (…, C) -> (…, V)
         bias = self.padding_bias if self.config.vocab_size < self.config.padded_vocab_size else None
-        return F.linear(x, self.head_weight, bias) if self.quick_head is None else self.quick_head(x)
+        return F.linear(x, self.head_weight, bias) if self.inference_head is None else self.inference_head(x)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T) -> (B, T, V)
-        return self.logits(self.features(ids))
+        return self.logits(self.hidden_states(ids))
 
-    def new_cache(self, batch_size: int, n_slots: int) -> Cache:
+    def new_cache(self, batch_size: int, n_slots: int) -> KVCache:
         """An empty cache, of the weights' type and on their device."""
         weight = self.tok_emb.weight
         shape = (self.config.n_layers, batch_size, self.config.kv_heads, n_slots, self.config.head_dim)
         keys, values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
-        return Cache(keys, values)
+        return KVCache(keys, values)
 
     def next_logits(
-        self, ids: torch.Tensor, lengths: torch.Tensor, cache: Cache, n_slots: int | None
+        self, ids: torch.Tensor, lengths: torch.Tensor, cache: KVCache, n_slots: int | None
     ) -> torch.Tensor:  # (B, T), (B,) -> (B, V)
         """Logits of the id that follows each row, which then has `lengths` ids, by means of what the cache holds.
 
@@ -372,23 +380,23 @@ class GPTModel(nn.Module):
         """
         B, T = ids.shape
         if T > 1:
-            reading = Reading(cache, torch.arange(T, device=ids.device), None, T)
+            reading = CacheView(cache, torch.arange(T, device=ids.device), None, T)
         elif B == 1 and n_slots:
-            return self.further_logits(ids, cache, n_slots - 1)
+            return self.extend(ids, cache, n_slots - 1)
         else:
             n_looked_at = n_slots or cache.keys.shape[3]
             is_filled = torch.arange(n_looked_at, device=ids.device) < lengths[:, None]  # (B, n_slots)
-            reading = Reading(cache, lengths[:, None] - 1, is_filled[:, None, None], n_looked_at)
-        x = self.features(ids, reading)  # (B, T, C)
+            reading = CacheView(cache, lengths[:, None] - 1, is_filled[:, None, None], n_looked_at)
+        x = self.hidden_states(ids, reading)  # (B, T, C)
         last = x[torch.arange(B, device=ids.device), lengths - 1] if T > 1 else x[:, 0]  # (B, C)
         return self.logits(last)
 
-    def further_logits(self, ids: torch.Tensor, cache: Cache, n_read: int) -> torch.Tensor:  # (1, T) -> (T, V)
+    def extend(self, ids: torch.Tensor, cache: KVCache, n_read: int) -> torch.Tensor:  # (1, T) -> (T, V)
         """Logits of the id that follows each of some ids, which come after the first n_read of a cache's only row."""
         T, n_slots = ids.shape[1], n_read + ids.shape[1]
         positions = torch.arange(n_read, n_slots, device=ids.device)
         mask = torch.arange(n_slots, device=ids.device) <= positions[:, None] if T > 1 else None  # (T, n_slots)
-        return self.logits(self.features(ids, Reading(cache, positions, mask, n_slots)))[0]
+        return self.logits(self.hidden_states(ids, CacheView(cache, positions, mask, n_slots)))[0]
 
     def n_parameters(self) -> int:
         """All parameters, a tied embedding counted once."""

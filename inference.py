@@ -21,19 +21,21 @@ from typing import Literal
 
 import torch
 
-from gpt_model import GPTConfig, GPTModel
-from gptkit import checkpoints, devices
-from gptkit.command_line import UserError, changed, existing_path, run_command, setting
-from gptkit.generation import Decode, SamplingSettings, Text, compiled_decode, decode_one_token, window_start, write
-from gptkit.quick_linear import Int8Linear, prepare_to_write, replace_linear_layers
-from gptkit.run_log import shown
-from gptkit.tokenization import Tokenizer, encode_prompt, load_saved
+from gpt_model import GPTModel
+from gptkit.base import devices
+from gptkit.base.cli import UserError, progress_bar, replace_setting, run_command, setting
+from gptkit.base.paths import existing_path
+from gptkit.generation.cpu_linear import Int8Linear, prepare_for_generation, replace_linear_layers
+from gptkit.generation.generate import Decode, TextStream, compiled_decode, decode_one_token, stream_text, window_start
+from gptkit.generation.sampling import SamplingSettings
+from gptkit.text.tokenizer import Tokenizer, encode_prompt
+from gptkit.training import checkpoints
 
 MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class WritingSettings(SamplingSettings):
+class GenerationSettings(SamplingSettings):
     """What may change from text to text."""
 
     max_new_tokens: int = setting(200, "most tokens to write", at_least=1, at_most=1_000_000)
@@ -44,7 +46,7 @@ class WritingSettings(SamplingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceConfig(WritingSettings):
+class InferenceConfig(GenerationSettings):
     """Write with a trained GPT."""
 
     exp_dir: str = setting(help="experiment folder (or the folder of checkpoints in it)")
@@ -65,7 +67,7 @@ class InferenceConfig(WritingSettings):
 
 
 @dataclass(frozen=True)
-class Writer:
+class TextGenerator:
     """A model that is ready to write."""
 
     model: GPTModel
@@ -73,13 +75,17 @@ class Writer:
     decode: Decode
     draft: GPTModel | None
 
-    def begin(self, prompt: str, settings: WritingSettings, seed: int, number: int = 0) -> Text:
+    def begin(self, prompt: str, settings: GenerationSettings, seed: int, number: int = 0) -> TextStream:
         """Raises UserError where the prompt is none for the tokenizer."""
-        return Text(self.tokenizer, encode_prompt(self.tokenizer, prompt), (seed + number) % MAX_SEED, settings.stop)
+        return TextStream(
+            self.tokenizer, encode_prompt(self.tokenizer, prompt), (seed + number) % MAX_SEED, settings.stop
+        )
 
-    def write(self, texts: list[Text], settings: WritingSettings) -> Generator[tuple[int, str], None, None]:
+    def write(self, texts: list[TextStream], settings: GenerationSettings) -> Generator[tuple[int, str], None, None]:
         context_length = self.model.config.context_length
-        return write(self.model, texts, settings, settings.max_new_tokens, context_length, self.decode, self.draft)
+        return stream_text(
+            self.model, texts, settings, settings.max_new_tokens, context_length, self.decode, self.draft
+        )
 
 
 def main(config: InferenceConfig) -> None:
@@ -89,7 +95,7 @@ def main(config: InferenceConfig) -> None:
     prompts = read_prompts(existing_path(config.prompts_file, "--prompts_file")) if config.prompts_file else []
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is told with the prompt
-    writer = load_writer(config)
+    writer = load_generator(config)
     seed = random.SystemRandom().randrange(2**32) if config.seed is None else config.seed
     if config.interactive:
         converse(writer, config, seed)
@@ -107,11 +113,8 @@ def read_stdin() -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
-def load_writer(config: InferenceConfig) -> Writer:
-    try:
-        device = devices.choose_device(config.device)
-    except ValueError as error:
-        raise UserError(str(error))
+def load_generator(config: InferenceConfig) -> TextGenerator:
+    device = devices.choose_device(config.device)
     if config.quantize == "int8" and (device.type != "cpu" or config.dtype == "bfloat16"):
         raise UserError(
             "--quantize int8 is for the CPU, and without --dtype bfloat16; add --device cpu, or leave it out"
@@ -119,8 +122,7 @@ def load_writer(config: InferenceConfig) -> Writer:
     if config.quantize == "int8" and config.compile:
         raise UserError("--quantize int8 cannot be compiled; leave --compile out")
     folder = checkpoints.choose_checkpoint(config.exp_dir, config.checkpoint)
-    tokenizer = load_saved(folder / "tokenizer")
-    model = checkpoints.load_model(folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, device)
+    model, tokenizer = checkpoints.load_checkpoint(folder, GPTModel.from_dimensions, device)
     dtype = devices.choose_dtype(config.dtype, device)
     model = model.to(dtype).eval()
     kind = "int8" if config.quantize == "int8" else str(dtype).removeprefix("torch.")
@@ -134,14 +136,14 @@ def load_writer(config: InferenceConfig) -> Writer:
         replace_linear_layers(model, Int8Linear)
     elif device.type == "cpu" and dtype == torch.float32 and not compile:
         alone = config.interactive or config.batch_size == 1 or (config.num_samples == 1 and not config.prompts_file)
-        draft = prepare_to_write(model, with_draft=alone)
-    return Writer(model, tokenizer, compiled_decode() if compile else decode_one_token, draft)
+        draft = prepare_for_generation(model, with_draft=alone)
+    return TextGenerator(model, tokenizer, compiled_decode() if compile else decode_one_token, draft)
 
 
-def write_prompt(writer: Writer, config: InferenceConfig, prompt: str, seed: int) -> None:
+def write_prompt(writer: TextGenerator, config: InferenceConfig, prompt: str, seed: int) -> None:
     """One prompt's texts on standard output, as they are written, one below the other."""
     texts = [writer.begin(prompt, config, seed, number) for number in range(config.num_samples)]
-    tell_of_prompt(writer, texts[0], config)
+    warn_about_prompt(writer, texts[0], config)
     start = time.monotonic()
     for first in range(0, len(texts), config.batch_size):
         batch = texts[first : first + config.batch_size]
@@ -153,10 +155,10 @@ def write_prompt(writer: Writer, config: InferenceConfig, prompt: str, seed: int
                 print(f"{2 * chr(10) if first + row else ''}{heading}{prompt}", end="")
             print(piece, end="", flush=True)
     print(flush=True)
-    tell_speed(texts, start)
+    report_speed(texts, start)
 
 
-def in_order(texts: list[Text], pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+def in_order(texts: list[TextStream], pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
     """The same pieces, all of a text before those of the next; each text has at least an empty one."""
     waiting = [""] * len(texts)
     current = 0
@@ -170,14 +172,14 @@ def in_order(texts: list[Text], pieces: Iterator[tuple[int, str]]) -> Iterator[t
             current += 1
 
 
-def write_many(writer: Writer, config: InferenceConfig, prompts: list[str], seed: int) -> None:
+def write_many(writer: TextGenerator, config: InferenceConfig, prompts: list[str], seed: int) -> None:
     """A JSON object a line for each text, in the order of the prompts."""
     for prompt in prompts:
         encode_prompt(writer.tokenizer, prompt)  # a mistake in the last one is told before the first is written
     jobs = [(prompt, number) for prompt in prompts for number in range(config.num_samples)]
     start, done = time.monotonic(), []
     is_utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"  # else an escape of the locale's comes in
-    with shown(len(jobs), "text", "write") as progress:
+    with progress_bar(len(jobs), "text", "write") as progress:
         for first in range(0, len(jobs), config.batch_size):
             batch = jobs[first : first + config.batch_size]
             texts = [writer.begin(prompt, config, seed, number) for prompt, number in batch]
@@ -190,7 +192,7 @@ def write_many(writer: Writer, config: InferenceConfig, prompts: list[str], seed
                 print(json.dumps(line, ensure_ascii=not is_utf8), flush=True)
             done += texts
             progress(len(batch))
-    tell_speed(done, start)
+    report_speed(done, start)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -229,10 +231,10 @@ HELP = """\
   /quit             終わる(Ctrl-D でも)"""
 
 
-def converse(writer: Writer, config: InferenceConfig, seed: int) -> None:
+def converse(writer: TextGenerator, config: InferenceConfig, seed: int) -> None:
     """Texts in turns, on a terminal: a beginning is typed, changed, gone on from."""
-    settings: WritingSettings = WritingSettings(
-        **{field.name: getattr(config, field.name) for field in dataclasses.fields(WritingSettings)}
+    settings: GenerationSettings = GenerationSettings(
+        **{field.name: getattr(config, field.name) for field in dataclasses.fields(GenerationSettings)}
     )
     print(HELP)
     prompt, text, n_again = "", "", 0
@@ -250,7 +252,7 @@ def converse(writer: Writer, config: InferenceConfig, seed: int) -> None:
             elif command == "/set":
                 name, _, value = rest.strip().partition(" ")
                 value = unescape(value.strip())
-                settings = changed(settings, name, "" if (name, value) == ("stop", "none") else value)
+                settings = replace_setting(settings, name, "" if (name, value) == ("stop", "none") else value)
             elif command in ("/again", "/edit", "") or not command.startswith("/"):
                 if command == "/edit":
                     edited = ask(prompt.replace("\n", "\\n"))
@@ -292,10 +294,10 @@ def ask(prefilled: str = "") -> str | None:
         return None
 
 
-def write_live(writer: Writer, prompt: str, settings: WritingSettings, seed: int) -> str:
+def write_live(writer: TextGenerator, prompt: str, settings: GenerationSettings, seed: int) -> str:
     """What is written after the prompt, shown as it comes, to its end or to Ctrl-C."""
     text = writer.begin(prompt, settings, seed)
-    tell_of_prompt(writer, text, settings)
+    warn_about_prompt(writer, text, settings)
     start, written = time.monotonic(), ""
     print(prompt, end="", flush=True)
     pieces = writer.write([text], settings)
@@ -306,11 +308,11 @@ def write_live(writer: Writer, prompt: str, settings: WritingSettings, seed: int
     except KeyboardInterrupt:
         pieces.close()
     print(flush=True)
-    tell_speed([text], start)
+    report_speed([text], start)
     return written
 
 
-def tell_of_prompt(writer: Writer, text: Text, settings: WritingSettings) -> None:
+def warn_about_prompt(writer: TextGenerator, text: TextStream, settings: GenerationSettings) -> None:
     """What a user may not expect: unknown tokens, and where the model cannot see all of the text."""
     unknown_id, context_length = writer.tokenizer.unknown_id, writer.model.config.context_length
     n_unknown = text.prompt.count(unknown_id) if unknown_id is not None else 0
@@ -333,7 +335,7 @@ def tell_of_prompt(writer: Writer, text: Text, settings: WritingSettings) -> Non
         )
 
 
-def tell_speed(texts: list[Text], start: float) -> None:
+def report_speed(texts: list[TextStream], start: float) -> None:
     n_tokens = sum(text.n_new for text in texts)
     print(f"{n_tokens} tokens, {n_tokens / (time.monotonic() - start):.1f} tokens/s", file=sys.stderr)
 

@@ -11,18 +11,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptkit.command_line import UserError, existing_path, run_command, setting
-from gptkit.engines import EngineName, available_cores
-from gptkit.pretokenization import (
-    SELF_CHECK_CHARS,
-    describe_tokens,
-    find_text_shards,
-    pretokenize,
-    sample_works,
-    tokenize_missing,
-)
-from gptkit.tokenization import TokenizerSettings, load_tokenizer
-from gptkit.tokenizer_check import check_tokenizer, describe, refuse_problems
+from gptkit.base.cli import UserError, run_command, setting
+from gptkit.base.paths import existing_path
+from gptkit.data.executors import ExecutorName, available_cores
+from gptkit.data.pretokenization import describe_tokens, pretokenize, tokenize_missing
+from gptkit.data.text_shards import SELF_CHECK_CHARS, find_text_shards, sample_documents
+from gptkit.text.check import check_tokenizer, describe_tokenizer, raise_on_damage
+from gptkit.text.tokenizer import TokenizerSettings, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +28,7 @@ class PretokenizeConfig(TokenizerSettings):
     output_dir: str | None = setting(None, "folder for the token shards; what still matches in it is reused")
     describe: bool = setting(False, "only say what the tokenizer is, and with --data_dir what it does to that text")
     num_workers: int | None = setting(None, "processes side by side (default: one a core)", at_least=1)
-    engine: EngineName = setting("local", "local processes, or a Ray cluster whose nodes share the file system")
+    engine: ExecutorName = setting("local", "local processes, or a Ray cluster whose nodes share the file system")
     part: str | None = setting(
         None, "K/N, for a job array: only each N-th shard from the K-th on; run without it at the end"
     )
@@ -46,13 +41,13 @@ def main(config: PretokenizeConfig) -> None:
     data_dir = None if config.data_dir is None else existing_path(config.data_dir, "--data_dir")
     if config.describe:
         tokenizer = load_tokenizer(config)
-        works = None if data_dir is None else sample_works(data_dir, SELF_CHECK_CHARS)
-        print(describe(tokenizer, None if works is None else check_tokenizer(tokenizer, works)))
+        works = None if data_dir is None else sample_documents(data_dir, SELF_CHECK_CHARS)
+        print(describe_tokenizer(tokenizer, None if works is None else check_tokenizer(tokenizer, works)))
         return
     if data_dir is None or config.output_dir is None:
         raise UserError("--data_dir and --output_dir are both needed (or --describe)")
     tokenizer = load_tokenizer(config)
-    refuse_problems(tokenizer, sample_works(data_dir, SELF_CHECK_CHARS), config.accept_problems)
+    raise_on_damage(tokenizer, sample_documents(data_dir, SELF_CHECK_CHARS), config.accept_problems)
     num_workers = config.num_workers or available_cores()
     output_dir = Path(config.output_dir)
     if config.part is not None:

@@ -22,57 +22,59 @@ from typing import Any, Literal
 import torch
 
 from gpt_model import LADDER, PRESETS, Arch, GPTConfig, GPTModel
-from gptkit import budget, checkpoints, devices, hf_conversion, parallel, planning, sharding
-from gptkit.batches import Batch, TrainingBatches, check_size, validation_batches
-from gptkit.bigrams import MIN_TOKENS_PER_WORD, fit_to_bigrams
-from gptkit.command_line import UserError, existing_path, first_line, run_command, setting
-from gptkit.compilation import (
-    Loss,
-    TooLarge,
-    batch_that_fits,
-    checkpoint_activations,
-    compile_and_try,
-    memory_told,
-    optimizer_step_s,
+from gptkit.base import devices
+from gptkit.base.cli import UserError, first_line, format_duration, run_command, setting
+from gptkit.base.files import as_dict, folder_lock, read_json, signature, write_json
+from gptkit.base.paths import existing_path
+from gptkit.data.batches import Batch, TrainingBatches, check_data_size, validation_batches
+from gptkit.data.pretokenization import describe_tokens, load_manifest, open_tokens, pretokenize, token_files
+from gptkit.data.text_shards import SELF_CHECK_CHARS, sample_documents, source_name
+from gptkit.distributed import fsdp, process_group
+from gptkit.evaluation.scoring import mean_loss
+from gptkit.generation.generate import TextStream, stream_text
+from gptkit.generation.sampling import SamplingSettings
+from gptkit.interop import huggingface
+from gptkit.text.check import raise_on_damage
+from gptkit.text.tokenizer import (
+    Tokenizer,
+    TokenizerSettings,
+    load_saved_tokenizer,
+    load_tokenizer,
+    with_model_tokenizer,
 )
-from gptkit.evaluation import mean_loss
-from gptkit.files import held, read_json, signature, write_json
-from gptkit.generation import SamplingSettings, Text, write
-from gptkit.loggers import import_logger, open_logger
-from gptkit.optimizers import (
+from gptkit.training import checkpoints, planning
+from gptkit.training.bigram_init import MIN_TOKENS_PER_WORD, fit_to_bigrams
+from gptkit.training.compilation import (
+    BatchTooLarge,
+    Loss,
+    checkpoint_activations,
+    compile_and_time,
+    find_batch_size,
+    oom_as_user_error,
+    time_optimizer_step,
+)
+from gptkit.training.loggers import import_logger, open_logger
+from gptkit.training.optimizers import (
     build_optimizer,
     import_galore,
     load_optimizer_tensors,
     optimizer_tensors,
     set_learning_rate,
 )
-from gptkit.planning import Plan
-from gptkit.pretokenization import (
-    SELF_CHECK_CHARS,
-    describe_tokens,
-    load_manifest,
-    open_tokens,
-    pretokenize,
-    sample_works,
-    source_name,
-    token_files,
-)
-from gptkit.run_log import RunLog, draw_loss_curve, format_duration
-from gptkit.run_records import as_dict
-from gptkit.sessions import environment, recorded
-from gptkit.signals import STOPPED, StopSignals
-from gptkit.tokenization import Tokenizer, TokenizerSettings, load_saved, load_tokenizer, with_tokenizer_of
-from gptkit.tokenizer_check import refuse_problems
-from gptkit.training_settings import (
-    MAX_RETURNS,
+from gptkit.training.planning import Plan
+from gptkit.training.run_log import RunLog, draw_loss_curve
+from gptkit.training.sessions import environment, record_session
+from gptkit.training.settings import (
+    MAX_ROLLBACKS,
     TrainingSettings,
     choose_intervals,
     choose_length,
-    choose_peak,
-    choose_rate,
-    most_steps,
+    lr_multiplier,
+    max_total_steps,
+    peak_lr,
     time_left_s,
 )
+from gptkit.training.signals import STOPPED, StopSignals
 
 DIMENSIONS = ("arch", "context_length", "emb_dim", "n_layers", "n_heads", "n_kv_heads", "qkv_bias")
 RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"
@@ -112,7 +114,7 @@ class Progress:
     n_losses: int = 0
     n_skipped: int = 0  # steps without an update, for their loss or gradient was not finite
     n_skipped_in_a_row: int = 0
-    n_returns: int = 0  # to an earlier checkpoint, each halving the learning rate
+    n_rollbacks: int = 0  # to an earlier checkpoint, each halving the learning rate
 
 
 @dataclass(frozen=True)
@@ -137,47 +139,47 @@ class Run:
 
 def main(config: PretrainingConfig, began: float, stop: StopSignals) -> None:
     """Set up, go on from the newest checkpoint or begin, and train, with the output folder held for this process."""
-    output_dir = parallel.on_main(lambda: check_settings(config))
+    output_dir = process_group.on_main(lambda: check_settings(config))
     device, dtype = choose_device_and_dtype(config)
     devices.keep_freed_memory(device)
     with hold(output_dir):
-        checkpoint = parallel.on_main(lambda: checkpoints.newest_whole(output_dir))
-        settings = with_tokenizer_of(config, config.init_from)
+        checkpoint = process_group.on_main(lambda: checkpoints.newest_valid(output_dir))
+        settings = with_model_tokenizer(config, config.init_from)
         if checkpoint and settings is not config:  # the folder that the run began with may be gone
-            tokenizer = load_saved(checkpoint / checkpoints.TOKENIZER_DIR)
+            tokenizer = load_saved_tokenizer(checkpoint / checkpoints.TOKENIZER_DIR)
         else:
             tokenizer = load_tokenizer(settings)
-        state = parallel.on_main(lambda: checkpoints.read_state(checkpoint) if checkpoint else {})
+        state = process_group.on_main(lambda: checkpoints.read_state(checkpoint) if checkpoint else {})
         identity = run_identity(config, tokenizer)
         refuse_another_run(checkpoint, state, identity)
-        folder, manifest = parallel.on_main(lambda: find_tokens(config, tokenizer))
+        folder, manifest = process_group.on_main(lambda: find_tokens(config, tokenizer))
         files = token_files(folder, manifest)
         unchanged = signature(files)
         tokens = open_tokens(folder, manifest)
         n_tokens = len(tokens["train"])
-        plan = parallel.on_main(
+        plan = process_group.on_main(
             lambda: choose_plan(config, tokenizer.vocab_size, n_tokens, state, began, device, dtype)
         )
         identity = identity | plan.identity() | {"tokens": manifest["fingerprint"]}
         refuse_another_run(checkpoint, state, identity)
         batches = TrainingBatches(
-            tokens["train"], plan.model.context_length, **plan.batch, seed=config.seed, rank=parallel.rank()
+            tokens["train"], plan.model.context_length, **plan.batch, seed=config.seed, rank=process_group.rank()
         )
-        check_size(batches, len(tokens["val"]))
+        check_data_size(batches, len(tokens["val"]))
         asked = config.batch_size or (16 if config.budget_minutes is None else plan.batch_size)  # by any processes
         validation = validation_batches(tokens["val"], plan.model.context_length, asked, config.eval_iter)
-        with memory_told(plan.batch_size, plan.grad_accum_steps):
+        with oom_as_user_error(plan.batch_size, plan.grad_accum_steps):
             model = build_model(config, plan, batches, checkpoint is None, device, dtype)
             optimizer = build_optimizer(
-                model, config.optimizer, choose_peak(config), config.adam_lr, config.weight_decay, dtype
+                model, config.optimizer, peak_lr(config), config.adam_lr, config.weight_decay, dtype
             )
             run = Run(
                 config, output_dir, tokenizer, manifest, files, unchanged, plan, identity, batches, validation, model,
                 optimizer, device, dtype,
             )  # fmt: skip
             progress = load(run, checkpoint) if checkpoint else Progress()
-            is_late = parallel.on_main(lambda: time_left_s(config, progress, began) < budget.CLOSING_S)
-            if progress.step >= most_steps(config, batches) or is_late:
+            is_late = process_group.on_main(lambda: time_left_s(config, progress, began) < planning.CLOSING_S)
+            if progress.step >= max_total_steps(config, batches) or is_late:
                 print(
                     f"{output_dir}: the run is finished, step {progress.step}; more: --n_epochs, --max_tokens,"
                     " --max_steps or --budget_minutes, as it was given"
@@ -185,12 +187,14 @@ def main(config: PretrainingConfig, began: float, stop: StopSignals) -> None:
                 return
             if checkpoint:
                 print(f"going on from {checkpoint}")
-                planning.tell_changes(state.get("settings"), settings_of(run), progress.step)
-                parallel.on_main(lambda: checkpoints.set_aside_after(checkpoint))
+                planning.warn_changed_settings(state.get("settings"), settings_of(run), progress.step)
+                process_group.on_main(lambda: checkpoints.set_aside_newer(checkpoint))
             with contextlib.ExitStack() as session:
                 end: dict[str, Any] = {}
-                if parallel.is_main():
-                    end = session.enter_context(recorded(output_dir, progress.step, config, environment(device, dtype)))
+                if process_group.is_main_process():
+                    end = session.enter_context(
+                        record_session(output_dir, progress.step, config, environment(device, dtype))
+                    )
                 train(run, progress, began, stop, end)
 
 
@@ -202,42 +206,53 @@ def train(run: Run, progress: Progress, began: float, stop: StopSignals, end: di
     config, model, optimizer = run.config, run.model, run.optimizer
     loss_of_batch, step_s = compile_and_measure(run, progress)
     total_steps = choose_length(config, run.batches, progress, began, sum(step_s.values()))
-    n_steps = parallel.on_main(lambda: total_steps(progress.step))
-    parallel.on_main(lambda: check_room(run))
+    n_steps = process_group.on_main(lambda: total_steps(progress.step))
+    process_group.on_main(lambda: check_room(run))
     stop.at_once = False  # from here on there is a step to finish
-    parallel.on_main(lambda: announce(run, progress, n_steps, step_s))
+    process_group.on_main(lambda: announce(run, progress, n_steps, step_s))
     every = choose_intervals(config, n_steps)
     before_s = progress.elapsed_s + (time.monotonic() - began if config.budget_minutes else 0)
     logger = open_logger(
-        config.logger if parallel.is_main() else "none", run.output_dir, progress.step, dataclasses.asdict(config)
+        config.logger if process_group.is_main_process() else "none",
+        run.output_dir,
+        progress.step,
+        dataclasses.asdict(config),
     )
     log = RunLog(
-        run.output_dir, progress.step, n_steps, run.batches.tokens_per_step, before_s, logger, parallel.is_main()
+        run.output_dir,
+        progress.step,
+        n_steps,
+        run.batches.tokens_per_step,
+        before_s,
+        logger,
+        process_group.is_main_process(),
     )
     saver = checkpoints.BackgroundSaver(run.output_dir, config.keep_checkpoints, log.say)
     saved_at_s = log.session_s
-    feed = run.batches.from_step(progress.step, run.device)
+    feed = run.batches.iterate_from(progress.step, run.device)
     batch = next(feed)
     while True:
-        rate = choose_rate(config, progress.step, n_steps) / 2**progress.n_returns
+        rate = lr_multiplier(config, progress.step, n_steps) / 2**progress.n_rollbacks
         set_learning_rate(optimizer, rate)
         step_loss = torch.zeros((), device=run.device)
         for micro_step in range(run.plan.grad_accum_steps):
-            parallel.reduce_gradients(loss_of_batch, is_last=micro_step == run.plan.grad_accum_steps - 1)
+            process_group.set_gradient_sync(loss_of_batch, is_last=micro_step == run.plan.grad_accum_steps - 1)
             with devices.autocast(run.device, run.dtype):
                 loss = loss_of_batch(*batch) / run.plan.grad_accum_steps
             loss.backward()
             step_loss += loss.detach()
             batch = next(feed)  # read while the device computes
-        grad_norm = sharding.whole_norm(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
-        train_loss, norm = parallel.mean(torch.stack((step_loss, grad_norm))).tolist()  # waits for the device
+        grad_norm = fsdp.full_norm(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
+        train_loss, norm = process_group.all_reduce_mean(
+            torch.stack((step_loss, grad_norm))
+        ).tolist()  # waits for the device
         if count_step(progress, train_loss, norm, log):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         is_over = log.session_s > 60 * (config.max_minutes or math.inf)
         is_late = log.session_s - saved_at_s > 60 * config.save_every_minutes
-        is_signalled, n_steps, is_over, is_late = parallel.agreed(
+        is_signalled, n_steps, is_over, is_late = process_group.sync_flags(
             stop.received is not None, total_steps(progress.step), is_over, is_late
         )
         log.step(progress.step, n_steps)
@@ -255,8 +270,8 @@ def train(run: Run, progress: Progress, began: float, stop: StopSignals, end: di
                 progress.loss_sum, progress.n_losses = 0.0, 0
         if progress.n_skipped_in_a_row >= config.max_bad_steps or not math.isfinite(val_loss or 0.0):
             progress = go_back(run, progress, saver)
-            log.go_back_to(progress.step)
-            feed = run.batches.from_step(progress.step, run.device)
+            log.roll_back(progress.step)
+            feed = run.batches.iterate_from(progress.step, run.device)
             batch = next(feed)
             continue
         if is_end or (progress.step % every["sample"] == 0 and not is_stop):
@@ -300,24 +315,24 @@ def go_back(run: Run, progress: Progress, saver: checkpoints.BackgroundSaver) ->
     trouble = (
         f"the loss or its gradient is not finite, {progress.n_skipped_in_a_row} steps in a row, at step {progress.step}"
     )
-    if run.config.on_divergence == "stop" or progress.n_returns >= MAX_RETURNS:
+    if run.config.on_divergence == "stop" or progress.n_rollbacks >= MAX_ROLLBACKS:
         raise UserError(
             f"{trouble}; {remedy}: it goes on from the newest checkpoint in {run.output_dir}, if there is one"
         )
 
     def last_good() -> Path:
         found = checkpoints.find_checkpoints(run.output_dir)
-        good = [f for f in found if checkpoints.state_if_readable(f).get("n_skipped_in_a_row") == 0]
+        good = [f for f in found if checkpoints.read_state_or_empty(f).get("n_skipped_in_a_row") == 0]
         if not good:
             raise UserError(
                 f"{trouble}, and there is no checkpoint to go back to; {remedy}, or a smaller --save_ckpt_freq"
             )
-        return checkpoints.first_whole(good[::-1])
+        return checkpoints.first_valid(good[::-1])
 
-    checkpoint = parallel.on_main(last_good)
+    checkpoint = process_group.on_main(last_good)
     before = load(run, checkpoint)
-    before.n_returns, before.n_skipped = progress.n_returns + 1, progress.n_skipped
-    print(f"warning: {trouble}; going back to {checkpoint} with 1/{2**before.n_returns} of the rate", flush=True)
+    before.n_rollbacks, before.n_skipped = progress.n_rollbacks + 1, progress.n_skipped
+    print(f"warning: {trouble}; going back to {checkpoint} with 1/{2**before.n_rollbacks} of the rate", flush=True)
     return before
 
 
@@ -327,10 +342,10 @@ def save(run: Run, progress: Progress, val_loss: float | None, saver: checkpoint
         progress.best_val_loss = min(val_loss, progress.best_val_loss or math.inf)
     state = {**dataclasses.asdict(progress), "val_loss": val_loss, "identity": run.identity, "plan": run.plan.batch}
     state["settings"] = settings_of(run)
-    keep = parallel.is_main()
-    weights = sharding.whole_tensors(run.model.state_dict(), keep)
-    training = sharding.whole_tensors(optimizer_tensors(run.model, run.optimizer), keep)
-    training |= parallel.gathered_random_states(devices.random_states(run.device))
+    keep = process_group.is_main_process()
+    weights = fsdp.full_tensors(run.model.state_dict(), keep)
+    training = fsdp.full_tensors(optimizer_tensors(run.model, run.optimizer), keep)
+    training |= process_group.gather_rng_states(devices.get_rng_states(run.device))
     if keep:
         curve = functools.partial(draw_loss_curve, log.metrics_path, log.curve_path)
         saver.save(state, weights, training, run.tokenizer.files(), then=curve)
@@ -343,25 +358,33 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 def load(run: Run, checkpoint: Path) -> Progress:
     """Put a checkpoint into model, optimizer and random streams. Raises UserError."""
-    state = parallel.on_main(lambda: checkpoints.read_state(checkpoint))
+    state = process_group.on_main(lambda: checkpoints.read_state(checkpoint))
     training, weights = (
-        parallel.tensors_from_main(functools.partial(checkpoints.read_tensors, checkpoint, file, torch.device("cpu")))
+        process_group.broadcast_tensors(
+            functools.partial(checkpoints.read_tensors, checkpoint, file, torch.device("cpu"))
+        )
         for file in (checkpoints.TRAINING_FILE, checkpoints.MODEL_FILE)
     )
     try:
         progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
-        counts = (progress.step, progress.n_losses, progress.n_skipped, progress.n_skipped_in_a_row, progress.n_returns)
+        counts = (
+            progress.step,
+            progress.n_losses,
+            progress.n_skipped,
+            progress.n_skipped_in_a_row,
+            progress.n_rollbacks,
+        )
         if not all(type(count) is int and 0 <= count < 2**53 for count in counts):
             raise ValueError("its counts are no counts")
         if not math.isfinite(progress.elapsed_s + progress.loss_sum + (progress.best_val_loss or 0.0)):
             raise ValueError("its sums are not finite")
-        run.model.load_state_dict(sharding.parts_of(weights, run.model.state_dict()))
+        run.model.load_state_dict(fsdp.shard_tensors(weights, run.model.state_dict()))
         load_optimizer_tensors(run.model, run.optimizer, training)
-        random_states = parallel.own_random_states(training)
-        if parallel.is_main() or random_states:
-            devices.set_random_states(random_states, run.device)
+        random_states = process_group.select_rng_states(training)
+        if process_group.is_main_process() or random_states:
+            devices.set_rng_states(random_states, run.device)
         else:  # there were fewer processes
-            parallel.begin_random_stream(run.config.seed, progress.step)
+            process_group.seed_rank(run.config.seed, progress.step)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if devices.is_out_of_memory(error):
             raise
@@ -386,16 +409,13 @@ def refuse_changed_tokens(run: Run) -> None:
 
 def choose_device_and_dtype(config: PretrainingConfig) -> tuple[torch.device, torch.dtype]:
     """The device of the run and the type of its matrix products. Raises UserError."""
-    try:
-        device = devices.choose_device(parallel.device_name(config.device))
-    except ValueError as error:
-        raise UserError(str(error))
-    if device.type == "cuda" and parallel.world_size() > 1:
+    device = devices.choose_device(process_group.device_of_rank(config.device))
+    if device.type == "cuda" and process_group.world_size() > 1:
         torch.cuda.set_device(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what float32 products are left
     # The processes of a run may be on unlike devices, and must round alike.
-    return device, parallel.on_main(lambda: devices.choose_dtype(config.dtype, device, training=True))
+    return device, process_group.on_main(lambda: devices.choose_dtype(config.dtype, device, training=True))
 
 
 def check_settings(config: PretrainingConfig) -> Path:
@@ -412,18 +432,18 @@ def check_settings(config: PretrainingConfig) -> Path:
     if config.init_from:
         refuse_dimensions(config)
         if not checkpoints.find_checkpoints(folder):
-            hf_conversion.read_dimensions(config.init_from)
+            huggingface.read_dimensions(config.init_from)
     import_logger(config.logger, folder)
     if config.optimizer == "galore_adamw" and config.parallel == "fsdp":
         raise UserError("--optimizer galore_adamw needs whole matrices; give --parallel ddp, or muon or adamw")
-    if config.auto_batch and parallel.world_size() > 1:
+    if config.auto_batch and process_group.world_size() > 1:
         raise UserError("--auto_batch is for one process; give --batch_size and --grad_accum_steps that fit")
     if config.model_size == "auto" and config.budget_minutes is None:
         raise UserError("--model_size auto needs --budget_minutes; or name a size")
     if config.max_minutes and config.budget_minutes:
         raise UserError("--max_minutes stops a run that --budget_minutes ends; give one of them")
-    if config.min_lr is not None and config.min_lr > choose_peak(config):
-        raise UserError(f"--min_lr {config.min_lr} is above the peak, --lr {choose_peak(config)}; give a smaller one")
+    if config.min_lr is not None and config.min_lr > peak_lr(config):
+        raise UserError(f"--min_lr {config.min_lr} is above the peak, --lr {peak_lr(config)}; give a smaller one")
     try:
         config.start_context.encode()
     except UnicodeEncodeError:
@@ -447,8 +467,8 @@ def hold(output_dir: Path) -> Iterator[None]:
     """Make the output folder and keep other runs out of it. Raises UserError where one is at work there."""
     with contextlib.ExitStack() as stack:
         try:
-            if parallel.is_main():
-                stack.enter_context(held(output_dir))
+            if process_group.is_main_process():
+                stack.enter_context(folder_lock(output_dir))
         except BlockingIOError as holder:
             raise UserError(
                 f"--output_dir {output_dir} is in use by another run, {holder}; wait for it or name another folder"
@@ -480,7 +500,7 @@ def find_tokens(config: PretrainingConfig, tokenizer: Tokenizer) -> tuple[Path, 
         )
     else:
         text = existing_path(config.data_dir, "--data_dir")
-        refuse_problems(tokenizer, sample_works(text, SELF_CHECK_CHARS), config.accept_problems)
+        raise_on_damage(tokenizer, sample_documents(text, SELF_CHECK_CHARS), config.accept_problems)
         manifest = pretokenize(text, folder, tokenizer, config.val_fraction)
     return folder, manifest
 
@@ -500,11 +520,11 @@ def choose_plan(
     """
     auto = config.model_size == "auto"
     size = config.model_size or ("the one of --init_from" if config.init_from else "124M")
-    n_processes = parallel.world_size()
+    n_processes = process_group.world_size()
     if config.budget_minutes is None:
         model = choose_model_config(config, size, vocab_size, state)
         plan = Plan(model, config.batch_size or 16, config.grad_accum_steps or 1, n_processes)
-        return planning.as_before(plan, config, state)
+        return planning.resume_plan(plan, config, state)
     if state:
         try:
             known = state["identity"]["model"]
@@ -513,7 +533,7 @@ def choose_plan(
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the newest checkpoint is damaged ({error!r}); remove it to go on from an older one")
         given = config.batch_size or before.batch_size, config.grad_accum_steps or before.grad_accum_steps
-        return planning.as_before(Plan(before.model, *given, n_processes), config, state)
+        return planning.resume_plan(Plan(before.model, *given, n_processes), config, state)
     left_s = 60 * config.budget_minutes - (time.monotonic() - began)
     if left_s < 5:
         raise UserError(
@@ -536,17 +556,15 @@ def measure_tokens_per_s(
     config: PretrainingConfig, model_config: GPTConfig, device: torch.device, dtype: torch.dtype
 ) -> float:
     """What this machine trains, by a few steps of such a model on random tokens. Changes no random stream."""
-    states = devices.random_states(device)
+    states = devices.get_rng_states(device)
     model = GPTModel(model_config).to(device)
-    optimizer = build_optimizer(
-        model, config.optimizer, choose_peak(config), config.adam_lr, config.weight_decay, dtype
-    )
+    optimizer = build_optimizer(model, config.optimizer, peak_lr(config), config.adam_lr, config.weight_decay, dtype)
     n_sequences = max((1024 if device.type == "cpu" else 16_384) // model_config.context_length, 1)
     ids = torch.randint(model_config.vocab_size, (n_sequences, model_config.context_length + 1))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    _, step_s = compile_and_try(model, model_config.vocab_size, False, batch, device, dtype)
-    seconds = sum(step_s.values()) + optimizer_step_s(model, optimizer, device)
-    devices.set_random_states(states, device)
+    _, step_s = compile_and_time(model, model_config.vocab_size, False, batch, device, dtype)
+    seconds = sum(step_s.values()) + time_optimizer_step(model, optimizer, device)
+    devices.set_rng_states(states, device)
     return batch[0].numel() / seconds
 
 
@@ -558,7 +576,7 @@ def choose_model_config(config: PretrainingConfig, size: str, vocab_size: int, s
     given = {name: getattr(config, name) for name in DIMENSIONS if getattr(config, name) is not None}
     if config.init_from:
         known = as_dict(as_dict(state.get("identity")).get("model"))
-        dimensions = known or hf_conversion.read_dimensions(config.init_from)
+        dimensions = known or huggingface.read_dimensions(config.init_from)
         if given.get("context_length", 0) > dimensions["context_length"]:
             raise UserError(
                 f"--context_length {config.context_length} is more than the {dimensions['context_length']} of --init_from"
@@ -585,15 +603,15 @@ def build_model(
     torch.manual_seed(config.seed)
     model = GPTModel(plan.model).to(device)
     if is_new and config.init_from:
-        parallel.on_main(lambda: hf_conversion.load_weights(str(config.init_from), model))
+        process_group.on_main(lambda: huggingface.load_weights(str(config.init_from), model))
     elif is_new:
-        parallel.on_main(lambda: start_from_bigrams(config, model, batches))
-    parallel.copy_from_main(model.parameters())
-    parallel.begin_random_stream(config.seed, step=0)
+        process_group.on_main(lambda: start_from_bigrams(config, model, batches))
+    process_group.broadcast_parameters(model.parameters())
+    process_group.seed_rank(config.seed, step=0)
     if config.activation_checkpointing:
         checkpoint_activations(model.trf_blocks)
     if config.parallel == "fsdp":
-        sharding.shard(model, model.trf_blocks, device, dtype)
+        fsdp.shard_model(model, model.trf_blocks, device, dtype)
     return model
 
 
@@ -620,22 +638,24 @@ def compile_and_measure(run: Run, progress: Progress) -> tuple[Loss, dict[str, f
     compile = device.type == "cuda" if run.config.compile is None else run.config.compile
     vocab_size = model.config.vocab_size
     try:
-        loss_of_batch, parts_s = compile_and_try(model, vocab_size, compile, batch, device, dtype)
+        loss_of_batch, parts_s = compile_and_time(model, vocab_size, compile, batch, device, dtype)
     except (RuntimeError, MemoryError) as error:
-        if not devices.is_out_of_memory(error) or parallel.world_size() > 1:
+        if not devices.is_out_of_memory(error) or process_group.world_size() > 1:
             raise
         loss_of_batch = None
     if loss_of_batch is None:  # outside the handler, which would hold on to what did not fit
-        fits = batch_that_fits(
-            lambda n: compile_and_try(model, vocab_size, False, (batch[0][:n], batch[1][:n]), device, dtype),
+        fits = find_batch_size(
+            lambda n: compile_and_time(model, vocab_size, False, (batch[0][:n], batch[1][:n]), device, dtype),
             plan.batch_size,
         )
-        raise TooLarge(plan.batch_size, plan.grad_accum_steps, fits, fits=True)
+        raise BatchTooLarge(plan.batch_size, plan.grad_accum_steps, fits, fits=True)
     parts_s = {"reading": reading_s, **parts_s}
     step_s = {name: plan.grad_accum_steps * seconds for name, seconds in parts_s.items()}
     if progress.step == 0 and run.config.optimizer != "galore_adamw":
-        step_s["optimizer"] = optimizer_step_s(model, run.optimizer, device)
-    return loss_of_batch if run.config.parallel == "fsdp" else parallel.replicate(model, loss_of_batch, device), step_s
+        step_s["optimizer"] = time_optimizer_step(model, run.optimizer, device)
+    return loss_of_batch if run.config.parallel == "fsdp" else process_group.wrap_ddp(
+        model, loss_of_batch, device
+    ), step_s
 
 
 def run_identity(config: PretrainingConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -650,7 +670,7 @@ def refuse_another_run(checkpoint: Path | None, state: dict[str, Any], identity:
     if isinstance(known, dict) and isinstance(known.get("model"), dict):
         with contextlib.suppress(TypeError, ValueError):  # an older version had fewer dimensions
             known = known | {"model": dataclasses.asdict(GPTConfig(**known["model"]))}
-    different = planning.difference(known, identity) if checkpoint else None
+    different = planning.find_difference(known, identity) if checkpoint else None
     if different:
         raise UserError(
             f"{checkpoint} is from a run with another {different}; give the settings of that run, or another --output_dir"
@@ -683,9 +703,7 @@ def announce(run: Run, progress: Progress, n_steps: int, step_s: dict[str, float
     total_s = sum(step_s.values())
     shares = ", ".join(f"{name} {seconds / total_s:.1%}" for name, seconds in step_s.items())
     tokens_per_s = run.batches.tokens_per_step / total_s
-    mfu = devices.utilization(
-        run.model.n_flops_per_token() * tokens_per_s / run.plan.n_processes, run.device, run.dtype
-    )
+    mfu = devices.format_mfu(run.model.n_flops_per_token() * tokens_per_s / run.plan.n_processes, run.device, run.dtype)
     processes = (
         "1 process" if run.plan.n_processes == 1 else f"{run.plan.n_processes} processes ({run.config.parallel})"
     )
@@ -713,10 +731,10 @@ def announce(run: Run, progress: Progress, n_steps: int, step_s: dict[str, float
 def sample_text(run: Run) -> str:
     """What the model writes after --start_context; the same random numbers each time."""
     tokenizer, start = run.tokenizer, run.config.start_context
-    text = Text(tokenizer, [tokenizer.end_of_text_id, *tokenizer.encode(start)], run.config.seed)
+    text = TextStream(tokenizer, [tokenizer.end_of_text_id, *tokenizer.encode(start)], run.config.seed)
     how = SamplingSettings(temperature=0.8, top_k=40)
-    with sharding.gathered(run.model, run.dtype):
-        written = write(run.model, [text], how, 50, run.model.config.context_length)
+    with fsdp.unsharded(run.model, run.dtype):
+        written = stream_text(run.model, [text], how, 50, run.model.config.context_length)
         return start + "".join(piece for _, piece in written)
 
 
@@ -736,14 +754,14 @@ def run(config: PretrainingConfig) -> None:
     stop = StopSignals()
     try:
         with (
-            parallel.together(config.parallel, config.hang_timeout_s),
-            memory_told(config.batch_size or 16, config.grad_accum_steps or 1),
+            process_group.process_group(config.parallel, config.hang_timeout_s),
+            oom_as_user_error(config.batch_size or 16, config.grad_accum_steps or 1),
         ):
             main(config, began, stop)
-    except parallel.LostProcess as error:
+    except process_group.ProcessLost as error:
         print(f"error: {error}; the same command goes on from the newest checkpoint", file=sys.stderr)
         raise SystemExit(STOPPED)
-    except TooLarge as error:
+    except BatchTooLarge as error:
         if not config.auto_batch or not error.smaller_batch:
             raise
         print(f"warning: {error}; trying that", file=sys.stderr)
@@ -755,5 +773,5 @@ def run(config: PretrainingConfig) -> None:
 
 
 if __name__ == "__main__":
-    parallel.only_main_speaks()
+    process_group.silence_other_ranks()
     run_command(PretrainingConfig, run)

@@ -11,12 +11,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gptkit.charts import N_COLOURS
-from gptkit.command_line import UserError, existing_path, run_command, setting
-from gptkit.files import is_held, read_json, write_atomically
-from gptkit.report_page import report_page
-from gptkit.run_log import read_lines, run_name
-from gptkit.run_records import RunRecord, as_dict
+from gptkit.base.cli import UserError, run_command, setting
+from gptkit.base.files import as_dict, is_locked, read_json, write_atomically
+from gptkit.base.paths import existing_path
+from gptkit.report.charts import N_COLOURS
+from gptkit.report.page import render_page
+from gptkit.report.records import RunRecord
+from gptkit.training.run_log import read_jsonl, run_name
 
 RUN_FILES, RUN_FORMAT = ("config.json", "metrics.jsonl"), "gptkit-run"
 
@@ -45,7 +46,7 @@ def main(config: ReportConfig) -> None:
         read_run(folder, name if names.count(name) == 1 else given)
         for (folder, given), name in zip(folders.items(), names, strict=True)
     ]
-    write_atomically(output, report_page(runs, datetime.now()).encode(errors="replace"))
+    write_atomically(output, render_page(runs, datetime.now()).encode(errors="replace"))
     print(f"{output}: {', '.join(run.name for run in runs)}")
 
 
@@ -74,8 +75,8 @@ def about_run(folder: Path) -> dict[str, Any]:
 
 def read_run(folder: Path, name: str) -> RunRecord:
     """What a run has written so far; what is missing or broken is left out."""
-    metrics, samples, sessions = (read_lines(folder / f"{kind}.jsonl") for kind in ("metrics", "samples", "sessions"))
-    return RunRecord(name, about_run(folder), metrics, samples, sessions, is_held(folder))
+    metrics, samples, sessions = (read_jsonl(folder / f"{kind}.jsonl") for kind in ("metrics", "samples", "sessions"))
+    return RunRecord(name, about_run(folder), metrics, samples, sessions, is_locked(folder))
 
 
 if __name__ == "__main__":

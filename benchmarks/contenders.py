@@ -17,16 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import machine  # noqa: F401  it brings gpt_model and gptkit within reach
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from gpt_model import GPTConfig, GPTModel
-from gptkit import devices
-from gptkit.compilation import Loss, loss_of
-from gptkit.optimizers import BETAS, build_optimizer
-from gptkit.schedules import DEFAULT_LR, OptimizerName
+from gptkit.base import devices
+from gptkit.training.compilation import Loss, make_loss
+from gptkit.training.optimizers import BETAS, build_optimizer
+from gptkit.training.schedules import DEFAULT_LR, OptimizerName
 
 LR, ADAM_LR, WEIGHT_DECAY, GRAD_CLIP = 6e-4, 0.02, 0.1, 1.0
 OURS, MODERN = "ours", "ours_modern_muon"
@@ -118,7 +117,7 @@ def _ours(
     config: GPTConfig, device: torch.device, dtype: torch.dtype, wrap: Wrap, optimizer: OptimizerName
 ) -> Contender:
     model = GPTModel(config).to(device)
-    loss_of_batch = loss_of(model, wrap(model.features), config.vocab_size)
+    loss_of_batch = make_loss(model, wrap(model.hidden_states), config.vocab_size)
     return model, loss_of_batch, build_optimizer(model, optimizer, DEFAULT_LR[optimizer], ADAM_LR, WEIGHT_DECAY, dtype)
 
 

@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 import uuid
 from collections import Counter

@@ -13,7 +13,7 @@ from generation_speed import measure, ours, random_model
 from machine import say, versions, write_result
 
 from gpt_model import GPTConfig
-from gptkit import quick_linear
+from gptkit.generation import cpu_linear
 
 SIZES = ((4, 256), (6, 384), (8, 512), (12, 768))  # layers, width
 VOCAB, CONTEXT = 32_000, 512
@@ -26,11 +26,11 @@ def main() -> None:
     parser.add_argument("--n_new", type=int, default=64)
     parser.set_defaults(vocab_size=VOCAB, n_prompt=32)
     options = parser.parse_args()
-    quick_linear.DRAFT_FROM = 0
+    cpu_linear.MIN_DRAFT_ENTRIES = 0
     result = {}
     for n_layers, emb_dim in SIZES:
         model = random_model(GPTConfig(VOCAB, CONTEXT, emb_dim, n_layers, emb_dim // 64))
-        draft = quick_linear.prepare_to_write(model, with_draft=True)
+        draft = cpu_linear.prepare_for_generation(model, with_draft=True)
         contenders = {"none": ours(model, None)} | {f"{n} guesses": ours(model, draft, n) for n in N_GUESSES}
         found = measure(contenders, options, batch_size=1)
         n_matrix = model.config.n_block_parameters + model.head_weight.numel()

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from machine import read_texts, run, say, script, versions, write_result
 
-from gpt_model import GPTConfig, GPTModel
-from gptkit import checkpoints
-from gptkit.generation import SamplingSettings, generate
-from gptkit.tokenization import Tokenizer, load_saved
+from gpt_model import GPTModel
+from gptkit.generation.generate import generate
+from gptkit.generation.sampling import SamplingSettings
+from gptkit.text.tokenizer import Tokenizer
+from gptkit.training import checkpoints
 
 N_GREEDY, N_CHARACTERS = 50, 20_000
 MOST_LOGIT_ERROR = 1e-4
@@ -46,10 +47,7 @@ print(json.dumps({"ids": ids, "prompt": prompt[0].tolist(), "written": written.t
 
 def load(exp_dir: Path) -> tuple[GPTModel, Tokenizer]:
     folder = checkpoints.choose_checkpoint(str(exp_dir), "newest")
-    tokenizer = load_saved(folder / "tokenizer")
-    model = checkpoints.load_model(
-        folder, lambda model: GPTModel(GPTConfig(**model)), tokenizer.vocab_size, torch.device("cpu")
-    )
+    model, tokenizer = checkpoints.load_checkpoint(folder, GPTModel.from_dimensions, torch.device("cpu"))
     return model.eval(), tokenizer
 
 
@@ -81,7 +79,7 @@ def against_transformers(
         logits = model(torch.tensor([window]))[0, :, : tokenizer.vocab_size]
     error = (torch.load(folder / "logits.pt", weights_only=True) - logits).abs().max().item()
     n_different = sum(a != b for a, b in zip(ours, theirs["ids"], strict=True))
-    written = greedy(model, tokenizer, [end, *tokenizer.encode("吾輩は")], tokenizer.never_written)
+    written = greedy(model, tokenizer, [end, *tokenizer.encode("吾輩は")], tokenizer.never_generated)
     found = {
         "lines": len(lines),
         "lines_with_other_ids": n_different,

@@ -27,11 +27,11 @@ from machine import read_texts, say, script, versions, write_result
 from torch.nn import functional as F
 
 from gpt_model import GPTConfig, GPTModel
-from gptkit import generation
-from gptkit.evaluation import score_works
-from gptkit.generation import SamplingSettings
-from gptkit.quick_linear import int8_copy, prepare_to_write
-from gptkit.tokenization import encode_prompt
+from gptkit.evaluation.scoring import score_documents
+from gptkit.generation import generate
+from gptkit.generation.cpu_linear import prepare_for_generation, quantized_copy
+from gptkit.generation.sampling import SamplingSettings
+from gptkit.text.tokenizer import encode_prompt
 
 OURS, UNGUESSED, INT8, TRANSFORMERS = "ours", "ours_unguessed", "ours_int8", "transformers"
 HOW = SamplingSettings(temperature=1.0, top_k=40)
@@ -49,11 +49,11 @@ def random_model(config: GPTConfig) -> GPTModel:
     return model
 
 
-def ours(model: GPTModel, draft: GPTModel | None, n_guesses: int = generation.N_GUESSES) -> Write:
+def ours(model: GPTModel, draft: GPTModel | None, n_guesses: int = generate.N_DRAFT_TOKENS) -> Write:
     def write(prompts: list[list[int]], n_new: int, seed: int) -> int:
-        generation.N_GUESSES = n_guesses
+        generate.N_DRAFT_TOKENS = n_guesses
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        steps = generation.generate(
+        steps = generate.generate(
             model, prompts, HOW, max_new_tokens=n_new, context_length=model.config.context_length, end_of_text_id=-1,
             banned_ids=(), generators=generators, draft=draft,
         )  # fmt: skip
@@ -121,8 +121,8 @@ def cost_of_int8(exp_dir: Path, text_path: Path) -> dict[str, dict[str, float]]:
     n_ids = 8 * context_length
     windows = torch.tensor(tokenizer.encode("".join(works)[: 4 * n_ids])[:n_ids]).view(-1, context_length)
     found: dict[str, dict[str, float]] = {"bits_per_char": {}, "nats_a_token_one_by_one": {}}
-    for name, scored in ((OURS, model), (INT8, int8_copy(model))):
-        score = score_works(scored, tokenizer, works, context_length)
+    for name, scored in ((OURS, model), (INT8, quantized_copy(model))):
+        score = score_documents(scored, tokenizer, works, context_length)
         found["bits_per_char"][name] = round(score.bits_per_char, 5)
         with torch.inference_mode():
             losses = [one_by_one(scored, window) for window in windows]
@@ -133,7 +133,7 @@ def cost_of_int8(exp_dir: Path, text_path: Path) -> dict[str, dict[str, float]]:
 def one_by_one(model: GPTModel, ids: torch.Tensor) -> float:
     """Mean loss of a window's ids (T,), each read alone, in nats a token."""
     cache = model.new_cache(1, len(ids))
-    logits = torch.cat([model.further_logits(ids[None, n : n + 1], cache, n) for n in range(len(ids) - 1)])
+    logits = torch.cat([model.extend(ids[None, n : n + 1], cache, n) for n in range(len(ids) - 1)])
     return F.cross_entropy(logits, ids[1:]).item()
 
 
@@ -142,9 +142,9 @@ def tokens_a_reading(
 ) -> float:
     """Tokens written each time the model reads what its draft has guessed: at most one more than there are guesses."""
     n_tokens = 0
-    with mock.patch.object(model, "further_logits", wraps=model.further_logits) as reading:
+    with mock.patch.object(model, "further_logits", wraps=model.extend) as reading:
         for seed in range(15):
-            steps = generation.generate(
+            steps = generate.generate(
                 model, [prompt], how, max_new_tokens=100, context_length=model.config.context_length, end_of_text_id=-1,
                 banned_ids=banned_ids, generators=[torch.Generator().manual_seed(seed)], draft=draft,
             )  # fmt: skip
@@ -154,10 +154,10 @@ def tokens_a_reading(
 
 def tokens_a_reading_of_trained(exp_dir: Path) -> dict[str, float]:
     model, tokenizer = load(exp_dir)
-    draft, prompt = int8_copy(model), encode_prompt(tokenizer, "雨が")
+    draft, prompt = quantized_copy(model), encode_prompt(tokenizer, "雨が")
     return {
         f"temperature {how.temperature}, top-k {how.top_k}": tokens_a_reading(
-            model, draft, prompt, how, tokenizer.never_written
+            model, draft, prompt, how, tokenizer.never_generated
         )
         for how in (SamplingSettings(temperature=0), SamplingSettings(), HOW)
     }
@@ -204,8 +204,8 @@ def main() -> None:
     )
     model = random_model(config)
     n_parameters = model.n_parameters()
-    int8 = int8_copy(model)
-    draft = prepare_to_write(model, with_draft=True)
+    int8 = quantized_copy(model)
+    draft = prepare_for_generation(model, with_draft=True)
     contenders = {
         OURS: ours(model, draft),
         UNGUESSED: ours(model, None),

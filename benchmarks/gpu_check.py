@@ -25,10 +25,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from gpt_model import ARCHS, Arch, GPTConfig, GPTModel
-from gptkit import checkpoints, devices, losses
-from gptkit.compilation import loss_of
-from gptkit.losses import linear_cross_entropy
-from gptkit.optimizers import BETAS, EPS, build_optimizer, orthogonalize
+from gptkit.base import devices
+from gptkit.base.cli import UserError
+from gptkit.training import checkpoints, loss
+from gptkit.training.compilation import make_loss
+from gptkit.training.loss import linear_cross_entropy
+from gptkit.training.optimizers import BETAS, EPS, build_optimizer, orthogonalize
 
 LR = 2e-3
 N_FITTED = 30  # AdamW steps on one batch, after which the loss is no longer that of a uniform guess
@@ -54,7 +56,7 @@ def fitted_model(arch: Arch, tiny: bool, device: torch.device) -> tuple[GPTModel
     ids = torch.randint(config.vocab_size, (4, config.context_length + 1)).to(device)
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     optimizer = build_optimizer(model, "adamw", LR, LR, 0.0)
-    loss_of_batch = loss_of(model, model.features, config.vocab_size)
+    loss_of_batch = make_loss(model, model.hidden_states, config.vocab_size)
     for _ in range(N_FITTED):
         loss_of_batch(*batch).backward()
         optimizer.step()
@@ -67,7 +69,7 @@ def loss_and_gradient(
 ) -> tuple[float, torch.Tensor]:
     """The loss of a batch, and its gradient by all parameters as one vector."""
     with devices.autocast(batch[0].device, dtype):
-        loss = loss_of(model, features, model.config.vocab_size)(*batch)
+        loss = make_loss(model, features, model.config.vocab_size)(*batch)
     loss.backward()
     gradient = nn.utils.parameters_to_vector([p.grad for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
@@ -84,8 +86,8 @@ def bfloat16_like_float32(device: torch.device, tiny: bool) -> Found:
     figures: dict[str, float] = {}
     for arch in ARCHS:
         model, batch = fitted_model(arch, tiny, device)
-        wanted, wanted_gradient = loss_and_gradient(model, model.features, batch, torch.float32)
-        found, gradient = loss_and_gradient(model, model.features, batch, torch.bfloat16)
+        wanted, wanted_gradient = loss_and_gradient(model, model.hidden_states, batch, torch.float32)
+        found, gradient = loss_and_gradient(model, model.hidden_states, batch, torch.bfloat16)
         figures |= {f"{arch}_loss_float32": wanted, f"{arch}_loss": relative(found, wanted)}
         figures[f"{arch}_gradient"] = relative(gradient, wanted_gradient)
     holds = all(figures[f"{arch}_loss"] <= BFLOAT16_LOSS for arch in ARCHS)
@@ -99,8 +101,8 @@ def compiled_like_eager(device: torch.device, tiny: bool) -> Found:
     figures: dict[str, float] = {}
     for arch in ARCHS:
         model, batch = fitted_model(arch, tiny, device)
-        compiled = torch.compile(model.features, backend="inductor" if device.type == "cuda" else "aot_eager")
-        wanted, wanted_gradient = loss_and_gradient(model, model.features, batch, dtype)
+        compiled = torch.compile(model.hidden_states, backend="inductor" if device.type == "cuda" else "aot_eager")
+        wanted, wanted_gradient = loss_and_gradient(model, model.hidden_states, batch, dtype)
         found, gradient = loss_and_gradient(model, compiled, batch, dtype)
         figures |= {f"{arch}_loss": relative(found, wanted), f"{arch}_gradient": relative(gradient, wanted_gradient)}
     return all(value <= limits[name.endswith("gradient")] for name, value in figures.items()), figures
@@ -118,7 +120,7 @@ def fused_like_plain(device: torch.device, tiny: bool) -> Found:
     ]
     plain = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=False, foreach=False)
     for _ in range(3):
-        loss_of(model, model.features, model.config.vocab_size)(*batch).backward()
+        make_loss(model, model.hidden_states, model.config.vocab_size)(*batch).backward()
         for one, twin in by_name.items():
             twin.grad = one.grad.clone()  # type: ignore[union-attr]
         ours.step()
@@ -139,7 +141,7 @@ def chunked_loss_like_torch(device: torch.device, tiny: bool) -> Found:
     wanted_gradients = torch.autograd.grad(wanted, (features, weight))
     figures: dict[str, float] = {}
     holds = True
-    with mock.patch.dict(losses.CHUNK_BYTES, {device.type: 1}):  # the least: 64 rows
+    with mock.patch.dict(loss.CHUNK_BYTES, {device.type: 1}):  # the least: 64 rows
         for name, dtype in devices.DTYPES.items():
             with devices.autocast(device, dtype):
                 found = linear_cross_entropy(features, weight, targets, vocab_size)
@@ -173,7 +175,7 @@ def galore_steps(device: torch.device, tiny: bool) -> Found:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = build_optimizer(model, "galore_adamw", LR, LR, 0.0)
     for _ in range(2):
-        loss_of(model, model.features, model.config.vocab_size)(*batch).backward()
+        make_loss(model, model.hidden_states, model.config.vocab_size)(*batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     moved = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters()}
@@ -272,7 +274,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         device = devices.choose_device(options.device)
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         parser.error(str(error))
     write_result("gpu_check", check_all(device, options.tiny))
 

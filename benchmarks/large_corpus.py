@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from machine import run, say, script, versions, write_result
 
-from gptkit.files import sha256_of
-from gptkit.pretokenization import COUNTS, SPLITS, manifest_of
-from gptkit.token_shards import token_dtype
-from gptkit.tokenization import Tokenizer, load_sentencepiece
+from gptkit.base.files import sha256_of
+from gptkit.data.pretokenization import COUNTS, SPLITS, manifest_of
+from gptkit.data.token_shards import token_dtype
+from gptkit.text.tokenizer import Tokenizer, load_sentencepiece
 
 SHARD_TOKENS = 8_000_000
 VAL_TOKENS = 1000  # of each shard

@@ -22,7 +22,8 @@ from contenders import MODERN, OURS, TRANSFORMERS, allocate_as, build, random_ba
 from machine import say, versions, write_result
 
 from gpt_model import GPTConfig
-from gptkit import devices
+from gptkit.base import devices
+from gptkit.base.cli import UserError
 
 N_STEPS = 2
 TINY = GPTConfig(64, context_length=8, emb_dim=16, n_layers=1, n_heads=2)
@@ -87,7 +88,7 @@ def main() -> None:
     try:
         device = devices.choose_device(options.device)
         config = GPTConfig(**{name: getattr(options, name) for name in DIMENSIONS})
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         parser.error(str(error))
     if device.type != "cuda" and not Path("/proc/self/statm").exists():
         sys.exit("error: memory is read from /proc; run this on Linux")

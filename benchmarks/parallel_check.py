@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from machine import ROOT, say, script, torchrun, versions, write_result
 
-from gptkit import devices
+from gptkit.base import devices
+from gptkit.base.cli import UserError
 
 SAMPLE = ROOT / "dataset" / "sample"
 TINY = {"n_layers": 1, "emb_dim": 32, "n_heads": 2, "context_length": 32}
@@ -87,7 +88,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         device = devices.choose_device(options.device)
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
         write_result("parallel_check", check_all(device, options.tiny, Path(folder)))

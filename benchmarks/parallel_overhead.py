@@ -25,9 +25,9 @@ import torch
 from machine import say, script, torchrun, versions, write_result
 
 from gpt_model import GPTConfig, GPTModel
-from gptkit.checkpoints import find_checkpoints
-from gptkit.compilation import Loss, loss_of
-from gptkit.tokenization import load_sentencepiece
+from gptkit.text.tokenizer import load_sentencepiece
+from gptkit.training.checkpoints import find_checkpoints
+from gptkit.training.compilation import Loss, make_loss
 
 DIMENSIONS: dict[str, Any] = {"n_layers": 3, "emb_dim": 192, "n_heads": 3, "context_length": 128}
 QUIET = {"print_sample_iter": 10_000, "save_ckpt_freq": 10_000, "eval_iter": 1, "bigram_steps": 0}
@@ -128,7 +128,7 @@ def measure_activations(model: GPTConfig) -> dict[str, Any]:
     found = {}
     for name, bfloat16 in (("float32", False), ("bfloat16", True)):
         built = GPTModel(model)
-        loss = loss_of(built, built.features, model.vocab_size)
+        loss = make_loss(built, built.hidden_states, model.vocab_size)
         few, more = (peak_bytes(loss, batch_size, model, bfloat16) for batch_size in (4, 20))
         measured = (more - few) / (16 * model.context_length)
         job = scaling.Job(model, 1, "ddp", 1, bfloat16=bfloat16)

@@ -21,7 +21,7 @@ from typing import Any
 
 from machine import say, script, torchrun, versions, write_result
 
-from gptkit.checkpoints import find_checkpoints
+from gptkit.training.checkpoints import find_checkpoints
 
 SETTINGS: dict[str, object] = {
     "n_layers": 2, "emb_dim": 64, "n_heads": 2, "context_length": 64, "batch_size": 4, "max_steps": 200, "n_epochs": 9, "eval_freq": 20,

@@ -16,8 +16,8 @@ import torch
 from machine import say, versions, write_result
 from torch.nn import functional as F
 
-from gptkit.generation import N_GUESSES
-from gptkit.quick_linear import PACKED_FOR_ROWS, Int8Linear, PackedLinear
+from gptkit.generation.cpu_linear import PACKED_FOR_ROWS, Int8Linear, PackedLinear
+from gptkit.generation.generate import N_DRAFT_TOKENS
 
 WIDTH, N_LAYERS, VOCAB = 768, 12, 32_000
 OF_A_BLOCK = ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH))
@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     weights = [torch.randn(shape) for shape in (*OF_A_BLOCK * N_LAYERS, (VOCAB, WIDTH))]
     rows = [torch.randn(1, weight.shape[1]) for weight in weights]
-    several = [row.repeat(N_GUESSES + 1, 1) for row in rows]
+    several = [row.repeat(N_DRAFT_TOKENS + 1, 1) for row in rows]
     packed, int8 = ([kind(weight, None) for weight in weights] for kind in (PackedLinear, Int8Linear))
 
     def each(work: Callable[[int], object]) -> Callable[[], object]:
@@ -39,7 +39,7 @@ def main() -> None:
         "sum": each(lambda i: weights[i].sum()),
         "F.linear": each(lambda i: F.linear(rows[i], weights[i])),
         "packed": each(lambda i: packed[i](rows[i])),
-        f"packed, {N_GUESSES + 1} rows": each(lambda i: packed[i](several[i])),
+        f"packed, {N_DRAFT_TOKENS + 1} rows": each(lambda i: packed[i](several[i])),
         "int8": each(lambda i: int8[i](rows[i])),
     }
     times_ms: dict[str, list[float]] = {name: [] for name in contenders}

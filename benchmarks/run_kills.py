@@ -23,7 +23,7 @@ from typing import Any
 
 from machine import ROOT, say, versions, write_result
 
-from gptkit.checkpoints import Damaged, find_checkpoints, verify
+from gptkit.training.checkpoints import DamagedCheckpoint, find_checkpoints, verify
 
 SETTINGS = {
     "n_layers": 1, "emb_dim": 32, "n_heads": 2, "context_length": 32, "drop_rate": 0.1, "device": "cpu",
@@ -96,7 +96,7 @@ def soak(options: argparse.Namespace, optimizer: str, work: Path, draw: random.R
         for checkpoint in find_checkpoints(output) if output.is_dir() else []:
             try:
                 verify(checkpoint)
-            except Damaged:
+            except DamagedCheckpoint:
                 n_damaged += 1
         if what == "ended":
             n_equal += outcome(output) == expected

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from machine import say, versions, write_result
 
-from gptkit.generation import SamplingSettings, sample
+from gptkit.generation.sampling import SamplingSettings, sample
 
 VOCAB_SIZE = 50
 LEAST_P_VALUE = 1e-3  # a sampler that is right fails so seldom, with the fixed seed never

@@ -14,11 +14,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import machine  # noqa: F401  lets gpt_model be imported
 import torch
 
-from gpt_model import PRESETS, GPTConfig, GPTModel, TransformerBlock, rotation
-from gptkit.losses import CHUNK_BYTES
+from gpt_model import PRESETS, GPTConfig, GPTModel, TransformerBlock, rotary_tables
+from gptkit.training.loss import CHUNK_BYTES
 
 SIZES = {
     **PRESETS,
@@ -89,7 +88,7 @@ def activation_bytes_per_token(model: GPTConfig, bfloat16: bool) -> float:
     """What autograd keeps of one block for each token, weights (and their copies in bfloat16) left out."""
     few = dataclasses.replace(model, context_length=PROBE_TOKENS, n_layers=1)
     block = TransformerBlock(few)
-    by = rotation(few) if model.arch == "modern" else None
+    by = rotary_tables(few) if model.arch == "modern" else None
     x = torch.randn(1, PROBE_TOKENS, model.emb_dim, requires_grad=True)
     shapes = {tuple(p.shape) for p in block.parameters() if p.dim() == 2}
     shapes |= {shape[::-1] for shape in shapes}

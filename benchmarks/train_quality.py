@@ -30,11 +30,11 @@ import torch
 from contenders import NANOGPT, OURS, dtype_as, load_nanogpt
 from machine import ROOT, read_texts, say, write_result
 
-from gptkit import devices
-from gptkit.batches import TrainingBatches, validation_batches
-from gptkit.evaluation import score_works
-from gptkit.pretokenization import load_manifest, open_tokens
-from gptkit.tokenization import load_sentencepiece
+from gptkit.base import devices
+from gptkit.data.batches import TrainingBatches, validation_batches
+from gptkit.data.pretokenization import load_manifest, open_tokens
+from gptkit.evaluation.scoring import score_documents
+from gptkit.text.tokenizer import load_sentencepiece
 
 CPU = torch.device("cpu")
 NANOGPT_SIZE = dict(n_layer=4, n_head=4, n_embd=256, block_size=256, bias=False, dropout=0.0)
@@ -141,7 +141,7 @@ def against_nanogpt(options: argparse.Namespace) -> dict[str, Any]:
     works = read_texts(options.heldout_path)
     dtypes = {name: dtype_as(name, options.dtype, CPU) for name in (NANOGPT, OURS)}
     theirs, forward = train_nanogpt(options.nanogpt_dir, data, tokenizer, options.minutes, dtypes[NANOGPT])
-    score = score_works(forward, tokenizer, works, int(NANOGPT_SIZE["block_size"]))
+    score = score_documents(forward, tokenizer, works, int(NANOGPT_SIZE["block_size"]))
     theirs["bits_per_char"] = round(score.bits_per_char, 4)
     say(f"nanoGPT: {theirs}")
     half = train_ours(data, tokenizer_path, options, options.minutes / 2, options.work_dir / "same_size", *SAME_SIZE)

@@ -28,7 +28,8 @@ from contenders import LLMS_FROM_SCRATCH, MODERN, NANOGPT, OURS, TRANSFORMERS, C
 from machine import say, versions, write_result
 
 from gpt_model import GPTConfig
-from gptkit import devices
+from gptkit.base import devices
+from gptkit.base.cli import UserError
 
 N_WARM_UP = 2  # steps of each before the first round; the first one compiles
 CONTENDERS = OURS, TRANSFORMERS, MODERN, NANOGPT, LLMS_FROM_SCRATCH
@@ -116,7 +117,7 @@ def measure(config: GPTConfig, options: argparse.Namespace, device: torch.device
     # Of the architecture, whoever runs it: each GPT-2 has the same matrices.
     per_token = {name: ready[MODERN if name == MODERN else OURS][0].n_flops_per_token() for name in ready}
     flops = {name: value * per_token[name] for name, value in speed.items()}
-    mfu = {name: devices.utilization(value, device, dtypes[name]) for name, value in flops.items()}
+    mfu = {name: devices.format_mfu(value, device, dtypes[name]) for name, value in flops.items()}
     return {
         "size": f"{config.n_layers}x{config.emb_dim}",
         "n_heads": config.n_heads,
@@ -169,7 +170,7 @@ def main() -> None:
         device = devices.choose_device(options.device)
         n_heads = options.n_heads or max(emb_dim // HEAD_WIDTH, 1)
         config = GPTConfig(options.vocab_size, options.context_length, emb_dim, n_layers, n_heads)
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         parser.error(str(error))
     if options.nanogpt_dir and not (options.nanogpt_dir / "model.py").is_file():
         sys.exit(f"error: --nanogpt_dir {options.nanogpt_dir} holds no model.py; name a checkout of nanoGPT")

@@ -1,8 +1,11 @@
 """What the tests share: commands as real processes, and a small corpus of the repository's own sample."""
 
+import io
 import itertools
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +15,8 @@ import pytest
 import torch
 
 from gpt_model import GPTConfig, GPTModel
-from gptkit.checkpoints import save_checkpoint
-from gptkit.tokenization import load_sentencepiece
+from gptkit.text.tokenizer import load_sentencepiece
+from gptkit.training.checkpoints import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real texts and rinna's tokenizer, where a checkout has them
@@ -42,6 +45,35 @@ def run_command(script: str, *arguments: object, cwd: Path = ROOT) -> subprocess
     )
 
 
+def call_command(script: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a script as `run_command` does, but within this process: no start of Python and torch, no signals, no kill.
+
+    For what a message or an exit code shows. What only a process can show (signals, kills, limits, the environment,
+    standard streams, the memory and time a command takes) needs `run_command`.
+    """
+    path = ROOT / script
+    out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    folder, code = Path.cwd(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        patch.setattr(sys, "path", [str(path.parent), *sys.path])
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", errors)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        try:
+            os.chdir(cwd)
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        finally:
+            os.chdir(folder)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    texts = [stream.buffer.getvalue().decode() for stream in (out, errors)]  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess([str(path), *map(str, arguments)], code, *texts)
+
+
 def assert_user_error(result: subprocess.CompletedProcess, *parts: str) -> None:
     """A user's mistake: exit code 2, one line that begins with error:, no traceback, and it names `parts`."""
     assert result.returncode == 2, result
@@ -68,9 +100,35 @@ def sample_works() -> list[str]:
 def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text shards of the sample, small enough that works are cut between them."""
     folder = tmp_path_factory.mktemp("sample") / "001"
-    result = run_command(
+    result = call_command(
         "dataset/prepare_aozora_jsonl.py", "--jsonl_path", SAMPLE, "--output_dir", folder, "--max_size_mb", 0.05
     )
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+TINY_MODEL = ("--n_layers", 1, "--emb_dim", 16, "--n_heads", 1, "--context_length", 16, "--batch_size", 2)
+SAMPLE_TOKENS = ("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def sample_tokens(sample_shards: Path) -> Path:
+    """Token shards of sample_shards by the sample's tokenizer; not to be changed."""
+    folder = sample_shards.parent / "001_pretok"
+    result = call_command(
+        "pretokenize.py", *SAMPLE_TOKENS, "--data_dir", sample_shards, "--output_dir", folder, "--num_workers", 1
+    )
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path, sample_tokens: Path) -> Path:
+    """An experiment folder whose run, in model_checkpoints, has finished after two steps; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    output = ("--output_dir", folder / "model_checkpoints", "--max_steps", 2)
+    tokens = ("--data_dir", sample_shards, "--use_pretokenized", "--device", "cpu")
+    result = call_command("pretraining.py", *SAMPLE_TOKENS, *tokens, *TINY_MODEL, *output)
     assert result.returncode == 0, result.stderr
     return folder
 

@@ -13,17 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    SAMPLE,
-    SAMPLE_TOKENIZER,
-    SEPARATOR,
-    assert_user_error,
-    command,
-    environment,
-    run_command,
-)
+from conftest import SAMPLE, SAMPLE_TOKENIZER, SEPARATOR, assert_user_error, command, environment, run_command
 
-from gptkit.files import lock_folder
+from gptkit.base.files import acquire_lock
 
 TOKENIZER = ("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER)
 TINY = ("--n_layers", 1, "--emb_dim", 16, "--n_heads", 1, "--context_length", 16, "--batch_size", 2, "--max_steps", 2)
@@ -173,7 +165,7 @@ def test_output_folder_without_permission(tmp_path: Path, shards: Path) -> None:
 def test_second_run_in_a_folder_in_use(tmp_path: Path, shards: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    descriptor = lock_folder(output)
+    descriptor = acquire_lock(output)
     assert_user_error(pretrain(shards, output), "in use by another run", f"process {os.getpid()} on ")
     os.close(descriptor)
     assert pretrain(shards, output).returncode == 0

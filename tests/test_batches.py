@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gptkit.batches import N_ROUNDS, TrainingBatches, n_windows, permuted, validation_batches
-from gptkit.token_shards import TokenStream
+from gptkit.data.batches import N_ROUNDS, TrainingBatches, n_windows, permute, validation_batches
+from gptkit.data.token_shards import TokenStream
 
 
 def stream(n_tokens: int, *cuts: int) -> TokenStream:
@@ -135,7 +135,7 @@ def test_processes_take_slices_of_the_same_step() -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 64, 1000, 65_537])
 def test_an_order_that_is_computed_takes_each_window_once(n: int) -> None:
     keys = [np.random.default_rng([0, epoch]).integers(1 << 63, size=N_ROUNDS, dtype=np.uint64) for epoch in range(2)]
-    orders = [permuted(np.arange(n), n, each) for each in keys]
+    orders = [permute(np.arange(n), n, each) for each in keys]
     for order in orders:
         assert sorted(order.tolist()) == list(range(n))
     if n >= 1000:
@@ -144,11 +144,11 @@ def test_an_order_that_is_computed_takes_each_window_once(n: int) -> None:
             place = np.arange(n)
             assert abs(np.corrcoef(place, order.astype(float))[0, 1]) < 4 / n**0.5
             assert abs(np.corrcoef(order[1:].astype(float), order[:-1].astype(float))[0, 1]) < 4 / n**0.5
-    assert permuted(np.array([n - 1]), n, keys[0]).tolist() == orders[0][-1:].tolist()
+    assert permute(np.array([n - 1]), n, keys[0]).tolist() == orders[0][-1:].tolist()
 
 
 def test_a_large_corpus_has_its_order_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptkit.batches.MOST_SHUFFLED", 50)
+    monkeypatch.setattr("gptkit.data.batches.MAX_SHUFFLED", 50)
     found = batches(stream(5 * 60 + 1))
     orders = [windows_of_epoch(found, epoch) for epoch in range(2)]
     for order in orders:

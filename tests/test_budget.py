@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 from conftest import Clock
 
-from gptkit import budget
-from gptkit.budget import sequences_per_step, total_steps_in
+from gptkit.training import planning
+from gptkit.training.planning import sequences_per_step, steps_within
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr(planning, "time", SimpleNamespace(monotonic=clock.monotonic))
     return clock
 
 
@@ -29,7 +29,7 @@ def run(total_steps: Callable[[int], int], clock: Clock, first_step: int, step_s
 
 @pytest.mark.parametrize("first_step", [0, 700])
 def test_even_steps_are_counted_once(first_step: int, clock: Clock) -> None:
-    said = run(total_steps_in(100.0, first_step, 0.5), clock, first_step, lambda n: 0.5)
+    said = run(steps_within(100.0, first_step, 0.5), clock, first_step, lambda n: 0.5)
     assert said == [first_step + 200] * 201
     assert clock.now == 1100.0
 
@@ -37,7 +37,7 @@ def test_even_steps_are_counted_once(first_step: int, clock: Clock) -> None:
 @pytest.mark.parametrize("first_step", [0, 700])
 @pytest.mark.parametrize("guess_s", [0.05, 0.5, 5.0])
 def test_a_wrong_guess_is_soon_corrected(guess_s: float, first_step: int, clock: Clock) -> None:
-    said = run(total_steps_in(100.0, first_step, guess_s), clock, first_step, lambda n: 0.5)
+    said = run(steps_within(100.0, first_step, guess_s), clock, first_step, lambda n: 0.5)
     assert said[0] == first_step + round(100 / guess_s)
     errors = [abs(total - first_step - 200) for total in said]
     assert errors[50] <= 0.2 * errors[0]
@@ -49,7 +49,7 @@ def test_a_wrong_guess_is_soon_corrected(guess_s: float, first_step: int, clock:
 @pytest.mark.parametrize("slow", [0.25, 1.0, 2.0])
 def test_a_change_of_pace_on_the_way(slow: float, clock: Clock) -> None:
     """After 100 of 200 steps others take half of the machine, or leave it: the run ends in time all the same."""
-    said = run(total_steps_in(100.0, 0, 0.5), clock, 0, lambda n: 0.5 if n <= 100 else slow)
+    said = run(steps_within(100.0, 0, 0.5), clock, 0, lambda n: 0.5 if n <= 100 else slow)
     assert said[100] == 200
     assert abs(said[-1] - (100 + 50 / slow)) <= 1
     assert abs(clock.now - 1100) <= slow
@@ -58,7 +58,7 @@ def test_a_change_of_pace_on_the_way(slow: float, clock: Clock) -> None:
 
 def test_twice_as_slow_is_half_of_what_was_left(clock: Clock) -> None:
     """Time counts that passed between two steps, as in a report."""
-    total_steps = total_steps_in(100.0, 40, 1.0)
+    total_steps = steps_within(100.0, 40, 1.0)
     assert total_steps(40) == 140
     clock.now += 19
     assert total_steps(49) == 49 + round(81 / 2)  # 19 and the guess of 1 for ten steps
@@ -68,11 +68,11 @@ def test_twice_as_slow_is_half_of_what_was_left(clock: Clock) -> None:
 
 @pytest.mark.parametrize("seconds", [-5.0, 0.0, 0.4])
 def test_without_time_no_step_is_left(seconds: float, clock: Clock) -> None:
-    assert total_steps_in(seconds, 30, 1.0)(30) == 30
+    assert steps_within(seconds, 30, 1.0)(30) == 30
 
 
 def test_after_the_end_no_step_is_taken_back(clock: Clock) -> None:
-    total_steps = total_steps_in(10.0, 0, 1.0)
+    total_steps = steps_within(10.0, 0, 1.0)
     clock.now += 50
     assert total_steps(3) == 3
 

@@ -14,28 +14,28 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from gptkit import checkpoints
-from gptkit.checkpoints import (
+from gptkit.base.cli import UserError
+from gptkit.base.files import sha256_of
+from gptkit.training import checkpoints
+from gptkit.training.checkpoints import (
     MODEL_FILE,
     STATE_FILE,
     SUMS_FILE,
     TRAINING_FILE,
     BackgroundSaver,
-    Damaged,
-    best_first,
+    DamagedCheckpoint,
     choose_checkpoint,
     find_checkpoints,
-    first_whole,
+    first_valid,
     load_model,
-    newest_whole,
+    newest_valid,
     read_state,
     read_tensors,
     save_checkpoint,
-    set_aside_after,
+    set_aside_newer,
+    sort_by_val_loss,
     verify,
 )
-from gptkit.command_line import UserError
-from gptkit.files import sha256_of
 
 CPU = torch.device("cpu")
 TOKENIZER = {"spiece.model": b"\x00\x01\xff", "config.json": "{'名': 1}".encode()}
@@ -61,7 +61,7 @@ def steps(output_dir: Path) -> list[int]:
         verify(folder)
     if found:
         assert (output_dir / "latest").resolve() == found[-1].resolve()
-        assert (output_dir / "best").resolve() == best_first(found)[0].resolve()
+        assert (output_dir / "best").resolve() == sort_by_val_loss(found)[0].resolve()
     return [read_state(folder)["step"] for folder in found]
 
 
@@ -140,7 +140,7 @@ def test_keeps_the_newest_and_the_best(losses: list[float], kept: list[int], tmp
     for step, loss in enumerate(losses, 1):
         save(tmp_path, step, loss)
     assert steps(tmp_path) == kept
-    assert best_first(find_checkpoints(tmp_path))[0].name == f"step_{kept[0]:08d}"
+    assert sort_by_val_loss(find_checkpoints(tmp_path))[0].name == f"step_{kept[0]:08d}"
 
 
 def test_a_folder_that_cannot_be_removed_is_cleared_away_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,23 +187,23 @@ def test_no_damage_of_the_newest_goes_unnoticed(tmp_path: Path, capsys: pytest.C
         for what, damaged in mutations(content, 20, draw):
             path = newest / name
             path.unlink() if damaged is None else path.write_bytes(damaged)
-            assert newest_whole(tmp_path) == older, (name, what)
+            assert newest_valid(tmp_path) == older, (name, what)
             assert f"warning: {newest} is damaged (" in capsys.readouterr().err, (name, what)
             path.write_bytes(content)
             n_tried += 1
     assert n_tried >= 200
-    assert newest_whole(tmp_path) == newest
+    assert newest_valid(tmp_path) == newest
     assert capsys.readouterr().err == ""
 
 
 def test_where_all_are_damaged_that_is_told_with_a_remedy(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path) is None
+    assert newest_valid(tmp_path) is None
     folder = save(tmp_path, 1)
     (folder / MODEL_FILE).write_bytes(b"x")
     with pytest.raises(
         UserError, match=r"no checkpoint is whole \(.*step_00000001: model.safetensors is not what was sav"
     ):
-        newest_whole(tmp_path)
+        newest_valid(tmp_path)
     with pytest.raises(UserError, match="no checkpoint is whole"):
         choose_checkpoint(str(tmp_path), "newest")
 
@@ -212,7 +212,7 @@ def test_writing_does_not_need_the_optimizers_state(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / TRAINING_FILE).write_bytes(b"x")
     assert choose_checkpoint(str(tmp_path), "newest") == folder
-    with pytest.raises(Damaged, match=r"training\.safetensors is not what was saved"):
+    with pytest.raises(DamagedCheckpoint, match=r"training\.safetensors is not what was saved"):
         verify(folder)
 
 
@@ -223,12 +223,12 @@ def test_no_path_leads_out_of_a_checkpoint(tmp_path: Path) -> None:
     sums = (folder / SUMS_FILE).read_text()
     for name in ("../../secret", "/etc/hostname", "tokenizer/../../../secret", "tokenizer/..", str(secret)):
         (folder / SUMS_FILE).write_text(f"{sums}{sha256_of(secret)}  {name}\n")
-        with pytest.raises(Damaged, match="does not name what a checkpoint holds"):
+        with pytest.raises(DamagedCheckpoint, match="does not name what a checkpoint holds"):
             verify(folder)
     (folder / SUMS_FILE).write_text(sums)
     (folder / MODEL_FILE).rename(tmp_path / "elsewhere")
     (folder / MODEL_FILE).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Damaged, match=r"model\.safetensors is missing"):
+    with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors is missing"):
         verify(folder)
 
 
@@ -247,13 +247,13 @@ def test_a_state_that_is_none_is_told_with_a_remedy(content: bytes, tmp_path: Pa
     with pytest.raises(UserError, match=r"step_00000001/state\.json: .*remove .*step_00000001 to use an older"):
         read_state(folder)
     with pytest.raises(UserError, match=r"no checkpoint is whole .*state\.json"):
-        first_whole([folder])
+        first_valid([folder])
 
 
 def test_damaged_ones_are_set_aside(tmp_path: Path) -> None:
     older, newest = save(tmp_path, 1, keep=2), save(tmp_path, 2, keep=2)
     (newest / MODEL_FILE).unlink()
-    set_aside_after(older)
+    set_aside_newer(older)
     assert find_checkpoints(tmp_path) == [older]
     assert (tmp_path / "step_00000002.damaged" / STATE_FILE).is_file()
 
@@ -345,7 +345,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_alone(
 ) -> None:
     save(tmp_path, 1)
     before = contents(tmp_path)
-    monkeypatch.setattr(f"gptkit.checkpoints.{where}", fail(error))
+    monkeypatch.setattr(f"gptkit.training.checkpoints.{where}", fail(error))
     with pytest.raises(type(error)):
         save(tmp_path, 2)
     monkeypatch.undo()

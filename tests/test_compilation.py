@@ -12,16 +12,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt_model import ARCHS, GPTConfig, GPTModel
-from gptkit import devices
-from gptkit.compilation import (
-    TooLarge,
-    batch_that_fits,
-    compile_and_try,
-    memory_told,
-    next_smaller,
-    optimizer_step_s,
+from gptkit.base import devices
+from gptkit.training.compilation import (
+    BatchTooLarge,
+    compile_and_time,
+    find_batch_size,
+    next_smaller_batch,
+    oom_as_user_error,
+    time_optimizer_step,
 )
-from gptkit.optimizers import build_optimizer
+from gptkit.training.optimizers import build_optimizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 VOCAB = 60  # of 64 rows
@@ -41,7 +41,7 @@ def test_weights_gradients_and_random_streams_stay(dtype: torch.dtype) -> None:
     model, batch = model_and_batch()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    _, parts_s = compile_and_try(model, VOCAB, False, batch, CPU, dtype)
+    _, parts_s = compile_and_time(model, VOCAB, False, batch, CPU, dtype)
     assert list(parts_s) == ["forward", "backward"]
     assert all(0 < seconds < 60 for seconds in parts_s.values())
     assert torch.equal(torch.get_rng_state(), state)
@@ -58,7 +58,7 @@ def assert_loss_of(model: GPTModel, loss: torch.Tensor, batch: tuple[torch.Tenso
 def test_the_loss_is_the_models(arch: str) -> None:
     model, batch = model_and_batch(arch=arch)
     torch.nn.init.normal_(model.head_weight)
-    loss_of_batch, _ = compile_and_try(model, VOCAB, False, batch, CPU, torch.float32)
+    loss_of_batch, _ = compile_and_time(model, VOCAB, False, batch, CPU, torch.float32)
     model.eval()
     assert_loss_of(model, loss_of_batch(*batch), batch)
 
@@ -75,7 +75,7 @@ def test_the_compiled_model_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "compile", compiler)
     model, batch = model_and_batch(drop_rate=0.0)
-    loss_of_batch, _ = compile_and_try(model, VOCAB, True, batch, CPU, torch.float32)
+    loss_of_batch, _ = compile_and_time(model, VOCAB, True, batch, CPU, torch.float32)
     shown.clear()
     assert_loss_of(model, loss_of_batch(*batch), batch)
     assert len(shown) == 1
@@ -92,7 +92,7 @@ def test_failure_to_compile_is_a_warning(monkeypatch: pytest.MonkeyPatch, capsys
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     model, batch = model_and_batch(drop_rate=0.0)
-    loss_of_batch, _ = compile_and_try(model, VOCAB, True, batch, CPU, torch.float32)
+    loss_of_batch, _ = compile_and_time(model, VOCAB, True, batch, CPU, torch.float32)
     assert_loss_of(model, loss_of_batch(*batch), batch)
     warning = capsys.readouterr().err
     assert warning == "warning: --compile failed (RuntimeError: no compiler was found); going on without\n"
@@ -110,16 +110,16 @@ def test_out_of_memory_is_no_failure_to_compile(
     monkeypatch.setattr(torch, "compile", lambda features: features)
     model, batch = model_and_batch()
     with pytest.raises(type(error)):
-        compile_and_try(model, VOCAB, compile, batch, CPU, torch.float32)
+        compile_and_time(model, VOCAB, compile, batch, CPU, torch.float32)
     assert capsys.readouterr().err == ""
     message = "out of memory with --batch_size 3: --batch_size 1 --grad_accum_steps 6 takes less, at the same tokens"
-    with pytest.raises(TooLarge, match=message) as caught, memory_told(3, 2):
+    with pytest.raises(BatchTooLarge, match=message) as caught, oom_as_user_error(3, 2):
         raise error
     assert caught.value.smaller_batch == 1
 
 
 def test_a_smaller_batch_divides_the_larger() -> None:
-    assert [next_smaller(n) for n in (1, 2, 3, 7, 8, 12, 15)] == [None, 1, 1, 1, 4, 6, 5]
+    assert [next_smaller_batch(n) for n in (1, 2, 3, 7, 8, 12, 15)] == [None, 1, 1, 1, 4, 6, 5]
     tried: list[int] = []
 
     def rows(n: int) -> None:
@@ -127,12 +127,12 @@ def test_a_smaller_batch_divides_the_larger() -> None:
         if n > 3:
             raise MemoryError
 
-    assert batch_that_fits(rows, 24) == 3
+    assert find_batch_size(rows, 24) == 3
     assert tried == [12, 6, 3]
-    assert batch_that_fits(rows, 5) == 1
-    assert batch_that_fits(lambda n: rows(9), 2) is None
-    with pytest.raises(TooLarge, match=r"with --batch_size 1: give a smaller --model_size or --context_length$"):
-        raise TooLarge(1, 4, None)
+    assert find_batch_size(rows, 5) == 1
+    assert find_batch_size(lambda n: rows(9), 2) is None
+    with pytest.raises(BatchTooLarge, match=r"with --batch_size 1: give a smaller --model_size or --context_length$"):
+        raise BatchTooLarge(1, 4, None)
 
 
 def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,8 +142,8 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GPTModel, "features", broken)
     model, batch = model_and_batch()
     with pytest.raises(RuntimeError, match="a bug"):
-        compile_and_try(model, VOCAB, False, batch, CPU, torch.float32)
-    with pytest.raises(RuntimeError, match="a bug"), memory_told(3, 1):
+        compile_and_time(model, VOCAB, False, batch, CPU, torch.float32)
+    with pytest.raises(RuntimeError, match="a bug"), oom_as_user_error(3, 1):
         raise RuntimeError("a bug")
 
 
@@ -156,7 +156,7 @@ def test_a_measured_optimizer_is_as_new(name: str) -> None:
         optimizer = build_optimizer(model, name, 0.01, 0.01, 0.1)
         if measured:
             before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            assert 0 < optimizer_step_s(model, optimizer, CPU) < 60
+            assert 0 < time_optimizer_step(model, optimizer, CPU) < 60
             assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
             assert all(parameter.grad is None for parameter in model.parameters())
         for _ in range(2):
@@ -172,7 +172,7 @@ def test_operations_a_token_are_those_that_torch_counts(arch: str, n_kv_heads: i
     """Forward and backward of whole sequences, attention by plain products."""
     model, (inputs, _) = model_and_batch(arch=arch, n_kv_heads=n_kv_heads, n_layers=3, drop_rate=0.0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        F.linear(model.features(inputs), model.head_weight).sum().backward()
+        F.linear(model.hidden_states(inputs), model.head_weight).sum().backward()
     assert counter.get_total_flops() == model.n_flops_per_token() * inputs.numel()
 
 
@@ -194,8 +194,8 @@ def test_operations_a_token_are_those_that_torch_counts(arch: str, n_kv_heads: i
 def test_utilization(name: str, dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """4e14 operations a second, as a share of the data sheets' 989, 756, 362 and 312 trillion."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert devices.utilization(4e14, CUDA, dtype) == expected
-    assert devices.utilization(4e14, CPU, dtype) == "n/a"
+    assert devices.format_mfu(4e14, CUDA, dtype) == expected
+    assert devices.format_mfu(4e14, CPU, dtype) == "n/a"
 
 
 def test_compiled_run_and_its_checkpoint(tmp_path: Path, sample_shards: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 from conftest import ROOT, assert_user_error, command, environment, run_command
 
 import demo
-from gptkit import generation, quick_linear
-from gptkit.generation import SamplingSettings
+from gptkit.generation import cpu_linear, generate
+from gptkit.generation.sampling import SamplingSettings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # A closed network refuses what a browser sends by itself.
@@ -146,10 +146,10 @@ def test_without_gradio_one_line_says_what_to_install(poem: tuple[Path, str], tm
 def test_a_draft_changes_no_text(babble: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder,) = demo.find_folders([str(babble)]).values()
     texts = []
-    for least in (quick_linear.DRAFT_FROM, 0):  # the second as if the model were large
-        monkeypatch.setattr(quick_linear, "DRAFT_FROM", least)
+    for least in (cpu_linear.MIN_DRAFT_ENTRIES, 0):  # the second as if the model were large
+        monkeypatch.setattr(cpu_linear, "DRAFT_FROM", least)
         model = demo.load_model(folder, torch.device("cpu"))
-        with mock.patch.object(generation, "guess_ahead", wraps=generation.guess_ahead) as guessing:
+        with mock.patch.object(generate, "guess_ahead", wraps=generate.speculate) as guessing:
             texts.append(list(demo.growing_text(model, "雨が", SamplingSettings(), 40, 5))[-1])
         assert guessing.call_count == (least == 0)
     assert texts[0] == texts[1]

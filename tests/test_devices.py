@@ -10,7 +10,7 @@ import torch
 from test_guards import drive
 from test_resume import curve, newest, small_run
 
-from gptkit import devices
+from gptkit.base import devices
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import evaluate_model
 from evaluate_model import EvaluationConfig
 from gpt_model import GPTConfig, GPTModel
-from gptkit import run_log
-from gptkit.checkpoints import write_sums
-from gptkit.command_line import UserError
+from gptkit.base.cli import UserError
+from gptkit.training import run_log
+from gptkit.training.checkpoints import write_sums
 
 CONTEXT = 16
 TINY = ("--n_layers", 1, "--emb_dim", 16, "--n_heads", 1, "--batch_size", 2, "--max_steps", 2)

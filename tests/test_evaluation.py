@@ -14,9 +14,10 @@ from test_gpt_model import CONTEXT, VOCAB, hugging_face_twin, random_ids, random
 from torch import nn
 from torch.nn import functional as F
 
-from gptkit import evaluation
-from gptkit.command_line import UserError
-from gptkit.evaluation import mean_loss, read_works, score_works
+from gptkit.base.cli import UserError
+from gptkit.evaluation import scoring
+from gptkit.evaluation.documents import read_documents
+from gptkit.evaluation.scoring import mean_loss, score_documents
 
 CPU = torch.device("cpu")
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -132,7 +133,7 @@ def test_bits_by_hand() -> None:
         [[1 / 8, 1 / 8, 1 / 2, 1 / 4], [1 / 2, 1 / 4, 1 / 8, 1 / 8], [1 / 4, 1 / 8, 1 / 8, 1 / 2], [1 / 4] * 4]
     )
     forward, shown = remembering(lambda ids: table[ids].log())
-    score = score_works(forward, Letters(), ["aab", "b鬱a\n"], 8)
+    score = score_documents(forward, Letters(), ["aab", "b鬱a\n"], 8)
     assert shown == [[[0, 2, 2, 3]], [[0, 3, 1, 2, 1]]]  # each work alone, after end-of-text
     first_bits, second_bits = 1 + 3 + 1 + 2, 2 + 2 + 3 + 3 + 1  # the last of each is end-of-text's
     assert (score.works, score.characters, score.tokens, score.unknown_tokens) == (2, 7, 9, 2)
@@ -153,7 +154,7 @@ def test_windows_by_hand(stride: int | None, windows: list[tuple[int, int]], bit
     """Eight ids, seven of them predicted, through a context of four."""
     ids = [0, 2, 2, 2, 2, 2, 2, 0]
     forward, shown = remembering(by_position)
-    score = score_works(forward, Letters(), ["aaaaaa"], 4, stride=stride, batch_size=1)
+    score = score_documents(forward, Letters(), ["aaaaaa"], 4, stride=stride, batch_size=1)
     assert [row for (row,) in shown] == [ids[start:end] for start, end in windows]
     assert (score.tokens, score.characters) == (7, 6)
     assert score.bits_per_char == pytest.approx(bits / 6, rel=1e-6)
@@ -165,7 +166,7 @@ def test_windows_by_hand(stride: int | None, windows: list[tuple[int, int]], bit
 )
 def test_no_window_more_than_the_work_needs(n_characters: int, windows: list[int]) -> None:
     forward, shown = remembering(by_position)
-    score = score_works(forward, Letters(), ["a" * n_characters], 4, batch_size=1)
+    score = score_documents(forward, Letters(), ["a" * n_characters], 4, batch_size=1)
     assert [len(row) for (row,) in shown] == windows
     assert score.tokens == n_characters + 1
 
@@ -174,7 +175,7 @@ def test_no_window_more_than_the_work_needs(n_characters: int, windows: list[int
 def test_half_of_an_odd_context(context_length: int) -> None:
     """A context of five moves on by two, one of one by one."""
     bits = {1: 1 * 13, 5: (1 + 2 + 3 + 4 + 5) + (4 + 5) * 4}[context_length]
-    score = score_works(by_position, Letters(), ["a" * 12], context_length)
+    score = score_documents(by_position, Letters(), ["a" * 12], context_length)
     assert score.bits_per_char == pytest.approx(bits / 12, rel=1e-6)
 
 
@@ -192,7 +193,7 @@ def test_token_by_token(stride: int | None, batch_size: int) -> None:
             with torch.no_grad():
                 logits = model(ids[None, next(starts) : i])[0, -1].double()
             nats -= logits.log_softmax(0)[ids[i]].item()
-    score = score_works(model, tokenizer, works, CONTEXT, stride=stride, batch_size=batch_size)
+    score = score_documents(model, tokenizer, works, CONTEXT, stride=stride, batch_size=batch_size)
     assert score.tokens == sum(map(len, works)) + len(works)
     assert score.loss == pytest.approx(nats / score.tokens, rel=1e-5)
     assert score.bits_per_char == pytest.approx(nats / math.log(2) / sum(map(len, works)), rel=1e-5)
@@ -201,8 +202,8 @@ def test_token_by_token(stride: int | None, batch_size: int) -> None:
 def test_equals_transformers() -> None:
     model, tokenizer = random_model(), Letters(VOCAB - 2)
     twin = hugging_face_twin(model)
-    ours = score_works(model, tokenizer, [letters(60), letters(9)], CONTEXT)
-    theirs = score_works(lambda ids: twin(ids).logits, tokenizer, [letters(60), letters(9)], CONTEXT)
+    ours = score_documents(model, tokenizer, [letters(60), letters(9)], CONTEXT)
+    theirs = score_documents(lambda ids: twin(ids).logits, tokenizer, [letters(60), letters(9)], CONTEXT)
     assert ours.bits_per_char == pytest.approx(theirs.bits_per_char, rel=1e-5)
 
     work = letters(CONTEXT - 2, seed=1)  # one window, and its loss as transformers has it
@@ -210,14 +211,14 @@ def test_equals_transformers() -> None:
     with torch.no_grad():
         loss = twin(ids, labels=ids).loss.item()
     assert loss > 3  # so that 1e-5 says something
-    assert score_works(model, tokenizer, [work], CONTEXT).loss == pytest.approx(loss, rel=1e-5)
+    assert score_documents(model, tokenizer, [work], CONTEXT).loss == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("unknown_id", [None, 50])
 def test_a_model_that_knows_nothing_pays_log2_of_its_vocabulary(unknown_id: int | None) -> None:
     works = [letters(n, 20) for n in (100, 3, 31)]
     tokenizer = Letters(20, unknown_id)
-    score = score_works(lambda ids: torch.zeros(*ids.shape, 128), tokenizer, works, 16)
+    score = score_documents(lambda ids: torch.zeros(*ids.shape, 128), tokenizer, works, 16)
     assert (score.characters, score.tokens, score.unknown_tokens) == (134, 137, 0)
     assert score.bits_per_char == pytest.approx(7 * 137 / 134, rel=1e-7)
     assert score.perplexity == pytest.approx(128, rel=1e-5)
@@ -225,7 +226,7 @@ def test_a_model_that_knows_nothing_pays_log2_of_its_vocabulary(unknown_id: int 
 
 def test_windows_of_equal_length_are_batched() -> None:
     forward, shown = remembering(by_position)
-    score = score_works(forward, Letters(), ["a" * 9, "a", "a" * 6, "a"], 4, batch_size=3)
+    score = score_documents(forward, Letters(), ["a" * 9, "a", "a" * 6, "a"], 4, batch_size=3)
     shapes = [(len(batch), len(batch[0])) for batch in shown]
     assert shapes == [(3, 4), (3, 4), (2, 2), (1, 3)]
     bits = (10 + 7 * 3) + (1 + 2) + (10 + 7 + 3) + (1 + 2)
@@ -244,13 +245,13 @@ def test_one_work_and_one_batch_at_a_time() -> None:
         events.append("batch")
         return by_position(ids)
 
-    score_works(forward, Letters(), works(), 4, batch_size=2)
+    score_documents(forward, Letters(), works(), 4, batch_size=2)
     assert events == ["work 0", "batch", "work 1", "batch", "batch", "work 2", "batch", "batch"]
 
 
 def test_progress_is_told_of_every_token() -> None:
     told: list[int] = []
-    score_works(by_position, Letters(), ["a" * 9, "a" * 4], 4, batch_size=2, progress=told.append)
+    score_documents(by_position, Letters(), ["a" * 9, "a" * 4], 4, batch_size=2, progress=told.append)
     assert told == [4 + 2, 2 + 2, 4, 1]
 
 
@@ -263,8 +264,8 @@ def test_bfloat16_products_and_no_gradients() -> None:
         seen.append((logits.dtype, logits.requires_grad))
         return logits
 
-    exact = score_works(forward, tokenizer, works, CONTEXT)
-    rough = score_works(forward, tokenizer, works, CONTEXT, dtype=torch.bfloat16)
+    exact = score_documents(forward, tokenizer, works, CONTEXT)
+    rough = score_documents(forward, tokenizer, works, CONTEXT, dtype=torch.bfloat16)
     assert set(seen) == {(torch.float32, False), (torch.bfloat16, False)}
     assert rough.loss != exact.loss
     assert rough.loss == pytest.approx(exact.loss, rel=0.02)
@@ -280,19 +281,19 @@ def test_works_of_jsonl(suffix: str, tmp_path: Path) -> None:
     path.write_bytes(
         {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix](b"\xef\xbb\xbf\n" + content + b"\n")
     )
-    assert list(read_works(path)) == WORKS
+    assert list(read_documents(path)) == WORKS
     path.rename(tmp_path / "unpacked.jsonl.gz")  # what it is counts, not what it is called
-    assert list(read_works(tmp_path / "unpacked.jsonl.gz")) == WORKS
+    assert list(read_documents(tmp_path / "unpacked.jsonl.gz")) == WORKS
 
 
 @pytest.mark.parametrize("block_chars", [1, 5, 1 << 20])
 def test_works_of_text(block_chars: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "BLOCK_CHARS", block_chars)
+    monkeypatch.setattr(scoring, "BLOCK_CHARS", block_chars)
     path = tmp_path / "works.txt"
     path.write_text("".join(work + SEPARATOR for work in [WORKS[0], " \n", *WORKS[1:]]), "utf-8")
-    assert list(read_works(path)) == WORKS
+    assert list(read_documents(path)) == WORKS
     path.write_bytes(b"\xef\xbb\xbf" + f"雨。\r\n雪。{SEPARATOR}風。\r\n".encode())
-    assert list(read_works(path)) == ["雨。\n雪。", "風。\n"]
+    assert list(read_documents(path)) == ["雨。\n雪。", "風。\n"]
 
 
 @pytest.mark.parametrize(("max_chars", "n_works"), [(1, 1), (4, 1), (8, 1), (9, 2), (10, 2), (11, 3), (99, 3)])
@@ -300,7 +301,7 @@ def test_the_first_works_alone(max_chars: int, n_works: int, tmp_path: Path) -> 
     works = ["雨が降る", "雪が降った", "風。"]  # 4, 5 and 2 characters
     path = tmp_path / "works.txt"
     path.write_text(SEPARATOR.join(works), "utf-8")
-    assert list(read_works(path, max_chars)) == works[:n_works]
+    assert list(read_documents(path, max_chars)) == works[:n_works]
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ def test_a_line_that_is_no_work(line: bytes, problem: str, tmp_path: Path) -> No
     path = tmp_path / "works.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
     with pytest.raises(UserError) as caught:
-        list(read_works(path))
+        list(read_documents(path))
     assert str(caught.value).startswith(f"{path}: line 3: {problem}")
     assert 'such as {"text": "雨。"}' in str(caught.value)
 
@@ -332,7 +333,7 @@ def test_a_compressed_file_cut_short(compress: Callable[[bytes], bytes], tmp_pat
     with pytest.raises(
         UserError, match=r"works\.jsonl\.xz: damaged or cut short after line \d+ \(.*bring the file again"
     ):
-        list(read_works(path))
+        list(read_documents(path))
 
 
 @pytest.mark.parametrize(
@@ -349,4 +350,4 @@ def test_a_compressed_file_cut_short(compress: Callable[[bytes], bytes], tmp_pat
 def test_a_file_without_works(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name}.*{message}"):
-        list(read_works(tmp_path / name))
+        list(read_documents(tmp_path / name))

@@ -12,28 +12,22 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import (
-    SAMPLE,
-    SAMPLE_TOKENIZER,
-    SHARED,
-    assert_user_error,
-    run_command,
-    save_experiment,
-)
+from conftest import SAMPLE, SAMPLE_TOKENIZER, SHARED, assert_user_error, run_command, save_experiment
 from safetensors.torch import load_file, save_file
 from test_strangers import small_tokenizer
 from test_tokenization import OFFLINE
 
 from gpt_model import GPTConfig, GPTModel
-from gptkit import hf_conversion
-from gptkit.checkpoints import choose_checkpoint, read_tensors
-from gptkit.command_line import UserError
-from gptkit.files import folder_replaced
-from gptkit.generation import SamplingSettings, generate
-from gptkit.hf_tokenizer import compare, tokenizer_files
-from gptkit.run_log import read_lines
-from gptkit.tokenization import Tokenizer, load_hf, load_sentencepiece, load_tiktoken
-from gptkit.tokenizer_backends import SentencePieceBackend
+from gptkit.base.cli import UserError
+from gptkit.base.files import replace_folder
+from gptkit.generation.generate import generate
+from gptkit.generation.sampling import SamplingSettings
+from gptkit.interop import huggingface
+from gptkit.interop.tokenizer_export import compare_tokenizers, export_tokenizer
+from gptkit.text.backends import SentencePieceBackend
+from gptkit.text.tokenizer import Tokenizer, load_hf, load_sentencepiece, load_tiktoken
+from gptkit.training.checkpoints import choose_checkpoint, read_tensors
+from gptkit.training.run_log import read_jsonl
 
 CONTEXT = 48
 KINDS: dict[str, dict[str, Any]] = {
@@ -95,7 +89,7 @@ def test_transformers_computes_and_writes_the_same(exported: tuple[GPTModel, Pat
     written = theirs.generate(prompt, do_sample=False, max_new_tokens=20)[0, prompt.shape[1] :].tolist()
     ours = generate(
         model, [prompt[0].tolist()], SamplingSettings(temperature=0), max_new_tokens=20, context_length=CONTEXT,
-        end_of_text_id=tokenizer.end_of_text_id, banned_ids=tokenizer.never_written, generators=[torch.Generator()],
+        end_of_text_id=tokenizer.end_of_text_id, banned_ids=tokenizer.never_generated, generators=[torch.Generator()],
     )  # fmt: skip
     expected_ids = [new[0] for new in ours]
     assert len(set(expected_ids)) > 5
@@ -104,10 +98,10 @@ def test_transformers_computes_and_writes_the_same(exported: tuple[GPTModel, Pat
 
 def test_the_way_back_gives_the_same_weights(exported: tuple[GPTModel, Path, Path], tokenizer: Tokenizer) -> None:
     model, _, folder = exported
-    dimensions = hf_conversion.read_dimensions(str(folder))
+    dimensions = huggingface.read_dimensions(str(folder))
     assert dimensions.pop("vocab_size") == tokenizer.vocab_size
     back = GPTModel(GPTConfig(tokenizer.vocab_size, **dimensions))
-    hf_conversion.load_weights(str(folder), back)
+    huggingface.load_weights(str(folder), back)
     expected = model.state_dict()
     if not model.config.qkv_bias and model.config.arch == "gpt2":  # GPT-2's form has such biases
         expected |= {f"trf_blocks.{i}.att.qkv.bias": torch.zeros(3 * 48) for i in range(2)}
@@ -115,7 +109,7 @@ def test_the_way_back_gives_the_same_weights(exported: tuple[GPTModel, Path, Pat
     for name, tensor in back.state_dict().items():
         n_words = tokenizer.vocab_size if name in ("tok_emb.weight", "out_head.weight") else len(tensor)
         assert torch.equal(tensor[:n_words], expected[name][:n_words]), name
-    again, _ = hf_conversion.to_hf(back.state_dict(), vars(back.config), tokenizer.end_of_text_id)
+    again, _ = huggingface.to_hf(back.state_dict(), vars(back.config), tokenizer.end_of_text_id)
     known = load_file(folder / "model.safetensors")
     assert again.keys() == known.keys()
     assert all(torch.equal(again[name], known[name]) for name in known)
@@ -145,9 +139,9 @@ def rinna_like(works: list[str], folder: Path, model_type: str) -> Tokenizer:
 
 def same_there(tokenizer: Tokenizer, folder: Path, lines: list[str]) -> tuple[str | None, int]:
     folder.mkdir()
-    for name, content in tokenizer_files(tokenizer, CONTEXT).items():
+    for name, content in export_tokenizer(tokenizer, CONTEXT).items():
         (folder / name).write_bytes(content)
-    return compare(tokenizer, folder, lines)
+    return compare_tokenizers(tokenizer, folder, lines)
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
@@ -185,7 +179,7 @@ def test_a_tokenizer_that_comes_out_otherwise_is_seen(tmp_path: Path, tokenizer:
     made = json.loads(path.read_text("utf-8"))
     made["model"]["merges"] = made["model"]["merges"][:200]
     path.write_text(json.dumps(made), "utf-8")
-    different, _ = compare(tokenizer, tmp_path / "hf", lines)
+    different, _ = compare_tokenizers(tokenizer, tmp_path / "hf", lines)
     assert different in lines
 
 
@@ -208,14 +202,14 @@ def test_a_tie_may_fall_either_way(tmp_path: Path) -> None:
     tokenizer = Tokenizer(backend, "x", "</s>")
     assert same_there(tokenizer, tmp_path / "hf", ["雨が降っていた。"]) == (None, 1)
     backend.tied = False
-    assert compare(tokenizer, tmp_path / "hf", ["雨", "雨が降っていた。"]) == ("雨が降っていた。", 0)
+    assert compare_tokenizers(tokenizer, tmp_path / "hf", ["雨", "雨が降っていた。"]) == ("雨が降っていた。", 0)
 
 
 def test_new_words_begin_as_the_mean_of_the_others(exported: tuple[GPTModel, Path, Path], tokenizer: Tokenizer) -> None:
     model, _, folder = exported
-    dimensions = hf_conversion.read_dimensions(str(folder)) | {"vocab_size": tokenizer.vocab_size + 1}
+    dimensions = huggingface.read_dimensions(str(folder)) | {"vocab_size": tokenizer.vocab_size + 1}
     wider = GPTModel(GPTConfig(**dimensions))
-    hf_conversion.load_weights(str(folder), wider)
+    huggingface.load_weights(str(folder), wider)
     known = model.tok_emb.weight[: tokenizer.vocab_size]
     torch.testing.assert_close(wider.tok_emb.weight[tokenizer.vocab_size], known.mean(0))
     assert torch.equal(wider.tok_emb.weight[: tokenizer.vocab_size], known)
@@ -237,8 +231,8 @@ def test_transformers_own_qwen3_and_gpt2_can_be_taken_in(tmp_path: Path) -> None
         folder = tmp_path / type(theirs).__name__
         theirs.bfloat16().save_pretrained(folder, max_shard_size="20KB")
         assert len(list(folder.glob("*.safetensors"))) > 1
-        model = GPTModel(GPTConfig(**hf_conversion.read_dimensions(str(folder)) | {"vocab_size": 130})).eval()
-        hf_conversion.load_weights(str(folder), model)
+        model = GPTModel(GPTConfig(**huggingface.read_dimensions(str(folder)) | {"vocab_size": 130})).eval()
+        huggingface.load_weights(str(folder), model)
         theirs = type(theirs).from_pretrained(folder, dtype=torch.float32).eval()
         with torch.inference_mode():
             found, expected = model(ids)[..., :130], theirs(ids).logits[..., :130]
@@ -264,12 +258,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -> tu
 
 def test_training_goes_on_from_a_folder(trained: tuple[Path, list[object]]) -> None:
     folder, arguments = trained
-    before = read_lines(folder / "exp" / "metrics.jsonl")
+    before = read_jsonl(folder / "exp" / "metrics.jsonl")
     line = [*arguments, "--init_from", folder / "hf", "--output_dir", folder / "on", "--lr", 0.002, "--adam_lr", 0.002]
     result = run_command("pretraining.py", *line, "--max_steps", 100)
     assert result.returncode == 0, result.stderr
     assert f"start: the weights of {folder / 'hf'}" in result.stdout
-    after = read_lines(folder / "on" / "metrics.jsonl")
+    after = read_jsonl(folder / "on" / "metrics.jsonl")
     assert after[-1]["step"] == 100
     assert before[0]["train_loss"] > before[-1]["train_loss"] + 0.2
     assert after[0]["train_loss"] < before[-1]["train_loss"] + 0.05  # from where the other had ended
@@ -371,8 +365,8 @@ def test_configurations_of_strangers(
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | change))
     with pytest.raises((UserError, ValueError, TypeError), match=named):
-        hf_conversion.load_weights(
-            str(tmp_path / "hf"), GPTModel(GPTConfig(**hf_conversion.read_dimensions(str(tmp_path / "hf"))))
+        huggingface.load_weights(
+            str(tmp_path / "hf"), GPTModel(GPTConfig(**huggingface.read_dimensions(str(tmp_path / "hf"))))
         )
 
 
@@ -394,9 +388,9 @@ def test_weights_of_strangers(
     tensors = load_file(folder / "hf" / "model.safetensors")
     spoil(tensors)
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
-    model = GPTModel(GPTConfig(**hf_conversion.read_dimensions(str(tmp_path / "hf"))))
+    model = GPTModel(GPTConfig(**huggingface.read_dimensions(str(tmp_path / "hf"))))
     with pytest.raises(UserError, match=named):
-        hf_conversion.load_weights(str(tmp_path / "hf"), model)
+        huggingface.load_weights(str(tmp_path / "hf"), model)
     if named == "lack":  # transformers would begin with what is missing anew, in silence
         result = run_command("evaluate_model.py", "--hf_model", tmp_path / "hf", "--text_path", SAMPLE)
         assert_user_error(result, "--hf_model", "lack model.norm.weight")
@@ -405,7 +399,7 @@ def test_weights_of_strangers(
 def test_a_break_in_the_middle_leaves_one_whole_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "hf"
     for content in ("first", "second"):
-        with folder_replaced(folder) as partial:
+        with replace_folder(folder) as partial:
             (partial / "x").write_text(content)
         assert (folder / "x").read_text() == content
     real = os.replace
@@ -416,19 +410,19 @@ def test_a_break_in_the_middle_leaves_one_whole_export(tmp_path: Path, monkeypat
         real(source, target)
 
     monkeypatch.setattr(os, "replace", breaks)
-    with pytest.raises(KeyboardInterrupt), folder_replaced(folder) as partial:
+    with pytest.raises(KeyboardInterrupt), replace_folder(folder) as partial:
         (partial / "x").write_text("third")
     monkeypatch.undo()
     assert (folder / "x").read_text() == "second"
     assert os.listdir(tmp_path) == ["hf"]
     real(folder, tmp_path / ".hf.old")  # as a kill between the two renames leaves it
-    with pytest.raises(ZeroDivisionError), folder_replaced(folder):
+    with pytest.raises(ZeroDivisionError), replace_folder(folder):
         _ = 1 / 0
     assert (folder / "x").read_text() == "second"
 
 
 def test_odd_run_folders_have_a_card_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    from gptkit.model_card import model_card
+    from gptkit.interop.model_card import model_card
 
     model = random_model(tokenizer.vocab_size, **KINDS["modern"])
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": "x", "val_loss": [1]}\n{"step": 4}\n')
@@ -453,9 +447,9 @@ def test_a_sum_of_files_that_leads_out_of_the_folder_does_not(
     save_file({"x": torch.zeros(1)}, outside)
     index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
-    model = GPTModel(GPTConfig(**hf_conversion.read_dimensions(str(tmp_path / "hf"))))
+    model = GPTModel(GPTConfig(**huggingface.read_dimensions(str(tmp_path / "hf"))))
     with pytest.raises(UserError, match="No such file"):
-        hf_conversion.load_weights(str(tmp_path / "hf"), model)
+        huggingface.load_weights(str(tmp_path / "hf"), model)
 
 
 def test_an_upload(trained: tuple[Path, list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,10 +516,10 @@ def test_gguf(exported: tuple[GPTModel, Path, Path], tmp_path: Path, tokenizer: 
 
 
 def test_a_gguf_of_a_tokenizer_that_llama_cpp_has_not(tmp_path: Path) -> None:
-    from gptkit.gguf_file import write_gguf
+    from gptkit.interop.gguf import write_gguf
 
     model = random_model(500, **KINDS["modern"])
-    tensors, config = hf_conversion.to_hf(model.state_dict(), vars(model.config), 0)
+    tensors, config = huggingface.to_hf(model.state_dict(), vars(model.config), 0)
     with pytest.raises(UserError, match="is for SentencePiece tokenizers"):
         write_gguf(tmp_path / "x.gguf", tensors, config, small_tokenizer("tokenizers"), "f16")
 
@@ -544,8 +538,8 @@ def test_llama_cpp_reads_and_writes_the_same(trained: tuple[Path, list[object]],
     assert llama.tokenize(text.encode()) == [tokenizer.end_of_text_id, *tokenizer.encode(text)]
     prompt = llama.tokenize("雨の".encode())
     found = list(itertools.islice(llama.generate(prompt, temp=0, top_k=1, repeat_penalty=1.0), 20))
-    model = GPTModel(GPTConfig(**hf_conversion.read_dimensions(str(folder / "hf")))).eval()
-    hf_conversion.load_weights(str(folder / "hf"), model)
+    model = GPTModel(GPTConfig(**huggingface.read_dimensions(str(folder / "hf")))).eval()
+    huggingface.load_weights(str(folder / "hf"), model)
     ours = generate(
         model, [prompt], SamplingSettings(temperature=0), max_new_tokens=20, context_length=32, end_of_text_id=-1,
         banned_ids=(), generators=[torch.Generator()],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gptkit.files import held, is_held, read_json, sha256_of, sync_folder, write_atomically, write_json
+from gptkit.base.files import folder_lock, is_locked, read_json, sha256_of, sync_folder, write_atomically, write_json
 
 
 @pytest.mark.parametrize("content", [b"", "名\n".encode(), bytes(range(256)) * 5000], ids=["empty", "short", "long"])
@@ -89,10 +89,10 @@ def test_sha256(tmp_path: Path) -> None:
 
 
 def test_whether_a_folder_is_held(tmp_path: Path) -> None:
-    assert not is_held(tmp_path)
+    assert not is_locked(tmp_path)
     (tmp_path / "other").write_text("")
-    with held(tmp_path):
-        assert is_held(tmp_path)
-    assert not is_held(tmp_path)
-    with held(tmp_path):  # asking does not hold it
+    with folder_lock(tmp_path):
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
+    with folder_lock(tmp_path):  # asking does not hold it
         pass

@@ -12,23 +12,25 @@ from test_modern_model import qwen3_twin
 from torch import nn
 
 from gpt_model import GPTModel
-from gptkit.generation import (
-    N_GUESSES,
-    SamplingSettings,
-    Text,
+from gptkit.generation.cpu_linear import PackedLinear, quantized_copy, replace_linear_layers
+from gptkit.generation.generate import (
+    N_DRAFT_TOKENS,
+    TextStream,
     compiled_decode,
     decode_one_token,
     generate,
-    kept,
-    next_bytes,
-    penalize,
     prefill,
-    sample,
+    stream_text,
     window_start,
-    write,
 )
-from gptkit.quick_linear import PackedLinear, int8_copy, replace_linear_layers
-from gptkit.tokenization import Tokenizer, load_sentencepiece
+from gptkit.generation.sampling import (
+    SamplingSettings,
+    apply_repetition_penalty,
+    filter_logits,
+    next_utf8_bytes,
+    sample,
+)
+from gptkit.text.tokenizer import Tokenizer, load_sentencepiece
 
 END = 0
 GREEDY = SamplingSettings(temperature=0.0)
@@ -159,7 +161,7 @@ def test_some_further_ids_at_once(arch: str, n_further: int) -> None:
         prefill(model, [ids[:4]], cache)
         for n_read in range(4, 20, n_further):
             further = torch.tensor([ids[n_read : n_read + n_further]])
-            logits = model.further_logits(further, cache, n_read)
+            logits = model.extend(further, cache, n_read)
             torch.testing.assert_close(logits, whole[n_read : n_read + n_further], atol=2e-4, rtol=1e-4)
 
 
@@ -171,9 +173,9 @@ class Counted(nn.Module):
         self.model, self.n_readings = model, 0
         self.new_cache, self.next_logits = model.new_cache, model.next_logits
 
-    def further_logits(self, *arguments: Any) -> torch.Tensor:
+    def extend(self, *arguments: Any) -> torch.Tensor:
         self.n_readings += 1
-        return self.model.further_logits(*arguments)
+        return self.model.extend(*arguments)
 
 
 HOT = SamplingSettings(temperature=1.5)
@@ -196,19 +198,19 @@ def test_a_draft_changes_nothing(changes: dict[str, Any], settings: SamplingSett
     for number, prompt in enumerate([[7], list(range(20, 40)), list(range(23)), list(range(60))]):
         how: dict[str, Any] = {"seed": number, "settings": settings, "banned_ids": [3, 40], "max_new_tokens": 70}
         expected = written(model, [prompt], **how)
-        for draft, most in ((int8_copy(model), 40), (random_model(seed=5, **changes), 70)):
+        for draft, most in ((quantized_copy(model), 40), (random_model(seed=5, **changes), 70)):
             counted = Counted(model)
             assert written(counted, [prompt], draft=draft, **how) == expected
-            assert 70 / (N_GUESSES + 1) < counted.n_readings < most
+            assert 70 / (N_DRAFT_TOKENS + 1) < counted.n_readings < most
         end = expected[0][33]
-        found = written(model, [prompt], draft=int8_copy(model), end_of_text_id=end, **how)
+        found = written(model, [prompt], draft=quantized_copy(model), end_of_text_id=end, **how)
         assert found == [expected[0][: expected[0].index(end)]]
 
 
 def test_a_draft_is_for_one_text_only() -> None:
     model = random_model()
     expected = written(model, PROMPTS, 4, HOT)
-    assert written(model, PROMPTS, 4, HOT, draft=int8_copy(model)) == expected
+    assert written(model, PROMPTS, 4, HOT, draft=quantized_copy(model)) == expected
 
 
 def test_a_draft_guesses_bytes_that_make_characters() -> None:
@@ -216,7 +218,7 @@ def test_a_draft_guesses_bytes_that_make_characters() -> None:
     how: dict[str, Any] = {"settings": HOT, "byte_ids": range(20, 276), "max_new_tokens": 60}
     expected = written(model.model, [[7]], **how)
     assert sum(i - 20 >= 0x80 for i in expected[0] if i < 276) > 10
-    assert written(model, [[7]], draft=int8_copy(model.model), **how) == expected
+    assert written(model, [[7]], draft=quantized_copy(model.model), **how) == expected
     assert model.n_readings < 25
 
 
@@ -225,8 +227,8 @@ def test_a_draft_in_the_least_of_contexts(context_length: int) -> None:
     model = random_model(arch="modern", context_length=context_length)
     how: dict[str, Any] = {"settings": HOT, "context_length": context_length}
     expected = written(model, [[7, 8]], **how)
-    assert written(model, [[7, 8]], draft=int8_copy(model), **how) == expected
-    assert written(model, [[7, 8]], draft=int8_copy(model), **how | {"max_new_tokens": 1}) == [expected[0][:1]]
+    assert written(model, [[7, 8]], draft=quantized_copy(model), **how) == expected
+    assert written(model, [[7, 8]], draft=quantized_copy(model), **how | {"max_new_tokens": 1}) == [expected[0][:1]]
 
 
 def test_compiled_decoding_writes_the_same() -> None:
@@ -295,7 +297,7 @@ def test_samplers_equal_transformers_logits_processors() -> None:
             processors.append(theirs.MinPLogitsWarper(settings.min_p))
         processors.insert(0, theirs.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
         expected = processors(seen[None], logits.double()[None])[0]
-        found = kept(penalize(logits.double(), seen, settings.repetition_penalty), settings)
+        found = filter_logits(apply_repetition_penalty(logits.double(), seen, settings.repetition_penalty), settings)
         assert torch.equal(found.isfinite(), expected.isfinite()), settings
         torch.testing.assert_close(found.softmax(-1), expected.softmax(-1), atol=1e-9, rtol=1e-9)
 
@@ -313,7 +315,7 @@ def test_the_smallest_temperatures_are_nearly_zero(temperature: float) -> None:
 def test_draws_follow_the_probabilities(settings: dict[str, Any]) -> None:
     """Chi-squared: counts as far from the expected ones as these come up less than once in 10,000 by chance."""
     how, logits, n_draws = SamplingSettings(temperature=1.2, **settings), torch.randn(12, generator=generator(1)), 5_000
-    expected = n_draws * kept(logits, how).softmax(-1)
+    expected = n_draws * filter_logits(logits, how).softmax(-1)
     allowed = expected > 0
     draws = generator(2)
     counts = torch.bincount(torch.tensor([sample(logits, how, [], draws) for _ in range(n_draws)]), minlength=12)
@@ -357,24 +359,24 @@ def test_which_bytes_may_follow() -> None:
         except UnicodeDecodeError:
             return False
 
-    assert list(next_bytes(b"")) == []
+    assert list(next_utf8_bytes(b"")) == []
     for first in range(0xC2, 0xF5):
-        assert list(next_bytes(bytes([first]))) == may_come(bytes([first]))
+        assert list(next_utf8_bytes(bytes([first]))) == may_come(bytes([first]))
         for second in may_come(bytes([first]))[::5]:
-            assert list(next_bytes(bytes([first, second]))) == may_come(bytes([first, second]))
+            assert list(next_utf8_bytes(bytes([first, second]))) == may_come(bytes([first, second]))
             for third in may_come(bytes([first, second]))[::9]:
                 begun = bytes([first, second, third])
-                assert list(next_bytes(begun)) == may_come(begun)
-    assert list(next_bytes(b"a")) == list(next_bytes("🐈".encode())) == []
+                assert list(next_utf8_bytes(begun)) == may_come(begun)
+    assert list(next_utf8_bytes(b"a")) == list(next_utf8_bytes("🐈".encode())) == []
 
 
 def test_a_model_that_knows_nothing_writes_no_broken_character(tokenizer: Tokenizer) -> None:
     """Bytes and whole pieces, each as likely as the other, far past the context's end, three texts at once."""
     table = torch.zeros(tokenizer.vocab_size, tokenizer.vocab_size)
     table[:, list(tokenizer.byte_ids)] = 3
-    texts = [Text(tokenizer, tokenizer.encode(prompt), 7) for prompt in ("雨", "🐈", "猫が")]
+    texts = [TextStream(tokenizer, tokenizer.encode(prompt), 7) for prompt in ("雨", "🐈", "猫が")]
     shown = ["", "", ""]
-    for row, piece in write(Bigrams(table), texts, SamplingSettings(temperature=1.0), 400, CONTEXT):
+    for row, piece in stream_text(Bigrams(table), texts, SamplingSettings(temperature=1.0), 400, CONTEXT):
         shown[row] += piece
     assert all("\ufffd" not in text and max(text) > "\uffff" for text in shown)
 
@@ -445,7 +447,7 @@ def tokenizer() -> Tokenizer:
 TEXT = "吾輩は𠮟られた。\n\n　「ABC、が」 🐈‍⬛ と\t鳴く。"  # some characters have no piece: they are written in bytes
 
 
-def pieces_of(text: Text, ids: Sequence[int]) -> Iterator[str]:
+def pieces_of(text: TextStream, ids: Sequence[int]) -> Iterator[str]:
     for i in ids:
         yield text.push(i)
         if text.finish:
@@ -456,7 +458,7 @@ def pieces_of(text: Text, ids: Sequence[int]) -> Iterator[str]:
 def test_characters_come_whole_and_as_early_as_they_can(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(TEXT)
     assert len(ids) > len(TEXT)  # bytes are among them
-    pieces = list(pieces_of(Text(tokenizer, tokenizer.encode("雨"), 0), ids))
+    pieces = list(pieces_of(TextStream(tokenizer, tokenizer.encode("雨"), 0), ids))
     assert "".join(pieces) == TEXT
     assert "\ufffd" not in "".join(pieces)
     for n in range(1, len(ids)):
@@ -467,10 +469,10 @@ def test_characters_come_whole_and_as_early_as_they_can(tokenizer: Tokenizer) ->
 def test_of_bytes_that_are_no_character(tokenizer: Tokenizer) -> None:
     """Within a text they are shown as what they are, and half a character at its end is not."""
     cat = tokenizer.encode("🐈")
-    text = Text(tokenizer, [tokenizer.end_of_text_id], 0)
+    text = TextStream(tokenizer, [tokenizer.end_of_text_id], 0)
     assert [text.push(i) for i in cat[:-1]] == [""] * (len(cat) - 1)
     assert text.close("length") == ""
-    text = Text(tokenizer, [tokenizer.end_of_text_id], 0)
+    text = TextStream(tokenizer, [tokenizer.end_of_text_id], 0)
     pieces = "".join(text.push(i) for i in [*cat[:-1], *tokenizer.encode("雨")])
     assert pieces.startswith("\ufffd")
     assert pieces.strip("\ufffd") == "雨"
@@ -491,7 +493,7 @@ def test_of_bytes_that_are_no_character(tokenizer: Tokenizer) -> None:
 )
 def test_stop_strings(tokenizer: Tokenizer, stop: list[str], expected: str) -> None:
     """They may lie across tokens; nothing of them is shown, and what only began like one is."""
-    text = Text(tokenizer, [tokenizer.end_of_text_id], 0, stop)
+    text = TextStream(tokenizer, [tokenizer.end_of_text_id], 0, stop)
     assert "".join(pieces_of(text, tokenizer.encode(TEXT))) == expected
     assert text.finish == ("length" if expected == TEXT else "stop")
 
@@ -510,15 +512,17 @@ def test_texts_are_written_at_once_each_to_its_own_end(tokenizer: Tokenizer) -> 
     ids = list(dict.fromkeys(tokenizer.encode("春は花、夏は祭り。秋になれば月を見て冬は雪。")))
     model = Reciting(tokenizer, ids)
     whole = tokenizer.decode_continuation(ids[:1], ids[1:])
-    texts = [Text(tokenizer, ids[:1], 0, stop) for stop in ([], [whole[5:7]], [])] + [Text(tokenizer, ids[-1:], 0)]
+    texts = [TextStream(tokenizer, ids[:1], 0, stop) for stop in ([], [whole[5:7]], [])] + [
+        TextStream(tokenizer, ids[-1:], 0)
+    ]
     shown = ["", "", "", ""]
-    for row, piece in write(model, texts, GREEDY, len(ids), CONTEXT):
+    for row, piece in stream_text(model, texts, GREEDY, len(ids), CONTEXT):
         shown[row] += piece
     assert shown == [whole, whole[:5], whole, ""]
     assert [text.finish for text in texts] == ["end_of_text", "stop", "end_of_text", "end_of_text"]
     assert texts[0].n_new == len(ids) - 1
-    short = Text(tokenizer, ids[:1], 0)
-    assert "".join(piece for _, piece in write(model, [short], GREEDY, 3, CONTEXT)) == tokenizer.decode_continuation(
-        ids[:1], ids[1:4]
-    )
+    short = TextStream(tokenizer, ids[:1], 0)
+    assert "".join(
+        piece for _, piece in stream_text(model, [short], GREEDY, 3, CONTEXT)
+    ) == tokenizer.decode_continuation(ids[:1], ids[1:4])
     assert (short.finish, short.n_new) == ("length", 3)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gpt_model import PRESETS, CausalSelfAttention, GPTConfig, GPTModel, rotation
+from gpt_model import PRESETS, CausalSelfAttention, GPTConfig, GPTModel, rotary_tables
 
 VOCAB, CONTEXT = 97, 24  # 97 ids are padded to 128 rows
 both_archs = pytest.mark.parametrize("arch", ["gpt2", "modern"])
@@ -105,7 +105,7 @@ def test_padding_ids_have_no_probability_and_no_gradient(dtype: torch.dtype, arc
 def test_logits_are_features_times_head_weight(vocab_multiple: int, arch: str) -> None:
     model, ids = random_model(vocab_multiple=vocab_multiple, arch=arch), random_ids()
     with torch.no_grad():
-        logits, features = model(ids), model.features(ids)
+        logits, features = model(ids), model.hidden_states(ids)
     assert features.shape == (2, CONTEXT, 48)
     torch.testing.assert_close(logits[..., :VOCAB], (features @ model.head_weight.T)[..., :VOCAB], atol=1e-5, rtol=1e-5)
     assert (logits[..., VOCAB:] == -torch.inf).all()
@@ -212,7 +212,7 @@ def test_dropout_reaches_embeddings_attention_and_shortcuts(arch: str) -> None:
     model = random_model(drop_rate=0.5, arch=arch).train()
     assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [0.5] * (1 + 3)
     attention, x = CausalSelfAttention(model.config), torch.randn(2, CONTEXT, 48)
-    by = rotation(model.config) if arch == "modern" else None
+    by = rotary_tables(model.config) if arch == "modern" else None
     assert not torch.allclose(attention(x, by), attention(x, by))
     attention.eval()
     assert torch.equal(attention(x, by), attention(x, by))

@@ -21,7 +21,7 @@ sys.path.insert(0, {root!r})
 code, sys.argv = sys.argv[1], ["pretraining.py", *sys.argv[2:]]
 import torch, pretraining
 from gptkit import checkpoints
-from gptkit.command_line import run_command
+from gptkit.base.cli import run_command
 steps = {{"n": 0}}
 clip = torch.nn.utils.clip_grad_norm_
 exec(code)

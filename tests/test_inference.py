@@ -15,18 +15,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from conftest import (
-    POEM_CONTEXT,
-    ROOT,
-    assert_user_error,
-    command,
-    environment,
-    run_command,
-)
+from conftest import POEM_CONTEXT, ROOT, assert_user_error, command, environment, run_command
 
 import inference
-from gptkit import generation, quick_linear
-from gptkit.command_line import UserError, parse
+from gptkit.base.cli import UserError, parse
+from gptkit.generation import cpu_linear, generate
 
 
 def infer(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
@@ -65,8 +58,8 @@ def test_a_draft_is_made_for_texts_alone_and_changes_nothing(
     how = {"exp_dir": str(babble), "device": "cpu", "seed": 5, "max_new_tokens": 40}
     inference.main(inference.InferenceConfig(**how, prompt="雨が"))
     expected = capsys.readouterr().out
-    monkeypatch.setattr(quick_linear, "DRAFT_FROM", 0)  # as if the model were large
-    with mock.patch.object(generation, "guess_ahead", wraps=generation.guess_ahead) as guessing:
+    monkeypatch.setattr(cpu_linear, "DRAFT_FROM", 0)  # as if the model were large
+    with mock.patch.object(generate, "guess_ahead", wraps=generate.speculate) as guessing:
         inference.main(inference.InferenceConfig(**how, prompt="雨が"))
     assert guessing.call_count == 1
     assert capsys.readouterr().out == expected
@@ -81,7 +74,7 @@ def test_a_draft_is_made_for_texts_alone_and_changes_nothing(
         ({"prompt": "雨が", "dtype": "bfloat16"}, False),
     ]
     for way, expects_draft in ways:
-        writer = inference.load_writer(inference.InferenceConfig(**how, **way))
+        writer = inference.load_generator(inference.InferenceConfig(**how, **way))
         assert (writer.draft is not None) == expects_draft, way
 
 

@@ -12,16 +12,16 @@ import pytest
 from conftest import ROOT, assert_user_error, command, environment, run_command
 from test_resume import small_run
 
-from gptkit import loggers
-from gptkit.run_log import Logger, RunLog, read_lines
+from gptkit.training import loggers
+from gptkit.training.run_log import Logger, RunLog, read_jsonl
 
 VALUES = {"train_loss": 4.5, "val_loss": 4.75, "lr": 0.5, "grad_norm": 0.25}
 # A session of a run that reports every 10 steps, and goes on after the step that is given.
 SESSION = """
 import sys
 from pathlib import Path
-from gptkit.loggers import import_logger, open_logger
-from gptkit.run_log import RunLog
+from gptkit.training.loggers import import_logger, open_logger
+from gptkit.training.run_log import RunLog
 name, folder, first, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 import_logger(name, folder)
 logger = open_logger(name, folder, first, {"lr": first})
@@ -57,7 +57,7 @@ def two_sessions(name: str, exp001: Path) -> None:
     """Reports at 10 … 40, then from a checkpoint of step 20 on at 30 … 60: 30 and 40 a second time."""
     session(name, exp001, 0, 40)
     session(name, exp001, 20, 60)
-    assert [line["step"] for line in read_lines(exp001 / "metrics.jsonl")] == [10, 20, 30, 40, 50, 60]
+    assert [line["step"] for line in read_jsonl(exp001 / "metrics.jsonl")] == [10, 20, 30, 40, 50, 60]
 
 
 def shown(folder: Path) -> dict[str, list[tuple[int, Any]]]:
@@ -85,13 +85,13 @@ def test_tensorboard(tmp_path: Path, sample_shards: Path) -> None:
     result = run_command("pretraining.py", *arguments, *often, "--max_steps", 5)
     assert result.returncode == 0, result.stderr
     assert "going on from" in result.stdout
-    metrics = read_lines(output / "metrics.jsonl")
+    metrics = read_jsonl(output / "metrics.jsonl")
     assert [report["step"] for report in metrics] == [1, 2, 3, 4, 5]
     found = shown(output / "tensorboard")
     for name in ("train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "tokens"):
         assert [step for step, _ in found[name]] == [1, 2, 3, 4, 5]
         assert [value for _, value in found[name]] == pytest.approx([report[name] for report in metrics], rel=1e-6)
-    samples = {line["step"]: line["text"].replace("\n", "  \n") for line in read_lines(output / "samples.jsonl")}
+    samples = {line["step"]: line["text"].replace("\n", "  \n") for line in read_jsonl(output / "samples.jsonl")}
     assert dict(found["sample"]) == samples
     assert [step for step, _ in found["sample"]] == [2, 4, 5]
 
@@ -102,14 +102,14 @@ def test_tensorboard_after_a_divergence(exp001: Path) -> None:
     for step in (10, 20, 30):
         log.report(step, 1, **VALUES)
         log.sample(step, "first")
-    log.go_back_to(10)
+    log.roll_back(10)
     log.report(20, 1, **VALUES | {"val_loss": 1.0})
     log.sample(20, "second")
     log.close()
     found = shown(exp001 / "tensorboard")
     assert found["val_loss"] == [(10, 4.75), (20, 1.0)]
     assert found["sample"] == [(10, "first"), (20, "second")]
-    assert [line["text"] for line in read_lines(exp001 / "samples.jsonl")] == ["first", "second"]
+    assert [line["text"] for line in read_jsonl(exp001 / "samples.jsonl")] == ["first", "second"]
 
 
 def wandb_records(path: Path) -> list[Any]:
@@ -207,15 +207,15 @@ def test_a_logger_that_fails_is_one_warning(exp001: Path, capsys: pytest.Capture
         if step == 20:
             raise OSError(28, "No space\nleft")
 
-    log = RunLog(exp001, 0, 100, 8, 0.0, loggers.guarded("wandb", Logger(report)))
+    log = RunLog(exp001, 0, 100, 8, 0.0, loggers.ignore_failures("wandb", Logger(report)))
     for step in (10, 20, 30):
         log.report(step, 1, **VALUES)
         log.sample(step, "text")
-    log.go_back_to(20)
+    log.roll_back(20)
     log.close()
     assert calls == [10, 20]
     assert capsys.readouterr().err.count("\n") == 1
-    assert [line["step"] for line in read_lines(exp001 / "metrics.jsonl")] == [10, 20]
+    assert [line["step"] for line in read_jsonl(exp001 / "metrics.jsonl")] == [10, 20]
 
 
 def test_a_logger_that_cannot_be_opened_is_one_warning(
@@ -236,6 +236,6 @@ def test_no_logger_is_nothing(exp001: Path) -> None:
     logger = loggers.open_logger("none", exp001, 0, {})
     logger.report(1, VALUES)
     logger.sample(1, "text")
-    logger.go_back_to(0)
+    logger.roll_back(0)
     logger.close()
     assert os.listdir(exp001) == []

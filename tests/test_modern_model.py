@@ -6,7 +6,7 @@ from test_gpt_model import CONTEXT, VOCAB, random_ids, random_model, tiny_config
 from torch import nn
 from torch.nn import functional as F
 
-from gpt_model import PRESETS, GPTConfig, GPTModel, rotate, rotation
+from gpt_model import PRESETS, GPTConfig, GPTModel, apply_rotary_emb, rotary_tables
 
 QWEN3_NAMES = {
     "norm1": "input_layernorm",
@@ -119,13 +119,13 @@ def test_rotation_is_a_product_of_complex_numbers() -> None:
     angles = torch.arange(CONTEXT).double()[:, None] * 100.0 ** (-torch.arange(6).double() / 6)  # (T, D / 2)
     turned = torch.complex(x[..., :6].double(), x[..., 6:].double()) * torch.exp(1j * angles)[:, None]
     expected = torch.cat((turned.real, turned.imag), dim=-1)
-    torch.testing.assert_close(rotate(x, rotation(config)).double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(apply_rotary_emb(x, rotary_tables(config)).double(), expected, atol=1e-5, rtol=0)
 
 
 def test_products_of_queries_and_keys_depend_on_their_distance_alone() -> None:
     q, k = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
-    by = rotation(tiny_config(arch="modern"))
-    queries, keys = (rotate(x.expand(1, CONTEXT, 1, 12), by)[0, :, 0] for x in (q, k))  # (T, D)
+    by = rotary_tables(tiny_config(arch="modern"))
+    queries, keys = (apply_rotary_emb(x.expand(1, CONTEXT, 1, 12), by)[0, :, 0] for x in (q, k))  # (T, D)
     products = queries @ keys.T  # (T, T): row, the query's position; column, the key's
     assert products[0, 0].item() == pytest.approx((q @ k).item(), abs=1e-5)
     assert products[0].unique().numel() == products[:, 0].unique().numel() == CONTEXT

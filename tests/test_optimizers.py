@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from gpt_model import ARCHS, GPTConfig, GPTModel
-from gptkit import optimizers
-from gptkit.command_line import UserError
-from gptkit.optimizers import (
+from gptkit.base.cli import UserError
+from gptkit.training import optimizers
+from gptkit.training.optimizers import (
     HEAD_SHARE,
     VECTOR_SHARE,
     build_optimizer,

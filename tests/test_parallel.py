@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_resume import curve, newest
 
 from gpt_model import GPTConfig, GPTModel
-from gptkit.checkpoints import load_model, verify
+from gptkit.training.checkpoints import load_model, verify
 
 STEPS = 40
 RUN = (

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from gptkit.command_line import UserError
-from gptkit.planning import Plan, as_before
+from gptkit.base.cli import UserError
+from gptkit.training.planning import Plan, resume_plan
 
 MODEL = object()
 
@@ -41,16 +41,16 @@ def test_the_same_command_keeps_the_sequences_of_a_step_and_another_one_is_taken
     settings = {"batch_size": 8, "grad_accum_steps": None}
     state: dict[str, Any] = {"plan": {"batch_size": 8, "grad_accum_steps": 1, "n_processes": 4}, "settings": settings}
     now = Plan(MODEL, 8, 1, 2)
-    assert as_before(now, config, state) == Plan(MODEL, 8, 2, 2)
+    assert resume_plan(now, config, state) == Plan(MODEL, 8, 2, 2)
     again = {"plan": {"batch_size": 8, "grad_accum_steps": 2, "n_processes": 2}, "settings": settings}
-    assert as_before(now, config, again) == Plan(MODEL, 8, 2, 2)
-    assert as_before(now, config, state | {"settings": settings | {"batch_size": 4}}) == now
+    assert resume_plan(now, config, again) == Plan(MODEL, 8, 2, 2)
+    assert resume_plan(now, config, state | {"settings": settings | {"batch_size": 4}}) == now
     old = {"plan": {"batch_size": 8, "grad_accum_steps": 4}, "settings": settings}  # of one process
-    assert as_before(now, config, old) == Plan(MODEL, 8, 2, 2)
+    assert resume_plan(now, config, old) == Plan(MODEL, 8, 2, 2)
     for damaged in (
         {},
         {"plan": None, "settings": settings},
         {"plan": {"x": 1}, "settings": settings},
         {"plan": old["plan"]},
     ):
-        assert as_before(now, config, damaged) == now
+        assert resume_plan(now, config, damaged) == now

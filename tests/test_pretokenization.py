@@ -26,17 +26,11 @@ from conftest import (
     write_jsonl,
 )
 
-from gptkit.command_line import UserError
-from gptkit.files import write_atomically
-from gptkit.pretokenization import (
-    describe_tokens,
-    find_text_shards,
-    load_manifest,
-    open_tokens,
-    pretokenize,
-    works_of_shard,
-)
-from gptkit.tokenization import Tokenizer
+from gptkit.base.cli import UserError
+from gptkit.base.files import write_atomically
+from gptkit.data.pretokenization import describe_tokens, load_manifest, open_tokens, pretokenize
+from gptkit.data.text_shards import documents_of_shard, find_text_shards
+from gptkit.text.tokenizer import Tokenizer
 
 MODEL = SAMPLE_TOKENIZER / "spiece.model"
 WORKS = [f"　{place}の灯が、{number}つ見えた。\n「もう{verb}の」\n" for number, (place, verb) in enumerate(
@@ -93,7 +87,7 @@ def write_shards(folder: Path, shards: Sequence[tuple[str | bytes, bool]], separ
 
 def works_by_shard(folder: Path) -> list[list[str]]:
     text = find_text_shards(folder)
-    return [list(works_of_shard(text, index)) for index in range(len(text.paths))]
+    return [list(documents_of_shard(text, index)) for index in range(len(text.paths))]
 
 
 def read_works(folder: Path, split: str, tokenizer: Tokenizer = LOSSLESS) -> list[str]:
@@ -468,7 +462,7 @@ def test_an_interrupted_change_leaves_no_manifest(
         write_atomically(path, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr("gptkit.pretokenization.write_atomically", interrupted)
+        patched.setattr("gptkit.data.pretokenization.write_atomically", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tokenize(chained, capsys, tokenizer=TWO_BYTES)
     with pytest.raises(UserError, match="holds no finished token shards"):
@@ -488,7 +482,7 @@ def test_interrupted_clearing_leaves_no_manifest(
     def interrupted(path: Path, value: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gptkit.pretokenization.write_json", interrupted)
+    monkeypatch.setattr("gptkit.data.pretokenization.write_json", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize(chained, capsys)
     with pytest.raises(UserError, match="holds no finished token shards"):

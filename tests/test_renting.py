@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, environment, run_command
-from test_download import Hub, address, heed_interrupts, hub, settings  # noqa: F401  hub is a fixture
+from test_download import Hub, address, heed_interrupts, settings
 from test_resume import n_reported, newest
 
-from gptkit.checkpoints import verify
-from gptkit.signals import STOPPED
+from gptkit.training.checkpoints import verify
+from gptkit.training.signals import STOPPED
 
 TASKS = ("sky.yaml", "sky_runpod.yaml")
 PROGRAMS = ("gpt_model.py", "pretraining.py", "pretokenize.py", "requirements.txt")
@@ -134,7 +134,7 @@ def test_the_whole_road_alone_and_then_only_what_is_missing(
     tmp_path: Path,
     repository: Path,
     pod: dict[str, str],
-    hub: Hub,  # noqa: F811
+    hub: Hub,
 ) -> None:
     hub.body = hub.told_body = gzip.compress(SAMPLE.read_bytes(), mtime=0)
     code, printed = run(repository, pod | {"HF_ENDPOINT": address(hub)})
@@ -194,7 +194,7 @@ def test_a_signal_before_training_begins(
     tmp_path: Path,
     repository: Path,
     pod: dict[str, str],
-    hub: Hub,  # noqa: F811
+    hub: Hub,
 ) -> None:
     hub.n_sent_at_most, hub.hangs = 10, True
     process = start(repository, pod | {"HF_ENDPOINT": address(hub)})

@@ -15,9 +15,9 @@ from conftest import assert_user_error, run_command
 from test_demo import CHROMIUM, QUIET
 from test_resume import small_run
 
-from gptkit.charts import Curve, line_chart, number, thinned, ticks
-from gptkit.report_page import in_japanese, report_page
-from gptkit.run_records import RunRecord, as_number, evenly
+from gptkit.report.charts import Curve, format_number, line_chart, thin, ticks
+from gptkit.report.page import format_count, render_page
+from gptkit.report.records import RunRecord, as_number, pick_evenly
 
 HOSTILE = "</p></article><script>document.title='broken'</script><img src=x onerror=alert(1)>&amp;\u2028\u202e\0"
 VOID = {"meta", "br", "line", "polyline", "circle", "img", "link", "input"}
@@ -168,7 +168,7 @@ def hostile_run(name: str = HOSTILE) -> RunRecord:
 
 @pytest.mark.parametrize("n_runs", [1, 2])
 def test_nothing_that_a_run_wrote_becomes_html(n_runs: int) -> None:
-    source = report_page([hostile_run(), hostile_run("</title>")][:n_runs], datetime(2026, 1, 2))
+    source = render_page([hostile_run(), hostile_run("</title>")][:n_runs], datetime(2026, 1, 2))
     page = Page(source)
     assert [tag for tag, _ in page.elements].count("script") == 1
     assert not {"img", "a", "iframe", "object", "link", "base"} & {tag for tag, _ in page.elements}
@@ -204,7 +204,7 @@ def test_an_old_run_a_broken_one_and_one_that_has_just_begun(experiments: Path, 
 
 def test_the_state_of_a_run() -> None:
     def state(*sessions: dict, is_running: bool = False) -> str:
-        page = report_page([RunRecord("run", sessions=sessions, is_running=is_running)], datetime(2026, 1, 2))
+        page = render_page([RunRecord("run", sessions=sessions, is_running=is_running)], datetime(2026, 1, 2))
         return html.unescape(re.findall(r"<dt>状態</dt><dd>(.*?)</dd>", page)[0])
 
     def ended(how: str, reason: str | None) -> dict:
@@ -223,9 +223,9 @@ def test_restarts_stand_at_the_last_report_before_them() -> None:
     run = RunRecord("run", metrics=reports, sessions=[{"step": 0}, {"step": 5}, {"step": 20}, {"step": 29}])
     assert run.restarts("tokens") == [2000, 2000]
     assert run.restarts("elapsed_s") == [10, 10]
-    assert report_page([run], datetime(2026, 1, 2)).count('class="mark') == 0  # no curve, no marks
+    assert render_page([run], datetime(2026, 1, 2)).count('class="mark') == 0  # no curve, no marks
     run = RunRecord("run", metrics=[{**r, "val_loss": 1.0} for r in reports], sessions=run.sessions)
-    assert report_page([run], datetime(2026, 1, 2)).count('class="mark') == 3
+    assert render_page([run], datetime(2026, 1, 2)).count('class="mark') == 3
 
 
 @pytest.mark.parametrize(
@@ -257,18 +257,24 @@ def test_a_long_curve_keeps_its_spikes() -> None:
     points = [(float(n), 1.0) for n in range(100_000)]
     points[77_777] = (77_777.0, 99.0)
     points[12_345] = (12_345.0, -99.0)
-    kept = thinned(points)
+    kept = thin(points)
     assert len(kept) <= 402
     assert {points[0], points[77_777], points[12_345], points[-1]} <= set(kept)
     assert list(kept) == sorted(kept)
 
 
 def test_numbers_for_a_person() -> None:
-    assert [number(value) for value in (0, 0.002, 2e-5, 3.25, 12_000)] == ["0", "0.002", "2e-05", "3.25", "12,000"]
-    shown = [in_japanese(n) for n in (None, 0, 9999, 12_345, 123_456, 3_456_789, 345_678_901)]
+    assert [format_number(value) for value in (0, 0.002, 2e-5, 3.25, 12_000)] == [
+        "0",
+        "0.002",
+        "2e-05",
+        "3.25",
+        "12,000",
+    ]
+    shown = [format_count(n) for n in (None, 0, 9999, 12_345, 123_456, 3_456_789, 345_678_901)]
     assert shown == ["—", "0", "9,999", "1.2万", "12.3万", "346万", "3.5億"]
     assert [as_number(value) for value in (1, True, "1", 10**400, float("nan"))] == [1.0, None, None, None, None]
-    assert [item["step"] for item in evenly([{"step": n} for n in range(11)], 3)] == [0, 5, 10]
+    assert [item["step"] for item in pick_evenly([{"step": n} for n in range(11)], 3)] == [0, 5, 10]
 
 
 @pytest.fixture
@@ -294,7 +300,7 @@ def test_in_a_browser(browser: Any, tmp_path: Path) -> None:
         ("several", [run, RunRecord("exp002", metrics=reports[:9])]),
         ("hostile", [hostile_run()]),
     ):
-        (tmp_path / f"{name}.html").write_bytes(report_page(runs, datetime(2026, 1, 2)).encode(errors="replace"))
+        (tmp_path / f"{name}.html").write_bytes(render_page(runs, datetime(2026, 1, 2)).encode(errors="replace"))
     for name in ("one", "several", "hostile"):
         for width in (1280, 390):
             page = browser.new_page(viewport={"width": width, "height": 900}, locale="ja-JP")

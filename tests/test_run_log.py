@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, Clock, environment
 
-from gptkit import run_log
-from gptkit.run_log import RunLog, draw_loss_curve, format_duration, keep_lines_until, read_lines
+from gptkit.base.cli import format_duration
+from gptkit.training import run_log
+from gptkit.training.run_log import RunLog, draw_loss_curve, read_jsonl, truncate_jsonl
 
 VALUES = {"train_loss": 4.5, "val_loss": 4.75, "lr": 1e-3, "grad_norm": 0.5}
 
@@ -57,7 +58,7 @@ def test_a_resumed_log_counts_on(tmp_path: Path, clock: Clock, capsys: pytest.Ca
     clock.now += 30
     log.report(30, 1, **VALUES)
     assert (log.session_s, log.elapsed_s) == (30.0, 530.0)
-    records = read_lines(tmp_path / "metrics.jsonl")
+    records = read_jsonl(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [10, 20, 30]
     assert records[-1]["tokens"] == 3000
     assert records[-1]["tokens_per_s"] == pytest.approx(33.3)
@@ -80,13 +81,13 @@ def test_a_resumed_log_counts_on(tmp_path: Path, clock: Clock, capsys: pytest.Ca
 def test_what_a_resumed_run_does_again_is_dropped(content: str, kept: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
-    keep_lines_until(path, 20)
+    truncate_jsonl(path, 20)
     assert path.read_text() == kept
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_new_run_has_no_metrics_yet(tmp_path: Path) -> None:
-    assert read_lines(tmp_path / "metrics.jsonl") == []
+    assert read_jsonl(tmp_path / "metrics.jsonl") == []
     RunLog(tmp_path, 0, 10, 1, 0.0).close()
     assert list(tmp_path.iterdir()) == []
 
@@ -134,7 +135,7 @@ CHILD = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from gptkit.run_log import RunLog
+from gptkit.training.run_log import RunLog
 log = RunLog(Path({{folder!r}}), 0, 7, 10, 0.0)
 for n_done in (1, 2, 3):
     log.step(n_done, 3)
@@ -242,13 +243,13 @@ def test_a_line_that_cannot_be_written_waits_for_the_next(
     log.report(1, 1, **values)
     before = log.metrics_path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("gptkit.run_log.os.fsync", full)
+        patch.setattr("gptkit.training.run_log.os.fsync", full)
         log.report(2, 1, **values)
     assert log.metrics_path.read_bytes() == before
     assert "could not be written" in capsys.readouterr().out
     log.report(3, 1, **values)
     log.close()
-    assert [record["step"] for record in read_lines(log.metrics_path)] == [1, 2, 3]
+    assert [record["step"] for record in read_jsonl(log.metrics_path)] == [1, 2, 3]
 
 
 def test_samples_are_kept_as_reports_are(tmp_path: Path) -> None:
@@ -261,9 +262,9 @@ def test_samples_are_kept_as_reports_are(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     assert "春" in path.read_text("utf-8")
     expected = [{"step": n, "tokens": 8 * n, "text": text} for n, text in enumerate(texts, start=1)]
-    assert read_lines(path) == expected
+    assert read_jsonl(path) == expected
     log = RunLog(tmp_path, 3, 10, 8, 0.0)
-    assert read_lines(path) == expected[:3]
-    log.go_back_to(2)
+    assert read_jsonl(path) == expected[:3]
+    log.roll_back(2)
     log.close()
-    assert read_lines(path) == expected[:2]
+    assert read_jsonl(path) == expected[:2]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gptkit.schedules import learning_rate
+from gptkit.training.schedules import learning_rate
 
 
 def rates(n: int, **changes: float) -> list[float]:

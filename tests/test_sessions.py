@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from gptkit import sessions
-from gptkit.command_line import setting
-from gptkit.run_log import read_lines
-from gptkit.sessions import environment, recorded, revision
+from gptkit.base.cli import setting
+from gptkit.training import sessions
+from gptkit.training.run_log import read_jsonl
+from gptkit.training.sessions import environment, git_revision, record_session
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,28 @@ class Settings:
 
 def ends(folder: Path) -> list[tuple[int, str | None]]:
     """The step at which each session began, and how it ended."""
-    return [(line["step"], line.get("end", {}).get("how")) for line in read_lines(folder / "sessions.jsonl")]
+    return [(line["step"], line.get("end", {}).get("how")) for line in read_jsonl(folder / "sessions.jsonl")]
 
 
 def test_each_session_and_how_it_ended(tmp_path: Path) -> None:
-    with recorded(tmp_path, 0, Settings("日本", 0.2), {"torch": "2"}) as end:
+    with record_session(tmp_path, 0, Settings("日本", 0.2), {"torch": "2"}) as end:
         assert ends(tmp_path) == [(0, None)]  # a kill would leave this
         end |= {"step": 10, "how": "finished", "reason": None}
-    (line,) = read_lines(tmp_path / "sessions.jsonl")
+    (line,) = read_jsonl(tmp_path / "sessions.jsonl")
     assert line["settings"] == {"data_dir": "日本", "lr": 0.2}  # the seed is the default
     assert line["environment"] == {"torch": "2"}
     assert line["end"]["step"] == 10
-    with pytest.raises(ValueError, match="trouble"), recorded(tmp_path, 10, Settings("a"), {}):
+    with pytest.raises(ValueError, match="trouble"), record_session(tmp_path, 10, Settings("a"), {}):
         raise ValueError("trouble\nmore of it")
-    assert read_lines(tmp_path / "sessions.jsonl")[1]["end"]["reason"] == "ValueError: trouble"
-    with pytest.raises(SystemExit), recorded(tmp_path, 10, Settings("a"), {}):
+    assert read_jsonl(tmp_path / "sessions.jsonl")[1]["end"]["reason"] == "ValueError: trouble"
+    with pytest.raises(SystemExit), record_session(tmp_path, 10, Settings("a"), {}):
         raise SystemExit(75)
-    with pytest.raises(SystemExit), recorded(tmp_path, 20, Settings("a"), {}) as end:
+    with pytest.raises(SystemExit), record_session(tmp_path, 20, Settings("a"), {}) as end:
         end |= {"step": 30, "how": "stopped", "reason": "SIGTERM"}
         raise SystemExit(75)
     assert ends(tmp_path) == [(0, "finished"), (10, "failed"), (10, "stopped"), (20, "stopped")]
-    assert read_lines(tmp_path / "sessions.jsonl")[-1]["end"]["reason"] == "SIGTERM"
-    with recorded(tmp_path, 10, Settings("a"), {}) as end:  # from an older checkpoint: step 20 is still to come
+    assert read_jsonl(tmp_path / "sessions.jsonl")[-1]["end"]["reason"] == "SIGTERM"
+    with record_session(tmp_path, 10, Settings("a"), {}) as end:  # from an older checkpoint: step 20 is still to come
         end |= {"step": 40, "how": "finished", "reason": None}
     assert ends(tmp_path) == [(0, "finished"), (10, "failed"), (10, "stopped"), (10, "finished")]
     assert [path.name for path in tmp_path.iterdir()] == ["sessions.jsonl"]
@@ -59,7 +59,7 @@ def test_a_full_disk_is_a_warning_and_the_end_is_written_when_there_is_room(
 
     with monkeypatch.context() as patch:
         patch.setattr(sessions, "write_atomically", full)
-        session = recorded(tmp_path, 0, Settings("a"), {})
+        session = record_session(tmp_path, 0, Settings("a"), {})
         end = session.__enter__()
     assert "No space left" in capsys.readouterr().err
     end |= {"step": 1, "how": "finished", "reason": None}
@@ -81,11 +81,11 @@ def test_the_revision(tmp_path: Path) -> None:
             ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, encoding="utf-8"
         ).stdout.strip()
 
-    assert revision(tmp_path) is None
+    assert git_revision(tmp_path) is None
     git("init", "-q")
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "-qm", "one")
-    assert revision(tmp_path) == git("rev-parse", "--short=12", "HEAD")
+    assert git_revision(tmp_path) == git("rev-parse", "--short=12", "HEAD")
     (tmp_path / "file").write_text("2")
-    assert revision(tmp_path) == git("rev-parse", "--short=12", "HEAD") + "-dirty"
+    assert git_revision(tmp_path) == git("rev-parse", "--short=12", "HEAD") + "-dirty"

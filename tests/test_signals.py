@@ -14,8 +14,8 @@ import pytest
 from conftest import command, environment, run_command
 from test_resume import curve, n_reported, newest, small_run
 
-from gptkit.checkpoints import verify
-from gptkit.signals import STOPPED
+from gptkit.training.checkpoints import verify
+from gptkit.training.signals import STOPPED
 
 STEPS = ("--max_steps", 200)  # enough for a signal to come in time
 
@@ -141,7 +141,7 @@ def test_nohup_stays_deaf_to_the_terminal(tmp_path: Path, shards: Path) -> None:
 def test_a_second_signal_quits_at_once(tmp_path: Path) -> None:
     script = tmp_path / "waits.py"
     script.write_text(
-        "import sys, time\nsys.path.insert(0, sys.argv[1])\nfrom gptkit.signals import StopSignals\n"
+        "import sys, time\nsys.path.insert(0, sys.argv[1])\nfrom gptkit.training.signals import StopSignals\n"
         "stop = StopSignals()\nstop.at_once = False\nprint('ready', flush=True)\n"
         "while not stop.received:\n    time.sleep(0.01)\nprint(stop.received, flush=True)\ntime.sleep(60)\n"
     )

@@ -26,20 +26,14 @@ import torch
 from conftest import ROOT, SAMPLE_TOKENIZER, run_command, write_jsonl
 
 from gpt_model import GPTConfig, GPTModel
-from gptkit import checkpoints
-from gptkit.command_line import UserError
-from gptkit.evaluation import read_works
-from gptkit.pretokenization import (
-    describe_tokens,
-    find_text_shards,
-    load_manifest,
-    open_tokens,
-    pretokenize,
-    works_of_shard,
-)
-from gptkit.token_shards import open_token_shard, token_shard_bytes
-from gptkit.tokenization import Tokenizer, load_saved, load_sentencepiece
-from gptkit.tokenizer_backends import TiktokenBackend, TokenizersBackend
+from gptkit.base.cli import UserError
+from gptkit.data.pretokenization import describe_tokens, load_manifest, open_tokens, pretokenize
+from gptkit.data.text_shards import documents_of_shard, find_text_shards
+from gptkit.data.token_shards import open_token_shard, token_shard_bytes
+from gptkit.evaluation.documents import read_documents
+from gptkit.text.backends import TiktokenBackend, TokenizersBackend
+from gptkit.text.tokenizer import Tokenizer, load_saved_tokenizer, load_sentencepiece
+from gptkit.training import checkpoints
 
 HOSTILE = [
     None, True, -1, 0, 1.5, 1e308, -0.0, float("nan"), 2**31, 2**53, 2**70, "", "x", "../../../etc/passwd", "/etc/passwd",
@@ -121,7 +115,7 @@ def test_texts(name: str, tmp_path: Path) -> None:
     content = {"gz": gzip.compress, "xz": lzma.compress}.get(name.rpartition(".")[2], bytes)(content)
 
     def read() -> None:
-        for work in read_works(path):
+        for work in read_documents(path):
             work.encode()
 
     n_read, n_refused = tried(lambda: path.write_bytes(changed_bytes(content, draw)), read, 300)
@@ -137,7 +131,7 @@ def test_a_line_without_an_end_takes_no_memory(tmp_path: Path) -> None:
             file.write(bytes(1 << 20))
     before = peak_bytes()
     with pytest.raises(UserError, match="line 1: longer than 32 MiB"):
-        list(read_works(path))
+        list(read_documents(path))
     assert peak_bytes() - before < MOST_GROWTH
 
 
@@ -185,7 +179,7 @@ def test_manifests_of_text_shards(tmp_path: Path, sample_shards: Path) -> None:
         text = find_text_shards(folder)
         assert all(path.parent == folder for path in text.paths)
         for index in range(len(text.paths)):
-            for work in works_of_shard(text, index):
+            for work in documents_of_shard(text, index):
                 assert work
 
     assert min(tried(change, read, 300)) > 20
@@ -303,7 +297,7 @@ def read_changed_tokenizers(kind: str, folder: Path) -> None:
             (folder / name).write_bytes(content)
 
     def read() -> None:
-        tokenizer = load_saved(folder)
+        tokenizer = load_saved_tokenizer(folder)
         ids = tokenizer.encode("吾輩は猫である。\n名前はABC 𠮟る")
         assert all(0 <= i < tokenizer.vocab_size for i in ids)
         assert isinstance(tokenizer.decode(range(min(tokenizer.vocab_size, 1000))), str)

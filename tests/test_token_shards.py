@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptkit.token_shards import Tokens, TokenStream, open_token_shard, token_dtype, token_shard_bytes
+from gptkit.data.token_shards import Tokens, TokenStream, open_token_shard, token_dtype, token_shard_bytes
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_shard_is_opened_when_it_is_read_and_not_again() -> None:
         opened.append(number)
         return np.arange(4 * number, 4 * number + 4, dtype=np.uint16)
 
-    stream = TokenStream.opened_late([4] * 5, open_shard)
+    stream = TokenStream.lazy([4] * 5, open_shard)
     assert (len(stream), opened) == (20, [])
     assert stream.read(6, 4).tolist() == [6, 7, 8, 9]
     assert stream.read(4, 6).tolist() == [4, 5, 6, 7, 8, 9]

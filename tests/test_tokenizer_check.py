@@ -10,9 +10,9 @@ from conftest import SAMPLE_TOKENIZER, SHARED
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, normalizers
 
-from gptkit.tokenization import Tokenizer, load_hf, load_sentencepiece, load_tiktoken
-from gptkit.tokenizer_backends import SentencePieceBackend, TokenizersBackend
-from gptkit.tokenizer_check import EXAMPLE_LENGTH, check_tokenizer, describe, problems
+from gptkit.text.backends import SentencePieceBackend, TokenizersBackend
+from gptkit.text.check import EXAMPLE_LENGTH, check_tokenizer, describe_tokenizer, find_problems
+from gptkit.text.tokenizer import Tokenizer, load_hf, load_sentencepiece, load_tiktoken
 
 RINNA = SHARED / "rinna-japanese-gpt2-small"
 END, UNKNOWN = 0x110000, 0x110001  # after the last code point
@@ -83,7 +83,7 @@ def test_rinna_changes_text_only_as_it_says(sample_works: list[str]) -> None:
     report = check_tokenizer(tokenizer, iter(works))
     assert (report.lossless, report.newlines_kept, report.damaged_lines) == (False, True, 0)
     assert report.example is not None
-    assert problems(report) == []
+    assert find_problems(report) == []
     ids = [i for work in works for i in tokenizer.encode(work)]
     assert (report.tokens, report.unknown_tokens) == (len(ids), ids.count(0))
     assert report.characters == sum(map(len, works))
@@ -100,12 +100,12 @@ def test_a_lossless_tokenizer(load: Callable[[], Tokenizer], sample_works: list[
     assert (report.lossless, report.newlines_kept, report.example) == (True, True, None)
     assert (report.unknown_tokens, report.unknown_per_10000, report.end_of_text_inside) == (0, 0, 0)
     assert report.characters_per_token == report.characters / report.tokens
-    assert problems(report) == []
+    assert find_problems(report) == []
 
 
 def test_no_work_at_all() -> None:
     report = check_tokenizer(made_up(), [])
-    assert (report.characters_per_token, report.unknown_per_10000, problems(report)) == (0, 0, [])
+    assert (report.characters_per_token, report.unknown_per_10000, find_problems(report)) == (0, 0, [])
 
 
 def test_works_are_taken_one_at_a_time() -> None:
@@ -130,12 +130,12 @@ def test_a_change_is_damage_unless_the_normaliser_says_it(lower_case: bool) -> N
 
     work = "同じ行\nABCの" + "行" * 50 + "\n同じ行"
     declared = check_tokenizer(made_up(full_width, full_width, lower_case), [work])
-    assert (declared.lossless, declared.damaged_lines, problems(declared)) == (False, 0, [])
+    assert (declared.lossless, declared.damaged_lines, find_problems(declared)) == (False, 0, [])
     silent = check_tokenizer(made_up(full_width, same, lower_case), [work])
     assert silent.damaged_lines == 1
     capital = "ａbcの" if lower_case else "ＡBCの"
     assert silent.example == (("ABCの" + "行" * 50)[:EXAMPLE_LENGTH], (capital + "行" * 50)[:EXAMPLE_LENGTH])
-    [problem] = problems(silent)
+    [problem] = find_problems(silent)
     assert "neither" in problem
     assert capital in problem
 
@@ -161,14 +161,14 @@ def test_lost_newlines_are_a_problem() -> None:
     report = check_tokenizer(tokenizer, ["無事", WORK, "Ａ"])
     assert (report.newlines_kept, report.damaged_lines) == (False, 0)
     assert check_tokenizer(tokenizer, [WORK]).example == ("つ消えた。\n\n　夜である。", "つ消えた。\n　夜である。")
-    [problem] = problems(report)
+    [problem] = find_problems(report)
     assert "Newlines" in problem
 
 
 def test_end_of_text_inside_is_a_problem() -> None:
     report = check_tokenizer(made_up(), ["畢、また畢。", "無事"])
     assert report.end_of_text_inside == 2
-    assert any("End-of-text" in problem and " 2 times" in problem for problem in problems(report))
+    assert any("End-of-text" in problem and " 2 times" in problem for problem in find_problems(report))
 
 
 @pytest.mark.parametrize(("n_unknown", "n_problems"), [(5, 0), (6, 1)])
@@ -177,7 +177,7 @@ def test_many_unknown_characters_are_a_problem(n_unknown: int, n_problems: int) 
     assert (report.unknown_tokens, report.unknown_characters) == (n_unknown, n_unknown)
     assert report.unknown_per_10000 == n_unknown * 100
     assert report.damaged_lines == 0
-    found = problems(report)
+    found = find_problems(report)
     assert len(found) == n_problems
     assert all("600 of 10,000 characters" in problem for problem in found)
 
@@ -187,7 +187,7 @@ def test_one_unknown_token_for_many_characters_is_counted_as_many() -> None:
     report = check_tokenizer(foreign("the quick brown fox jumps over the lazy dog"), [WORK])
     assert report.unknown_tokens == 2  # one a line
     assert report.unknown_characters == len(WORK) - 3  # two newlines; the indent is normalised away
-    [problem] = problems(report)
+    [problem] = find_problems(report)
     assert "another language" in problem
 
 
@@ -218,7 +218,7 @@ def test_a_normaliser_of_sentencepiece_is_heard() -> None:
 
 def test_describe_says_what_it_is() -> None:
     tokenizer = load_sentencepiece(str(SAMPLE_TOKENIZER))
-    text = describe(tokenizer, None)
+    text = describe_tokenizer(tokenizer, None)
     facts = dict(re.split(r":\s+", line, maxsplit=1) for line in text.splitlines())
     assert facts["backend"] == "sentencepiece"
     assert facts["ids"] == f"{tokenizer.vocab_size:,}"
@@ -227,12 +227,12 @@ def test_describe_says_what_it_is() -> None:
     assert facts["fingerprint"] == tokenizer.fingerprint[:16]
     assert "lossless" not in facts
     report = check_tokenizer(tokenizer, [WORK])
-    assert re.search(r"^lossless: +yes$", describe(tokenizer, report), re.MULTILINE)
+    assert re.search(r"^lossless: +yes$", describe_tokenizer(tokenizer, report), re.MULTILINE)
 
 
 def test_describe_says_what_is_lost() -> None:
     tokenizer = foreign("an English text only")
-    text = describe(tokenizer, check_tokenizer(tokenizer, ["夜 only"]))
+    text = describe_tokenizer(tokenizer, check_tokenizer(tokenizer, ["夜 only"]))
     assert re.search(r"^lossless: +no: '夜 only' comes back as ' ?only'$", text, re.MULTILINE), text
     assert re.search(r"^unknown characters: +1666.7 per 10,000 \(1 tokens\)$", text, re.MULTILINE), text
     assert re.search(rf"^newline: +{tokenizer.newline_id} \(added\)$", text, re.MULTILINE)

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import train_tokenizer
 from conftest import ROOT, SEPARATOR, assert_user_error, command, environment, run_command, write_jsonl
 from hypothesis import example, given
 from hypothesis import strategies as st
+from train_tokenizer import Corpus, characters_with_a_piece, encode, find_corpus, read, sample, survey
 
 sys.path.insert(0, str(ROOT / "dataset"))  # as `python dataset/train_tokenizer.py` has it
-import train_tokenizer
-from train_tokenizer import Corpus, characters_with_a_piece, encode, find_corpus, read, sample, survey
 
 VOCAB_SIZE = 400
 WHO = ["母", "灯台守", "犬", "若い医者", "私", "船頭"]

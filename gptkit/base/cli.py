@@ -1,0 +1,219 @@
+"""Command lines from dataclasses, and mistakes told in one line.
+
+A command's settings are the fields of one dataclass; each field becomes one flag, so that help text,
+saved config and code cannot drift apart. A user's mistake is a UserError: one line, exit code 2.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import io
+import math
+import os
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from tqdm import tqdm
+
+EXIT_USER_ERROR = 2
+Config = TypeVar("Config")
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message names the value and the remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says, for a message of one line."""
+    return str(error).strip().partition("\n")[0]
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    at_least: float | None = None,
+    more_than: float | None = None,
+    at_most: float | None = None,
+    choices: Collection[str] | None = None,
+    group: str | None = None,
+) -> Any:
+    """Declare a dataclass field that is also a flag.
+
+    Without a default the flag is required. `parse` checks the bounds, and that a string is one of `choices`: a registry
+    (any mapping by name) is read when a command line is parsed, not when the field is declared. --help lists the flags
+    of a group together.
+    """
+    bounds = {"at_least": at_least, "more_than": more_than, "at_most": at_most}
+    metadata = {"help": help, "choices": choices, "group": group, **bounds}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if "expected one argument" in message:
+            message += "; a value that begins with - is given as --flag=value"
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def parse(config_class: type[Config], arguments: Sequence[str] | None = None) -> Config:
+    """The settings that `arguments` (default: the command line) ask for.
+
+    Fields may be bool, int, float, str, a Literal of strings, or one of these `| None`; or tuple[str, ...].
+    Raises UserError for an unknown flag, a value of the wrong type or one out of its bounds.
+    """
+    parser = _OneLineParser(description=config_class.__doc__, allow_abbrev=False)
+    hints = typing.get_type_hints(config_class)
+    fields = dataclasses.fields(typing.cast(Any, config_class))
+    groups: dict[str | None, Any] = {None: parser}
+    for field in fields:
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        kind = _without_none(hints[field.name])
+        required = field.default is dataclasses.MISSING
+        options: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%"), "required": required}
+        if not required:
+            options["default"] = field.default
+        if field.metadata["choices"] is not None:
+            options["choices"] = tuple(field.metadata["choices"])
+        elif kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple:
+            options |= {"nargs": "+", "type": str, "metavar": "TEXT"}
+        else:
+            options["type"] = kind
+            options["metavar"] = kind.__name__.upper()
+        if field.default not in (dataclasses.MISSING, None, ()) and kind is not bool:
+            options["help"] += f" (default: {str(field.default).replace('%', '%%')})"
+        groups[group].add_argument(f"--{field.name}", **options)
+    values = vars(parser.parse_args(arguments)).items()
+    config = config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
+    check_bounds(config)
+    return config
+
+
+def check_bounds(config: Any) -> None:
+    """Raise UserError where a number among the settings is out of its bounds."""
+    for field in dataclasses.fields(config):
+        _check_bounds(field, getattr(config, field.name))
+
+
+def replace_setting(config: Config, name: str, value: str) -> Config:
+    """The settings, of which none is required, with one given anew as its flag would be; "none" where it may be left out.
+
+    Raises UserError.
+    """
+    hints = typing.get_type_hints(type(config))
+    if name not in hints:
+        raise UserError(f"there is no setting {name}; there are {', '.join(hints)}")
+    given: Any = None
+    if value.lower() != "none" or _without_none(hints[name]) is hints[name]:
+        given = getattr(parse(type(config), [f"--{name}={value}"]), name)
+    return dataclasses.replace(typing.cast(Any, config), **{name: given})
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _check_bounds(field: dataclasses.Field[Any], value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    bounds = field.metadata
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{field.name} {value} is not a finite number")
+    if bounds["at_least"] is not None and value < bounds["at_least"]:
+        raise UserError(f"--{field.name} {value} is too small; it must be at least {bounds['at_least']}")
+    if bounds["more_than"] is not None and value <= bounds["more_than"]:
+        raise UserError(f"--{field.name} {value} is too small; it must be more than {bounds['more_than']}")
+    if bounds["at_most"] is not None and value > bounds["at_most"]:
+        raise UserError(f"--{field.name} {value} is too large; it must be at most {bounds['at_most']}")
+
+
+def run_command(config_class: type[Config], main: Callable[[Config], int | None]) -> NoReturn:
+    """Parse the command line, call main, and leave: with main's code, or with one line and code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the locale cannot show Japanese, a run goes on
+    try:
+        code = main(parse(config_class)) or 0
+        print(end="", flush=True)  # a full disk shows here, where it can be told, and not while the interpreter ends
+        sys.exit(code)
+    except UserError as error:
+        message = str(error)
+    except BrokenPipeError:  # whoever read our output has left, as `head` does
+        _flush_or_drop_output()
+        sys.exit(1)
+    except OSError as error:
+        remedy = _OS_REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            raise
+        message = f"{error.filename or 'writing'}: {os.strerror(error.errno or 0).lower()}; {remedy}"
+        _flush_or_drop_output()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    print(f"error: {' '.join(map(str.strip, message.splitlines()))}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _flush_or_drop_output() -> None:
+    """Write what standard output still holds; what cannot be written is dropped, or the interpreter's end trips on it."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_OS_REMEDIES = {
+    errno.ENOSPC: "make room on the disk and run the same command again",
+    errno.EDQUOT: "make room in the quota and run the same command again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run the same command again",
+    errno.EACCES: "check who owns it and its permissions",
+    errno.EPERM: "check who owns it and its permissions",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.ENOTDIR: "a part of this path is a file; choose another",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+QUIET_S = 60  # without a terminal, no silence is longer than this (or than a step)
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 1:02:03."""
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
+    """How far something has come, on standard error: a bar on a terminal, elsewhere a line every QUIET_S and at the end.
+
+    Gives what is to be told of each number of units just done.
+    """
+    start = said = time.monotonic()
+    n_done = 0
+
+    def update(n_new: int) -> None:
+        nonlocal n_done, said
+        n_done += n_new
+        bar.update(n_new)
+        if bar.disable and (n_done == total or time.monotonic() - said > QUIET_S):
+            said = time.monotonic()
+            rate = n_done / max(said - start, 1e-9)
+            eta = format_duration((total - n_done) / rate)
+            print(f"{n_done:,} of {total:,} {unit}s, {rate:,.1f} {unit}s/s, ETA {eta}", file=sys.stderr, flush=True)
+
+    with tqdm(total=total, unit=unit, unit_scale=True, desc=what, disable=not sys.stderr.isatty()) as bar:
+        yield update

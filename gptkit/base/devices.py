@@ -1,0 +1,164 @@
+"""Which device to run on, in what precision, and how much memory that took."""
+
+import contextlib
+import ctypes
+import re
+import resource
+import sys
+from collections.abc import Mapping
+
+import torch
+
+from gptkit.base.cli import UserError
+
+# Dense bfloat16 products on tensor cores, in 1e12 operations a second, from the makers' data sheets; by a word of the
+# device's name, the first that fits; a laptop's chip is another one.
+BFLOAT16_TFLOPS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A40": 150,
+    "RTX 5090": 210,
+    "RTX 4090": 165,
+    "RTX A6000": 155,
+    "RTX 3090": 71,
+}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's, from glibc's malloc.h
+LARGEST_FROM_HEAP = 32 << 20  # the most that every glibc takes as M_MMAP_THRESHOLD on 64 bits (mallopt(3))
+NEVER = 2**31 - 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA, then MPS, then the CPU. Raises UserError where it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is not a device; give auto, cpu, cuda, cuda:N or mps")
+    kind = device.type
+    if not available.get(kind, False):
+        raise UserError(
+            f"--device {name} is not on this machine; it has {', '.join(k for k, v in available.items() if v)}"
+        )
+    if kind == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {name} is not on this machine; it has {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device is known to multiply bfloat16 itself; emulated it is slower than float32.
+
+    NVIDIA's do from compute capability 8.0 on (Ampere; CUDA C++ Programming Guide, "Compute Capabilities"), and AMD's
+    count higher. Untried and so left out: ARM's CPUs, and MPS.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        can: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # old versions of torch do not tell
+        return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    return False
+
+
+def choose_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
+    """The type of the matrix products; "auto" is bfloat16 where the device multiplies it, and float32 elsewhere.
+
+    On a CPU only in training, with what a run itself validates, whose rounding the float32 weights average out.
+    inference.py and evaluate_model.py are exact there: a text must not depend on the CPU's kind.
+    """
+    if name == "auto":
+        fast = (training or device.type != "cpu") and multiplies_bfloat16(device)
+        name = "bfloat16" if fast else "float32"
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As --dtype calls it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Matrix products in `dtype`; weights and sums stay in float32. Does nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def format_mfu(flops_per_s: float, device: torch.device, dtype: torch.dtype) -> str:
+    """The share of the device's peak, such as "45.1%" (MFU: PaLM, appendix B); n/a where its peak is not known."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, tflops in BFLOAT16_TFLOPS.items():
+            if re.search(rf"\b{part}\b(?! Laptop)", name):
+                return f"{flops_per_s / (tflops * 1e12):.1%}"
+    return "n/a"
+
+
+def keep_freed_memory(device: torch.device, trim_threshold: int = NEVER) -> None:
+    """Let a process that trains on the CPU keep freed memory for its next tensors (glibc; elsewhere nothing is done).
+
+    Left alone, glibc gives the top of its heap back above 64 MiB, and each step pays for tens of thousands of fresh
+    pages, a tenth of its time in models of a few million parameters. trim_threshold is in bytes.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)
+            mallopt(M_TRIM_THRESHOLD, trim_threshold)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was held so far: by tensors on a CUDA device, elsewhere by this whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was started on the device, so that a clock read after it is true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that device or host memory ran out (the CPU allocator raises a plain RuntimeError)."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def get_rng_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of the random streams that training draws from (dropout), as uint8 tensors called random.<kind>."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["random.mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_rng_states(tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what random_states returned; others of `tensors` and states of other devices are passed over."""
+    torch.set_rng_state(tensors["random.cpu"].cpu())
+    if device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"].cpu(), device)
+    if device.type == "mps" and "random.mps" in tensors:
+        torch.mps.set_rng_state(tensors["random.mps"].cpu())

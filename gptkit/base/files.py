@@ -1,0 +1,154 @@
+"""Files that are whole or not there: written under a temporary name, synced, then renamed."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+LOCK_FILE = ".lock"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Put `content` at `path` so that a reader, or a crash, sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # of this process: another may write it too
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()  # else Python still holds it, and what is synced is an empty file
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not know which file it was
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as UTF-8 JSON with one trailing newline, written atomically."""
+    write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which then takes the place of `folder`, whole; not where an error is raised."""
+    folder = folder.resolve()
+    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+
+    def clear_away() -> None:
+        if old.exists() and not folder.exists():  # broken off between two renames
+            os.replace(old, folder)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    clear_away()
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.iterdir():
+            sync_file(path)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        sync_folder(folder.parent)
+    finally:
+        clear_away()
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to `path` survive a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within `folder` survive a power cut (on systems where a folder can be opened)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def signature(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
+    """What changes when a file does: path, size, time of the last change (ns), inode. Raises OSError."""
+    found = [(path, path.stat()) for path in paths]
+    return [(str(path), status.st_size, status.st_mtime_ns, status.st_ino) for path, status in found]
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Make `folder` and keep other processes out of it; a folder that was made here and stayed empty is removed.
+
+    Raises BlockingIOError, with what the holder wrote there, where another process holds it.
+    """
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = acquire_lock(folder)
+    try:
+        yield
+    finally:
+        if made and os.listdir(folder) == [LOCK_FILE]:
+            (folder / LOCK_FILE).unlink()
+            for each in made:
+                each.rmdir()
+        os.close(lock)
+
+
+def acquire_lock(folder: Path) -> int:
+    """Hold `folder` by an advisory lock on its file .lock until the descriptor that is returned is closed.
+
+    Raises BlockingIOError, with what the holder wrote there, where another process holds it.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise BlockingIOError(holder)
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return descriptor
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds `folder`."""
+    try:
+        with open(folder / LOCK_FILE, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or a file system without locks
+        return False
+    return False
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`. Raises ValueError (of which JSONDecodeError and UnicodeDecodeError are kinds)."""
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

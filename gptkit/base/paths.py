@@ -1,0 +1,59 @@
+import difflib
+import os
+from pathlib import Path
+
+from gptkit.base.cli import UserError
+
+
+def existing_path(path: str, flag: str) -> Path:
+    """`path`, which must exist. Raises UserError naming the path that was probably meant."""
+    found = Path(path)
+    if found.exists():
+        return found
+    likely = likely_path(found)
+    hint = f"; did you mean {likely}?" if likely else f" (looked from {Path.cwd()})"
+    raise UserError(f"{flag} {path}: no such file or folder{hint}")
+
+
+def hub_folder(name: str, flag: str, patterns: list[str]) -> Path:
+    """The folder that `flag` names, or where huggingface_hub keeps those files of a repository. Raises UserError."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_file():
+        raise UserError(f"{flag} {name} is a file; name the folder that holds it")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        near = likely_path(Path(name))
+        remedy = f"did you mean {near}?" if near else "give a folder, or a name on the hub"
+        raise UserError(f"{flag} {name}: no such folder; {remedy}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"{flag} {name} is neither a folder nor a repository of the Hugging Face hub (or it is a private one)"
+        )
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{flag} {name}: the Hugging Face hub cannot be reached ({type(error).__name__}); connect to the"
+            " network once, or give a folder"
+        )
+
+
+def likely_path(path: Path) -> Path | None:
+    """The existing path that differs from `path` only by leading `..`, or by a small slip in its last name."""
+    if path.is_absolute():
+        candidates = []
+    else:
+        inner = Path(*[part for part in path.parts if part != ".."])
+        candidates = [Path("../" * ups) / inner for ups in range(4) if inner.parts]
+    for candidate in candidates:
+        if candidate != path and candidate.exists():
+            return candidate
+    for candidate in [path, *candidates]:
+        if candidate.parent.is_dir():
+            close = difflib.get_close_matches(candidate.name, os.listdir(candidate.parent), n=1)
+            if close:
+                return candidate.parent / close[0]
+    return None

@@ -1,0 +1,157 @@
+"""Batches of training and validation sequences out of a token stream.
+
+A batch is a pure function of (seed, step), of which each process takes its slice: evaluation, sampling, resuming and the
+number of processes never disturb the order. The stream is
+cut into windows of context_length tokens, and each epoch takes them in its own random order; a window's target is
+the same window one token on.
+
+Shapes: B sequences a batch, T time (context_length).
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gptkit.base.cli import UserError
+from gptkit.data.token_shards import TokenStream
+
+MAX_SHUFFLED = 1 << 22  # windows: 32 MiB for the order of an epoch
+N_ROUNDS = 6
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T) int64
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n_windows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The windows 0 … n_windows - 1 in the random order of one epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(n_windows)
+
+
+def windows_at(n_windows: int, seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
+    """The windows at some positions (0 … n_windows - 1) of an epoch's random order.
+
+    Up to MOST_SHUFFLED the order is drawn and kept; of more, it is computed where it is asked for.
+    """
+    if n_windows <= MAX_SHUFFLED:
+        return epoch_order(n_windows, seed, epoch)[positions]
+    keys = np.random.default_rng([seed, epoch]).integers(1 << 63, size=N_ROUNDS, dtype=np.uint64)
+    return permute(positions, n_windows, keys)
+
+
+def permute(
+    positions: npt.NDArray[np.integer], n: int, keys: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.integer]:  # (B,) -> (B,)
+    """The images of some of 0 … n - 1 under a permutation of them that the keys choose, each found by itself.
+
+    A Feistel network over an even number of bits, applied again while it leads outside (Black & Rogaway 2002, "Ciphers
+    with Arbitrary Finite Domains", section 3 and 4). Its round function is the mixer of SplitMix64 (Steele et al. 2014).
+    """
+    half = np.uint64(max((n - 1).bit_length() + 1, 2) // 2)
+    mask = np.uint64((1 << int(half)) - 1)
+    found = positions.astype(np.uint64)
+    outside = np.ones(len(found), bool)
+    while outside.any():
+        left, right = found[outside] >> half, found[outside] & mask
+        for key in keys:
+            mixed = right + key
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
+        found[outside] = left << half | right
+        outside = found >= n
+    return found
+
+
+def n_windows(tokens: TokenStream, context_length: int) -> int:
+    """How many windows with a target for each token the stream holds."""
+    return max(len(tokens) - 1, 0) // context_length
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """The training sequences of a run, by step. An epoch drops the windows that do not fill a last step."""
+
+    tokens: TokenStream
+    context_length: int  # tokens a sequence
+    batch_size: int  # sequences a process a micro-step
+    grad_accum_steps: int  # micro-steps a step
+    seed: int
+    n_processes: int = 1
+    rank: int = 0  # which of them this is
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.batch_size * self.grad_accum_steps * self.n_processes
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.context_length
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return n_windows(self.tokens, self.context_length) // self.sequences_per_step
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch (from 1) of the last of `step` steps."""
+        return (step - 1) // self.steps_per_epoch + 1
+
+    def micro_batch(self, step: int, micro_step: int) -> Batch:
+        """This process's batch of micro-step `micro_step` (0 … grad_accum_steps - 1) of optimizer step `step` (from 0)."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        number = (step_in_epoch * self.grad_accum_steps + micro_step) * self.n_processes + self.rank
+        first = number * self.batch_size
+        positions = np.arange(first, first + self.batch_size)
+        n_all = n_windows(self.tokens, self.context_length)
+        windows = windows_at(n_all, self.seed, epoch, positions)
+        return _batch_of_windows(self.tokens, windows.tolist(), self.context_length)
+
+    def iterate_from(self, step: int, device: torch.device) -> Iterator[Batch]:
+        """The micro-batches from the first one of `step` on, without end, on a device."""
+        for number in itertools.count(step * self.grad_accum_steps):
+            batch = self.micro_batch(*divmod(number, self.grad_accum_steps))
+            inputs, targets = (ids.to(device, non_blocking=True) for ids in batch)
+            yield inputs, targets
+
+
+def check_data_size(batches: TrainingBatches, n_validation_tokens: int) -> None:
+    """Raise UserError where the data does not fill one step, or the validation text is too short."""
+    n_tokens, needed = len(batches.tokens), batches.tokens_per_step + 1
+    if n_validation_tokens < 2:
+        raise UserError(
+            f"{n_validation_tokens} validation token(s) predict nothing; give more text or a larger --val_fraction"
+        )
+    if n_tokens < batches.context_length + 1:
+        raise UserError(
+            f"{n_tokens} training tokens are fewer than a context of {batches.context_length} and one more;"
+            " give more text or a smaller --context_length"
+        )
+    if n_tokens < needed:
+        raise UserError(
+            f"a step of {batches.sequences_per_step} sequences x {batches.context_length} tokens needs {needed} training tokens"
+            f" and there are {n_tokens}; give a smaller --batch_size, --grad_accum_steps or --context_length, or more text"
+        )
+
+
+def validation_batches(tokens: TokenStream, context_length: int, batch_size: int, n_batches: int) -> list[Batch]:
+    """At most n_batches batches, always the same, spread evenly over the stream.
+
+    A stream shorter than a window gives one shorter sequence.
+    """
+    context_length = min(context_length, len(tokens) - 1)
+    n_all = n_windows(tokens, context_length)
+    n_used = min(n_all, n_batches * batch_size)
+    windows = [i * n_all // n_used for i in range(n_used)]
+    return [
+        _batch_of_windows(tokens, windows[first : first + batch_size], context_length)
+        for first in range(0, n_used, batch_size)
+    ]
+
+
+def _batch_of_windows(tokens: TokenStream, windows: Sequence[int], context_length: int) -> Batch:
+    rows = np.stack([tokens.read(window * context_length, context_length + 1) for window in windows])  # (B, T + 1)
+    ids = torch.from_numpy(rows)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

@@ -1,0 +1,359 @@
+"""Text shards -> token shards, each work followed by end-of-text, some works kept for validation.
+
+A work belongs to the text shard it begins in, so shards can be done one by one. For shard `combined_0001.txt` there
+are written `train_combined_0001.npy`, `val_combined_0001.npy` and, last, `combined_0001.json`, which says what they
+were made from: where that still holds, they are reused, in a later run or after a kill. manifest.json comes after
+all of them, and a reader trusts only a folder that has it.
+
+Validation takes the works whose hash is below a threshold: a work stays on its side however the text is resharded.
+"""
+
+import functools
+import hashlib
+import os
+import re
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from gptkit.base.cli import UserError
+from gptkit.base.files import read_json, sha256_of, write_atomically, write_json
+from gptkit.data.executors import ExecutorError, ExecutorName, RunTasks, open_executor
+from gptkit.data.text_shards import (
+    TextShards,
+    documents_of_shard,
+    find_text_shards,
+    hash_document,
+    shards_read_with,
+    survey_shard,
+    validation_threshold,
+)
+from gptkit.data.token_shards import Tokens, TokenStream, open_token_shard, token_dtype, token_shard_bytes
+
+if TYPE_CHECKING:
+    from gptkit.text.tokenizer import Tokenizer
+
+
+TOKEN_FORMAT = "gptkit-token-shards"
+SPLITS = ("train", "val")
+COUNTS = ("documents", "tokens", "characters", "unknown_tokens")
+MAX_COUNT = 1 << 53  # of one shard: all sums stay exact
+MAX_HASHED_BYTES = 2 << 30  # bytes of token shards that are read at the start of a run, only to check them
+HEADER_BYTES = len(token_shard_bytes(np.empty(0, np.uint16)))  # of a token shard, whatever its length
+WRITTEN_HERE = re.compile(rf"(?:{'|'.join(SPLITS)})_.*\.npy|\..*\.(?:npy|json)(?:\.\d+)?\.partial")
+
+
+def tokenize_shard(
+    text: TextShards, index: int, tokenizer: "Tokenizer", threshold: int, output: Path
+) -> dict[str, Any]:
+    """Write the token shards of one text shard to `output`; for each split its file, sha256 and COUNTS."""
+    parts: dict[str, list[Any]] = {split: [] for split in SPLITS}
+    counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
+    dtype = token_dtype(tokenizer.vocab_size)
+    for work in documents_of_shard(text, index):
+        split = "val" if hash_document(work.encode()) < threshold else "train"
+        ids = np.array([*tokenizer.encode(work), tokenizer.end_of_text_id], dtype=dtype)
+        parts[split].append(ids)
+        n_unknown = 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
+        for name, count in zip(COUNTS, (1, len(ids), len(work), n_unknown), strict=True):
+            counts[split][name] += count
+    record: dict[str, Any] = {}
+    for split in SPLITS:
+        content = token_shard_bytes(np.concatenate([np.empty(0, dtype), *parts[split]]))
+        file = f"{split}_{text.paths[index].stem}.npy"
+        write_atomically(output / file, content)
+        record[split] = {"file": file, "sha256": hashlib.sha256(content).hexdigest(), **counts[split]}
+    return record
+
+
+def _difference(old: dict[str, Any] | None, sources: dict[str, Any], output: Path, vocab_size: int) -> str | None:
+    """Why the record of an earlier run does not serve (None: it does)."""
+    if old is None:
+        return "new"
+    if old.get("separator") != sources["separator"] or old.get("text") != sources["text"]:
+        return "the text changed"
+    if old.get("tokenizer") != sources["tokenizer"]:
+        return "the tokenizer changed"
+    if old.get("threshold") != sources["threshold"]:
+        return "the choice of validation works changed"
+    return _damage(old, output, vocab_size)
+
+
+def has_size_of(path: Path, n_tokens: int, dtype: str) -> bool:
+    """Whether a file is there and as long as such a token shard."""
+    return path.is_file() and path.stat().st_size == HEADER_BYTES + n_tokens * np.dtype(dtype).itemsize
+
+
+def _damage(record: Any, folder: Path, vocab_size: int, is_read: bool = True) -> str | None:
+    """What is wrong with a record, or with the token shards it names (None: nothing), which is_read or only looked at."""
+    for split in SPLITS:
+        try:
+            shard = record[split]
+            path = folder / shard["file"]
+            if path.name != shard["file"] or not WRITTEN_HERE.fullmatch(path.name):  # no path leads out of the folder
+                return f"its record names {shard['file']!a}"
+            if not all(type(shard[name]) is int and 0 <= shard[name] < MAX_COUNT for name in COUNTS):
+                return "its record has counts that are none"
+            if not has_size_of(path, shard["tokens"], token_dtype(vocab_size)):
+                return f"{path.name} is missing or damaged"
+            if not is_read:
+                continue
+            if sha256_of(path) != shard["sha256"]:
+                return f"{path.name} is missing or damaged"
+            tokens = open_token_shard(path, token_dtype(vocab_size), shard["tokens"])
+            if len(tokens) and int(tokens.max()) >= vocab_size:
+                return f"{path.name} has the id {tokens.max()}, and the tokenizer has {vocab_size} ids"
+        except (KeyError, TypeError):
+            return "its record is damaged"
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def pretokenize(
+    data_dir: Path,
+    output: Path,
+    tokenizer: "Tokenizer",
+    val_fraction: float,
+    engine: ExecutorName = "local",
+    num_workers: int = 1,
+) -> dict[str, Any]:
+    """Make `output` hold the tokens of data_dir's text, redoing only what does not match; return its manifest.
+
+    The bytes do not depend on engine and workers. Says on standard error what was made anew, why, and what was
+    reused. Raises UserError.
+    """
+    text = find_text_shards(data_dir.resolve())
+    records = tokenize_missing(text, output, tokenizer, val_fraction, engine, num_workers)
+    return _write_manifest(output, tokenizer, text, val_fraction, [records[i] for i in range(len(text.paths))])
+
+
+def tokenize_missing(
+    text: TextShards,
+    output: Path,
+    tokenizer: "Tokenizer",
+    val_fraction: float,
+    engine: ExecutorName,
+    num_workers: int,
+    part: tuple[int, int] = (1, 1),
+) -> dict[int, dict[str, Any]]:
+    """The records, by shard, that hold now; with part (k, n), of n, only each n-th shard from the k-th on is made."""
+    _refuse_foreign_folder(output)
+    try:
+        with open_executor(engine, min(num_workers, len(text.paths))) as run:
+            surveys = dict(run(functools.partial(survey_shard, text), range(len(text.paths))))
+            hashes = {path: surveys[i][0] for i, path in enumerate(text.paths)}
+            for path, sha256 in zip(text.paths, text.sha256, strict=True):
+                if sha256 not in (None, hashes[path]):
+                    print(f"warning: {path} was edited or cut short since it was prepared", file=sys.stderr)
+            threshold = validation_threshold(text, chain.from_iterable(s[1] for s in surveys.values()), val_fraction)
+            sources = [_sources(text, index, hashes, tokenizer, threshold) for index in range(len(text.paths))]
+            return _update(text, output, tokenizer, threshold, sources, run, part)
+    except ExecutorError as error:
+        raise UserError(str(error))
+
+
+def _update(
+    text: TextShards,
+    output: Path,
+    tokenizer: "Tokenizer",
+    threshold: int,
+    sources: list[dict[str, Any]],
+    run: RunTasks,
+    part: tuple[int, int],
+) -> dict[int, dict[str, Any]]:
+    """Tokenize, by `run`, what does not match its sources; the records that hold then."""
+    output.mkdir(parents=True, exist_ok=True)
+    old = [_read_record(output / f"{path.stem}.json") for path in text.paths]
+    reasons = {
+        i: why for i, record in enumerate(old) if (why := _difference(record, sources[i], output, tokenizer.vocab_size))
+    }
+    records = {i: record for i, record in enumerate(old) if record is not None and i not in reasons}
+    reasons = {i: why for i, why in reasons.items() if i % part[1] == part[0] - 1}
+    if reasons:
+        (output / "manifest.json").unlink(missing_ok=True)  # from here on the folder is not whole
+    if records:
+        counted = f"{len(records)} of {len(text.paths)} token shards reused"
+        print(f"{output}: {counted}, text and tokenizer match", file=sys.stderr)
+    sizes = {i: text.paths[i].stat().st_size for i in reasons}
+    start, n_done, n_all = time.monotonic(), 0, sum(sizes.values())
+    task = functools.partial(_tokenize_one, text, tokenizer, threshold, output.resolve(), sources)
+    with tqdm(total=n_all, unit="B", unit_scale=True, desc="pretokenize", disable=not sys.stderr.isatty()) as bar:
+        for index, record in run(task, list(reasons)):
+            records[index] = record
+            n_done += sizes[index]
+            rate = n_done / max(time.monotonic() - start, 1e-9)
+            n_tokens = sum(record[split]["tokens"] for split in SPLITS)
+            tqdm.write(
+                f"{text.paths[index].name}: tokenized ({reasons[index]}), {n_tokens:,} tokens, {rate / 1e6:.1f} MB/s,"
+                f" {(n_all - n_done) / rate:.0f} s left",
+                sys.stderr,
+            )
+            bar.update(sizes[index])
+    return records
+
+
+def _sources(
+    text: TextShards, index: int, hashes: dict[Path, str], tokenizer: "Tokenizer", threshold: int
+) -> dict[str, Any]:
+    """What the token shards of text shard `index` are made from."""
+    starts_inside = index > 0 and text.continues[index - 1]
+    return {
+        "separator": text.separator,
+        "text": [hashes[shard] for shard in shards_read_with(text, index)] + [starts_inside],
+        "tokenizer": tokenizer.fingerprint,
+        "threshold": threshold,
+    }
+
+
+def _tokenize_one(
+    text: TextShards, tokenizer: "Tokenizer", threshold: int, output: Path, sources: list[dict[str, Any]], index: int
+) -> dict[str, Any]:
+    """Write the token shards of text shard `index`, then their record, and return it."""
+    record = sources[index] | tokenize_shard(text, index, tokenizer, threshold, output)
+    write_json(output / f"{text.paths[index].stem}.json", record)
+    return record
+
+
+def _refuse_foreign_folder(output: Path) -> None:
+    there = next(path for path in (output, *output.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"{output}: {there} is a file; name a folder for the token shards")
+    if there != output:
+        return
+    # Other hidden files come from a file browser, and may stay.
+    other = sorted(path.name for path in output.iterdir() if not _is_ours(path) and not path.name.startswith("."))
+    if other:
+        raise UserError(f"{output} holds something else ({other[0]}); name a new or empty folder for the token shards")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file in a token folder was written here (and may be replaced or removed)."""
+    if path.suffix == ".json":
+        record = _read_record(path) or {}
+        return record.get("format") == TOKEN_FORMAT or {"threshold", *SPLITS} <= record.keys()
+    return path.is_file() and WRITTEN_HERE.fullmatch(path.name) is not None
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None where there is none that can be read."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def manifest_of(
+    name: str, tokenizer: "Tokenizer", val_fraction: float, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What manifest.json says of such records; `name` is what the tokenizer was called when they were made."""
+    return {
+        "format": TOKEN_FORMAT,
+        "version": 1,
+        "tokenizer": {
+            "name": name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text_id": tokenizer.end_of_text_id,
+            "unknown_id": tokenizer.unknown_id,
+            "newline_id": tokenizer.newline_id,
+        },
+        "dtype": token_dtype(tokenizer.vocab_size),
+        "val_fraction": val_fraction,
+        **{name: sum(record[split][name] for record in records for split in SPLITS) for name in COUNTS},
+        **{split: {name: sum(record[split][name] for record in records) for name in COUNTS} for split in SPLITS},
+        "fingerprint": hashlib.sha256(
+            "".join(r[split]["sha256"] for r in records for split in SPLITS).encode()
+        ).hexdigest(),
+        "shards": records,
+    }
+
+
+def _write_manifest(
+    output: Path, tokenizer: "Tokenizer", text: TextShards, val_fraction: float, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Clear away shards of text that is gone, then write manifest.json and return it."""
+    named = {"manifest.json", *(f"{path.stem}.json" for path in text.paths)} | {
+        record[split]["file"] for record in records for split in SPLITS
+    }
+    stale = [path for path in output.iterdir() if path.name not in named and _is_ours(path)]
+    if stale:
+        (output / "manifest.json").unlink(missing_ok=True)  # it may name them
+    for path in stale:
+        path.unlink()
+    manifest = manifest_of(tokenizer.name, tokenizer, val_fraction, records)
+    if _read_record(output / "manifest.json") != manifest:  # a folder that matches may be one that cannot be written
+        write_json(output / "manifest.json", manifest)
+    return manifest
+
+
+def load_manifest(folder: Path, tokenizer: "Tokenizer", most_hashed: float = MAX_HASHED_BYTES) -> dict[str, Any]:
+    """The manifest of a finished token folder whose text is not at hand. Raises UserError.
+
+    Shards of more than most_hashed bytes in all are not read: their names, sizes and counts are checked.
+    """
+    manifest = _read_record(folder / "manifest.json")
+    if manifest is None or manifest.get("format") != TOKEN_FORMAT or manifest.get("version") != 1:
+        raise UserError(f"{folder} holds no finished token shards; pretokenize.py makes them")
+    try:
+        made_by = manifest["tokenizer"]
+        if made_by["fingerprint"] != tokenizer.fingerprint:
+            raise UserError(f"{folder} was made by another tokenizer, {made_by['name']}, and not {tokenizer.name}")
+        records = manifest["shards"]
+        is_read = manifest["tokens"] * np.dtype(token_dtype(tokenizer.vocab_size)).itemsize <= most_hashed
+        damage = next(
+            filter(None, (_damage(record, folder, tokenizer.vocab_size, is_read) for record in records)), None
+        )
+        if not damage and manifest != manifest_of(made_by["name"], tokenizer, manifest["val_fraction"], records):
+            damage = "its manifest.json does not agree with its shards"
+    except (KeyError, TypeError) as error:
+        damage = f"its manifest.json is damaged ({error!r})"
+    if damage:
+        raise UserError(f"{folder}: {damage}; run pretokenize.py again, or bring the folder again")
+    return manifest
+
+
+def describe_tokens(manifest: dict[str, Any]) -> str:
+    """One line about a token folder, for a person."""
+    unknown = manifest["unknown_tokens"]
+    share = f" ({unknown / max(manifest['characters'], 1) * 10_000:.1f} per 10,000 characters)" if unknown else ""
+    train, val, by = manifest["train"], manifest["val"], manifest["tokenizer"]
+    return (
+        f"{manifest['documents']:,} works, {manifest['tokens']:,} tokens ({train['tokens']:,} to train on, {val['tokens']:,}"
+        f" for validation), {manifest['characters'] / max(manifest['tokens'], 1):.2f} characters a token,"
+        f" {unknown:,} unknown{share}; {by['name']}, {by['vocab_size']:,} ids"
+    )
+
+
+def token_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+    """The manifest and the shards it names."""
+    shards = [folder / shard[split]["file"] for shard in manifest["shards"] for split in SPLITS]
+    return [folder / "manifest.json", *shards]
+
+
+def open_tokens(folder: Path, manifest: dict[str, Any]) -> dict[str, TokenStream]:
+    """The tokens of each split. Raises UserError where a shard is not what the manifest says, its inside when read."""
+    dtype = manifest["dtype"]
+
+    def stream(split: str) -> TokenStream:
+        paths = [folder / shard[split]["file"] for shard in manifest["shards"]]
+        lengths = [shard[split]["tokens"] for shard in manifest["shards"]]
+        for path, length in zip(paths, lengths, strict=True):
+            if not has_size_of(path, length, dtype):
+                raise UserError(f"{path} is missing or damaged; run pretokenize.py again")
+
+        def open_shard(number: int) -> Tokens:
+            try:
+                return open_token_shard(paths[number], dtype, lengths[number])
+            except ValueError as error:
+                raise UserError(f"{error}; run pretokenize.py again")
+
+        return TokenStream.lazy(lengths, open_shard)
+
+    return {split: stream(split) for split in SPLITS}

@@ -1,0 +1,76 @@
+"""Token shards on disk, and many of them read as one long row of tokens.
+
+A shard is a NumPy .npy file (magic, version, dtype and count in its header) of one dimension, uint16 or uint32,
+little-endian. It is memory-mapped when it is first read, so that a corpus of any size costs neither time nor memory
+before.
+"""
+
+import functools
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.integer]
+MAX_MAPPED = 256  # shards of a stream at a time: each takes one of the files that a process may have open
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest of the two types that holds every id below vocab_size: "uint16" or "uint32"."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def token_shard_bytes(tokens: Tokens) -> bytes:
+    """The content of a shard file that holds `tokens` (uint16 or uint32)."""
+    file = io.BytesIO()
+    np.save(file, tokens.astype(tokens.dtype.newbyteorder("<"), copy=False), allow_pickle=False)
+    return file.getvalue()
+
+
+def open_token_shard(path: Path, dtype: str, n_tokens: int) -> Tokens:
+    """The tokens of a shard, memory-mapped: (n_tokens,). Raises ValueError where the file is not what is expected."""
+    try:
+        tokens: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # NumPy's reader of headers raises many kinds for a damaged one
+        raise ValueError(f"{path}: not a token shard ({error})")
+    if (
+        not isinstance(tokens, np.ndarray)
+        or tokens.shape != (n_tokens,)
+        or tokens.dtype != np.dtype(dtype).newbyteorder("<")
+    ):
+        raise ValueError(f"{path}: not the {n_tokens} tokens of {dtype} that its manifest names")
+    return tokens
+
+
+class TokenStream:
+    """Shards end to end, read as one array of len(stream) tokens."""
+
+    def __init__(self, shards: Sequence[Tokens]) -> None:
+        self._shard: Callable[[int], Tokens] = shards.__getitem__
+        self._ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64)  # where each shard ends
+
+    @classmethod
+    def lazy(cls, lengths: Sequence[int], open_shard: Callable[[int], Tokens]) -> "TokenStream":
+        """A stream of shards of known lengths, each of which is opened, by its number, when it is read."""
+        stream = cls([])
+        stream._ends = np.cumsum(lengths, dtype=np.int64)
+        stream._shard = functools.lru_cache(MAX_MAPPED)(open_shard)
+        return stream
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, start: int, length: int, dtype: npt.DTypeLike = np.int64) -> Tokens:
+        """Tokens start … start + length - 1 as a new array; they may lie in several shards."""
+        if start < 0 or start + length > len(self):
+            raise IndexError(f"tokens {start} to {start + length} of {len(self)}")
+        parts = []
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while length > 0:
+            inside = start - (int(self._ends[shard - 1]) if shard else 0)
+            part = self._shard(shard)[inside : inside + length]
+            parts.append(part)
+            start, length, shard = start + len(part), length - len(part), shard + 1
+        return np.concatenate(parts).astype(dtype) if parts else np.empty(0, dtype)

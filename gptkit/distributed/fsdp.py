@@ -1,0 +1,126 @@
+"""A model of which each process holds a part: FSDP2 (torch.distributed.fsdp.fully_shard), and its tensors (DTensor).
+
+Zhao et al. 2023, "PyTorch FSDP" (arXiv 2304.11277). Parameters, gradients and the optimizer's state are cut along their
+first dimension; a block is gathered while it computes. For a model that is whole, and its tensors, each function hands
+back what it was given.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+
+def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+    """Leave a part of each parameter in each process of the group: gathered block by block, the rest in one go.
+
+    Blocks are gathered in `dtype`, which is autocast's, and gradients are averaged in float32. The rest (embedding,
+    head, last norm) stays float32, so that the numbers are those of autocast on a whole model.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if dtype != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def register_forward(model: nn.Module, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The loss by a model, on the way to which a sharded one is gathered as for its forward."""
+    if not is_sharded(model):
+        return loss
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    model.loss = loss  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "loss")
+    return model.loss  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def unsharded(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """A sharded model whole in each process for a while, so that any of its methods may be called.
+
+    dtype is what it was sharded with: its blocks are in it, and the products must be too.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    parts = [part for part in model.modules() if is_sharded(part)]
+    model.set_reshard_after_forward(False)
+    for part in parts:
+        part.unshard()
+    with torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype != torch.float32):
+        yield
+    for part in parts:
+        part.reshard()
+    model.set_reshard_after_forward(True)
+
+
+def is_shard(tensor: torch.Tensor) -> bool:
+    if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor; it shares its memory."""
+    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def full_tensor(part: torch.Tensor, like: Any) -> torch.Tensor:
+    """The tensor whose parts the processes give, cut as `like` is. All processes must ask."""
+    if not is_shard(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    ).full_tensor()
+
+
+def full_norm(norm: torch.Tensor) -> torch.Tensor:
+    """The norm of all parts, as clip_grad_norm_ gives it, as a plain tensor."""
+    return norm.full_tensor() if is_shard(norm) else norm  # type: ignore[attr-defined]
+
+
+def shard_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    """Of a whole tensor the part that this process holds, cut as `like` is. No process asks another."""
+    if not is_shard(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def shard_tensors(tensors: Mapping[str, torch.Tensor], like: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """part_of each tensor, by name; one that nothing is named as stays whole."""
+    return {name: shard_like(tensor, like.get(name)) for name, tensor in tensors.items()}
+
+
+def full_tensors(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """The tensors, whole; those that were parts on the CPU. None without `keep`: the process only gave its parts."""
+    found = {}
+    for name, tensor in tensors.items():
+        if is_shard(tensor):  # one at a time: a device may not hold them all
+            tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+            tensor = tensor.cpu() if keep else tensor
+        if keep:
+            found[name] = tensor
+    return found

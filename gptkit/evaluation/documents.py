@@ -1,0 +1,97 @@
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from gptkit.base.cli import UserError
+
+SEPARATOR = "<|endoftext|>"  # between the works of a .txt file
+JSONL_NAMES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
+BLOCK_CHARS = 1 << 20
+MAX_LINE_BYTES = 32 << 20  # of JSONL: ten million characters, more than any novel
+# How compressed files begin: a name may lie, when a browser has unpacked what it fetched.
+MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open}
+
+
+def read_documents(path: Path, max_chars: int | None = None) -> Iterator[str]:
+    """The works of a JSONL or .txt file, one at a time; blank ones are skipped.
+
+    In JSONL a work is the `text` of a line; a .txt file is one work, or several with <|endoftext|> between them, and
+    its line ends are read as newlines. With max_chars, as many whole works from the first on as it has room for, and
+    at least one. Raises UserError where the file is something else, or holds no text.
+    """
+    n_characters = 0
+    for work in _all_documents(path):
+        if not work.strip():
+            continue
+        if max_chars is not None and n_characters and n_characters + len(work) > max_chars:
+            return
+        n_characters += len(work)
+        yield work
+    if not n_characters:
+        raise UserError(f"{path} holds no text, or only blank works; name a file with text")
+
+
+def _all_documents(path: Path) -> Iterator[str]:
+    if path.name.lower().endswith(".txt"):
+        return _documents_of_text(path)
+    if path.name.lower().endswith(JSONL_NAMES):
+        return _documents_of_jsonl(path)
+    raise UserError(
+        f"{path} is neither JSONL nor text by its name; name one that ends in {', '.join(JSONL_NAMES)} or .txt"
+    )
+
+
+def _documents_of_text(path: Path) -> Iterator[str]:
+    begun = ""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            while block := file.read(BLOCK_CHARS):
+                *ended, begun = (begun + block).split(SEPARATOR)
+                yield from ended
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8")
+    yield begun
+
+
+def _documents_of_jsonl(path: Path) -> Iterator[str]:
+    with open(path, "rb") as raw:
+        head = raw.read(8)
+        raw.seek(0)
+        opened = next((opener for magic, opener in MAGIC.items() if head.startswith(magic)), None)
+        number = 0
+        try:
+            file = cast(BinaryIO, opened(raw, "rb") if opened else raw)
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte-order mark
+                if line.strip():
+                    yield _text_of_line(line)
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+            raise UserError(f"{path}: damaged or cut short after line {number} ({error}); bring the file again")
+        except ValueError as problem:
+            raise UserError(f'{path}: line {number}: {problem}; each line must be an object such as {{"text": "雨。"}}')
+
+
+def _text_of_line(line: bytes) -> str:
+    """Raises ValueError where the line is no work."""
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8")
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON")
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    text = value.get("text")
+    if not isinstance(text, str):
+        raise ValueError("no `text` that is a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`text` has a lone surrogate at character {error.start + 1}, which no UTF-8 file can hold")
+    return text

@@ -1,0 +1,106 @@
+"""Linear layers for writing on a CPU, where a token costs as long as the weights take to come out of memory.
+
+For few rows torch hands a float32 product to a routine that reads the weights with one core, or, for some rows, again
+and again. `PackedLinear` has oneDNN do it, with the weights laid out for it; `Int8Linear` has a quarter of the bytes
+to read. Both are for inference alone: they have no parameters of their own. `prepare_to_write` puts the first into a
+model, and makes of the second a draft that guesses what the model will write (generation.py).
+
+Shapes: M rows (of all dimensions but the last), K inputs, N outputs.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptkit.base.cli import UserError, first_line
+
+PACKED_FOR_ROWS = 8
+MIN_DRAFT_ENTRIES = 20_000_000  # entries of all matrices of a model from which a draft pays: benchmarks/draft_sizes.py
+INPUT_LEVELS = 63  # AVX2 adds products of inputs and weights in pairs, in 16 bits: 2 x 127 x 127 is the most that fits
+
+
+class PackedLinear(nn.Module):
+    """x W^T + b in float32, by the product that torch.compile would choose, where torch has it."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.bias = None if bias is None else bias.detach()
+        self.packed: Any = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR_ROWS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, K) -> (…, N)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """x W^T + b with weights in 8 bits, one scale an output, and inputs in 7 bits, one scale a row.
+
+    As LLM.int8 (Dettmers et al. 2022, section 2.1, "row-wise" and vector-wise scales), without its outliers. A row's
+    result does not depend on the rows beside it. A single row has a quicker kernel, whose 128 levels lie between its
+    least and its largest input and 0: no further apart, unless all inputs are below 0.004. torch's FBGEMM kernels do
+    the product. Raises UserError where torch has none for this processor.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.bias = None if bias is None else bias.detach().float()
+        scales = (weight.detach().float().abs().amax(1) / 127).clamp_min(1e-12)
+        levels = (weight.detach() / scales[:, None]).round_().to(torch.int8)
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch means to move these tensors to another library
+                quantized = torch._make_per_channel_quantized_tensor(levels, scales.double(), zeros, 0)
+            self.packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
+            self(torch.zeros(2, weight.shape[1]))  # some of torch's engines pack, and have no such product
+        except (RuntimeError, AttributeError) as error:
+            raise UserError(
+                f"--quantize int8: this torch has no such product for this processor ({first_line(error)}); leave it out"
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, M, K) -> (…, M, N)
+        if x.numel() == x.shape[-1]:
+            product = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)  # 7 bits
+            return product if self.bias is None else product.add_(self.bias)
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min(1e-12)  # (…, 1)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x / largest, 1 / INPUT_LEVELS, INPUT_LEVELS + 1, self.packed
+        )
+        return product * largest if self.bias is None else torch.addcmul(self.bias, product, largest)
+
+
+def replace_linear_layers(model: Any, layer: Callable[[torch.Tensor, torch.Tensor | None], nn.Module]) -> None:
+    """Put layers made of (weight, bias) in place of a model's nn.Linear ones and of its last product, for good.
+
+    The model has the matrix of its last product as head_weight, a bias of it as padding_bias, and takes another layer
+    for it as quick_head.
+    """
+    head: Any = model.head_weight
+    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:  # those go as they can
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and child.weight is not head:
+                setattr(module, name, layer(child.weight, child.bias))
+    model.inference_head = layer(head, model.padding_bias if model.padding_bias.any() else None)
+
+
+def quantized_copy(model: Any) -> Any:
+    """A model to write with that has Int8Linear layers and shares all else with the one given. Raises UserError."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, shared)
+    replace_linear_layers(copied, Int8Linear)
+    return copied.eval()
+
+
+def prepare_for_generation(model: Any, *, with_draft: bool) -> Any | None:
+    """Put packed layers into a float32 model on the CPU, for good; the draft, where one is asked for and pays."""
+    draft = None
+    if with_draft and model.config.n_block_parameters + model.head_weight.numel() >= MIN_DRAFT_ENTRIES:
+        with contextlib.suppress(UserError):
+            draft = quantized_copy(model)
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        replace_linear_layers(model, PackedLinear)  # else torch's own layers stay
+    return draft

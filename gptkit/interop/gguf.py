@@ -1,0 +1,121 @@
+"""A GGUF file for llama.cpp, by the library gguf: weights, dimensions and tokenizer in one file.
+
+Both architectures, with a SentencePiece tokenizer. llama.cpp's own tokenizers read SentencePiece's pieces and scores: its
+"llama" is BPE, its "t5" unigram. A text begins with end-of-text there too.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gptkit.base.cli import UserError
+
+if TYPE_CHECKING:
+    from gptkit.text.tokenizer import Tokenizer
+
+
+def write_gguf(
+    path: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], tokenizer: "Tokenizer", kind: str
+) -> None:
+    """tensors and config are those of transformers' model (hf_conversion.to_hf). kind: f32, f16 or q8_0, of matrices.
+
+    Raises UserError where gguf is not installed, or llama.cpp has no such tokenizer.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(f"--format gguf needs gguf ({error}); pip install gguf")
+    is_gpt2 = config["model_type"] == "gpt2"
+    arch = gguf.MODEL_ARCH.GPT2 if is_gpt2 else gguf.MODEL_ARCH.QWEN3
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    _add_dimensions(writer, config)
+    _add_tokenizer(writer, tokenizer)
+    writer.add_file_type(
+        getattr(gguf.LlamaFileType, {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[kind])
+    )
+    names = gguf.get_tensor_name_map(arch, config.get("n_layer") or config["num_hidden_layers"])
+    for name, tensor in tensors.items():
+        of_conv1d = is_gpt2 and tensor.dim() == 2 and ".h." in name  # (inputs, outputs) there
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        _add_tensor(writer, found, (tensor.t() if of_conv1d else tensor).contiguous().numpy(), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_tensor(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
+    """Matrices in the type asked for, where their rows are whole blocks of it; norms, biases and positions as they are."""
+    import gguf
+    from gguf import quants
+
+    if values.ndim < 2 or kind == "f32" or name.startswith("position_embd"):
+        writer.add_tensor(name, values.astype(np.float32))
+    elif kind == "q8_0" and values.shape[1] % 32 == 0:
+        packed = quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    else:
+        writer.add_tensor(name, values.astype(np.float16))
+
+
+def _add_dimensions(writer: Any, config: Mapping[str, Any]) -> None:
+    if config["model_type"] == "gpt2":
+        writer.add_context_length(config["n_positions"])
+        writer.add_embedding_length(config["n_embd"])
+        writer.add_block_count(config["n_layer"])
+        writer.add_feed_forward_length(4 * config["n_embd"])
+        writer.add_head_count(config["n_head"])
+        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+        return
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+
+
+def _add_tokenizer(writer: Any, tokenizer: "Tokenizer") -> None:
+    import gguf
+
+    from gptkit.text.backends import SentencePieceBackend
+
+    if not isinstance(tokenizer.backend, SentencePieceBackend):
+        raise UserError(
+            f"--format gguf is for SentencePiece tokenizers, and {tokenizer.name} is none; export it with --format hf"
+        )
+    if tokenizer.lower_case:
+        print("note: llama.cpp does not lower-case: give it text in lower case", file=sys.stderr)
+    model = tokenizer.backend.proto()
+    how, trainer = model.normalizer_spec, model.trainer_spec
+    tokens = [piece.piece.encode() for piece in model.pieces]
+    scores = [piece.score for piece in model.pieces]
+    kinds = [int(piece.type) for piece in model.pieces]  # GGUF's numbers are SentencePiece's
+    if tokenizer.newline_id is not None:
+        tokens, scores, kinds = [*tokens, b"\n"], [*scores, 0.0], [*kinds, int(gguf.TokenType.USER_DEFINED)]
+    if trainer.model_type == trainer.UNIGRAM:
+        writer.add_tokenizer_model("t5")
+        writer.add_remove_extra_whitespaces(how.remove_extra_whitespaces)
+        if how.precompiled_charsmap:
+            writer.add_precompiled_charsmap(how.precompiled_charsmap)
+    else:
+        writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_add_space_prefix(how.add_dummy_prefix)
+    writer.add_bos_token_id(tokenizer.end_of_text_id)
+    writer.add_eos_token_id(tokenizer.end_of_text_id)
+    if tokenizer.unknown_id is not None:
+        writer.add_unk_token_id(tokenizer.unknown_id)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)

@@ -1,0 +1,395 @@
+"""Checkpoints: folders `step_00000300` that hold all a run needs to go on, and all that inference needs.
+
+    model.safetensors      the weights
+    training.safetensors   the optimizer's state and the random states
+    tokenizer/             the tokenizer's files
+    state.json             step, losses, what the run is (model dimensions and fingerprints), its settings
+    SHA256SUMS             the checksum of each of these, written last (sha256sum -c reads it)
+
+A folder is written under a temporary name, synced, and renamed; then the links `latest` and `best` are moved, which
+are for people: readers look for the folders, and trust none whose checksums do not fit. The newest ones and the one
+with the lowest validation loss are kept. Nothing here is a pickle, so a stranger's checkpoint runs no code.
+"""
+
+import functools
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from gptkit.base.cli import UserError, first_line
+from gptkit.base.files import read_json, sha256_of, sync_file, sync_folder, write_atomically, write_json
+from gptkit.base.paths import existing_path
+from gptkit.text.tokenizer import Tokenizer, load_saved_tokenizer
+
+FORMAT, VERSION = "gptkit-checkpoint", 2
+STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
+SUMS_FILE, TOKENIZER_DIR = "SHA256SUMS", "tokenizer"
+SUMS_LINE = re.compile(r"([0-9a-f]{64})  ((?:tokenizer/)?[\w-][\w.-]*)")  # no path leads out of the folder
+MAX_SUMS_BYTES, MAX_STATE_BYTES = 1 << 16, 1 << 24
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
+Choice = Literal["newest", "best"]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that must not be trusted, and why."""
+
+
+# Writing
+
+
+def save_checkpoint(
+    output_dir: Path,
+    state: dict[str, Any],
+    model: Mapping[str, torch.Tensor],
+    training: Mapping[str, torch.Tensor],
+    tokenizer: Mapping[str, bytes],
+    keep: int = 2,
+) -> Path:
+    """Write `step_…` (of state["step"]) and clear away all but the newest `keep` and the best.
+
+    Raises UserError where weights are not finite, and where the disk is full.
+    """
+    folder = output_dir / f"step_{state['step']:08d}"
+    weights = without_prefixes(model)
+    broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{folder} is not written: {broken} holds values that are not finite")
+    partial = output_dir / f".{folder.name}.partial"
+    for leftover in output_dir.glob(".step_*.partial"):  # of a run that was killed while it wrote or removed one
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        (partial / TOKENIZER_DIR).mkdir(parents=True)
+        for name, content in tokenizer.items():
+            (partial / TOKENIZER_DIR / name).write_bytes(content)
+        save_file(weights, partial / MODEL_FILE)
+        save_file(dict(training), partial / TRAINING_FILE)
+        write_json(partial / STATE_FILE, {"format": FORMAT, "version": VERSION, **state})
+        files = [partial / name for name in (MODEL_FILE, STATE_FILE, TRAINING_FILE)]
+        files += sorted((partial / TOKENIZER_DIR).iterdir())
+        for path in files:
+            sync_file(path)
+        sync_folder(partial / TOKENIZER_DIR)
+        write_sums(partial, files)
+        if folder.exists():  # the same step, saved again
+            _remove(folder)
+        os.replace(partial, folder)
+        sync_folder(output_dir)
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise UserError(f"{folder} could not be written ({error}); make room on the disk")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _prune(output_dir, keep)
+    return folder
+
+
+def write_sums(folder: Path, files: list[Path]) -> None:
+    """Write SHA256SUMS of the files in a checkpoint, as sha256sum would."""
+    sums = "".join(f"{sha256_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+    write_atomically(folder / SUMS_FILE, sums.encode())
+
+
+class BackgroundSaver:
+    """Writes checkpoints beside the training, one at a time.
+
+    A save that fails leaves the ones before as they are and is a warning; `failure` then holds what went wrong, until
+    one succeeds.
+    """
+
+    def __init__(self, output_dir: Path, keep: int, say: Callable[[str], None]) -> None:
+        self.output_dir, self.keep, self.say = output_dir, keep, say
+        self.failure: str | None = None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
+        self._future: Future[None] | None = None
+
+    def save(
+        self,
+        state: dict[str, Any],
+        model: Mapping[str, torch.Tensor],
+        training: Mapping[str, torch.Tensor],
+        tokenizer: Mapping[str, bytes],
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the tensors to host memory, and return; they are written, and `then` is called, in another thread."""
+        self.wait()
+        needed = sum(tensor.nbytes for tensor in (*model.values(), *training.values())) + (1 << 20)
+        free = shutil.disk_usage(self.output_dir).free
+        if free < needed:
+            self._fail(state["step"], f"it takes {needed / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} MiB")
+            return
+        weights, rest = (
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for tensors in (model, training)
+        )
+        write = functools.partial(save_checkpoint, self.output_dir, state, weights, rest, tokenizer, self.keep)
+        self._future = self._pool.submit(self._write, state["step"], write, then)
+
+    def _write(self, step: int, write: Callable[[], Path], then: Callable[[], None]) -> None:
+        try:
+            write()
+        except (UserError, OSError) as error:
+            self._fail(step, str(error))
+        else:
+            self.failure = None
+            then()
+
+    def _fail(self, step: int, reason: str) -> None:
+        self.failure = f"the checkpoint of step {step} could not be saved: {reason}"
+        self.say(f"warning: {self.failure}; the ones before are as they were")
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._future:
+            self._future.result()
+            self._future = None
+
+
+def without_prefixes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors by the names that the bare model gives them."""
+    return {functools.reduce(str.removeprefix, PREFIXES * 2, name): tensor for name, tensor in tensors.items()}
+
+
+def _prune(output_dir: Path, keep: int) -> None:
+    checkpoints = find_checkpoints(output_dir)
+    best = sort_by_val_loss(checkpoints)[0]
+    for folder in set(checkpoints[:-keep]) - {best}:
+        _remove(folder)
+    for name, folder in (("latest", checkpoints[-1]), ("best", best)):
+        _link(output_dir / name, folder)
+
+
+def _link(link: Path, folder: Path) -> None:
+    """Point `link` at a folder beside it, where the file system has links and the name is free."""
+    if link.exists() and not link.is_symlink():
+        return
+    temporary = link.with_name(f".{link.name}.partial")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name, target_is_directory=True)
+        os.replace(temporary, link)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    doomed = folder.with_name(f".{folder.name}.old.partial")  # never a half-deleted folder under a proper name
+    os.replace(folder, doomed)
+    # On a mounted bucket a folder that was just renamed may not let itself be removed; the next save clears it away.
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+# Reading
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints in a folder, verified or not, oldest step first."""
+    found = output_dir.glob("step_*") if output_dir.is_dir() else iter(())
+    named = [path for path in found if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir()]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def verify(folder: Path, training: bool = True) -> None:
+    """Raise Damaged where a file is missing, has changed, or is none of a checkpoint.
+
+    Without `training`, the optimizer's state is not read: who only writes with the model does not need it.
+    """
+    try:
+        path = folder / SUMS_FILE
+        if path.stat().st_size > MAX_SUMS_BYTES:
+            raise DamagedCheckpoint(f"{SUMS_FILE} is too large")
+        lines = path.read_bytes().decode("ascii").split("\n")
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{SUMS_FILE} is missing")
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{SUMS_FILE} cannot be read ({error})")
+    matches = [SUMS_LINE.fullmatch(line) for line in lines]
+    sums = {match[2]: match[1] for match in matches if match}
+    wanted = {STATE_FILE, MODEL_FILE, TRAINING_FILE}
+    if len(sums) != len(lines) - 1 or lines[-1] or not wanted < sums.keys():
+        raise DamagedCheckpoint(f"{SUMS_FILE} does not name what a checkpoint holds")
+    for name, known in sums.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise DamagedCheckpoint(f"{name} is missing")
+        if training or name != TRAINING_FILE:
+            try:
+                found = sha256_of(path)
+            except OSError as error:
+                raise DamagedCheckpoint(f"{name} cannot be read ({error})")
+            if found != known:
+                raise DamagedCheckpoint(f"{name} is not what was saved")
+    try:
+        _read_state(folder)
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{STATE_FILE}: {error}")
+
+
+def first_valid(candidates: list[Path], training: bool = True) -> Path:
+    """The first that can be trusted, with a warning for each one before it. Raises UserError where there is none."""
+    damage = {}
+    for folder in candidates:
+        try:
+            verify(folder, training)
+        except DamagedCheckpoint as error:
+            damage[folder] = str(error)
+            continue
+        for passed_over, reason in damage.items():
+            print(f"warning: {passed_over} is damaged ({reason}); {folder} is used instead", file=sys.stderr)
+        return folder
+    reasons = "; ".join(f"{folder}: {reason}" for folder, reason in damage.items())
+    raise UserError(f"no checkpoint is whole ({reasons}); restore one, or remove them to begin anew")
+
+
+def newest_valid(output_dir: Path) -> Path | None:
+    """The newest checkpoint that can be trusted; None where there are none. Raises UserError where all are damaged."""
+    found = find_checkpoints(output_dir)
+    return first_valid(found[::-1]) if found else None
+
+
+def set_aside_newer(checkpoint: Path) -> None:
+    """Rename the damaged ones that are newer, so that they do not count among those that are kept."""
+    for folder in find_checkpoints(checkpoint.parent):
+        if int(folder.name.removeprefix("step_")) > int(checkpoint.name.removeprefix("step_")):
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+
+
+def sort_by_val_loss(checkpoints: list[Path]) -> list[Path]:
+    """By validation loss; those of equal loss, or without one that can be read, newest first."""
+
+    def val_loss(folder: Path) -> float:
+        try:
+            loss = float(read_state_or_empty(folder)["val_loss"])
+        except (KeyError, TypeError, ValueError):
+            return math.inf
+        return math.inf if math.isnan(loss) else loss
+
+    return sorted(reversed(checkpoints), key=val_loss)
+
+
+def choose_checkpoint(exp_dir: str, choice: Choice) -> Path:
+    """The checkpoint that --exp_dir means, verified: that folder itself, one in it, or one in a folder below.
+
+    Raises UserError.
+    """
+    folder = existing_path(exp_dir, "--exp_dir")
+    if folder.is_file():
+        _refuse_pickle([folder])
+        raise UserError(f"--exp_dir {folder} is a file; name the folder of an experiment or of a checkpoint")
+    if (folder / STATE_FILE).is_file() or (folder / SUMS_FILE).is_file():  # one checkpoint, by name
+        return first_valid([folder], training=False)
+    runs = {run: find_checkpoints(run) for run in [folder, *sorted(folder.glob("*/"))]}
+    runs = {run: found for run, found in runs.items() if found}
+    if not runs:
+        _refuse_pickle([*folder.glob("*.*"), *folder.glob("*/*.*")])
+        raise UserError(
+            f"--exp_dir {folder} holds no checkpoint (step_…); pretraining.py writes one every --save_ckpt_freq steps"
+        )
+    if len(runs) > 1:
+        raise UserError(f"--exp_dir {folder} holds several runs; name one: {', '.join(map(str, runs))}")
+    (found,) = runs.values()
+    return first_valid(found[::-1] if choice == "newest" else sort_by_val_loss(found), training=False)
+
+
+def _refuse_pickle(files: list[Path]) -> None:
+    for path in files:
+        if path.suffix in PICKLES:
+            raise UserError(
+                f"{path} is a pickle, which can run any code when it is read, and is not opened; export the model as"
+                " safetensors where it was made"
+            )
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    path = folder / STATE_FILE
+    if path.stat().st_size > MAX_STATE_BYTES:
+        raise ValueError("too large for a state")
+    state = read_json(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("version") != VERSION:
+        raise ValueError("not a checkpoint that this version reads")
+    return state
+
+
+def read_state_or_empty(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint that may be damaged; empty where it cannot be read."""
+    try:
+        return _read_state(folder)
+    except (OSError, ValueError):
+        return {}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises UserError."""
+    try:
+        return _read_state(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / STATE_FILE}: {error}; remove {folder} to use an older checkpoint")
+
+
+def read_tensors(folder: Path, file: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of MODEL_FILE or TRAINING_FILE. Raises UserError."""
+    try:
+        return without_prefixes(load_file(folder / file, device=str(device)))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / file}: cannot be read ({error}); remove {folder} to use an older checkpoint")
+
+
+class SkipInitialization(TorchFunctionMode):
+    """Parameters are made without first values, which would be overwritten, and cost seconds on the meta device too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def load_checkpoint(
+    folder: Path, build: Callable[[dict[str, Any]], Model], device: torch.device
+) -> tuple[Model, Tokenizer]:
+    """Return the model and the tokenizer of a checkpoint; `build` makes a model from its dimensions. Raises UserError."""
+    tokenizer = load_saved_tokenizer(folder / TOKENIZER_DIR)
+    return load_model(folder, build, tokenizer.vocab_size, device), tokenizer
+
+
+def load_model(folder: Path, build: Callable[[dict[str, Any]], Model], vocab_size: int, device: torch.device) -> Model:
+    """Build a checkpoint's model from its dimensions, and load its weights.
+
+    vocab_size is the tokenizer's. Nothing is allocated before the dimensions are known to be those of the weights in
+    the file. Raises UserError.
+    """
+    try:
+        dimensions = read_state(folder)["identity"]["model"]
+        if dimensions["vocab_size"] != vocab_size:
+            raise ValueError(f"its tokenizer has {vocab_size} ids, and the model {dimensions['vocab_size']!r}")
+        with SkipInitialization(), torch.device("meta"):
+            expected = {name: list(tensor.shape) for name, tensor in build(dimensions).state_dict().items()}
+        with safe_open(folder / MODEL_FILE, "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  it is no mapping
+        different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if different:
+            raise ValueError(f"{different[0]} is {found.get(different[0])}, not {expected.get(different[0])}")
+        with SkipInitialization():
+            model = build(dimensions)
+        weights = read_tensors(folder, MODEL_FILE, torch.device("cpu"))
+        broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+        if broken:
+            raise ValueError(f"{broken} holds values that are not finite")
+        model.load_state_dict(weights)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} is damaged or from another version ({first_line(error)}); use another checkpoint")
+    return model.to(device)

