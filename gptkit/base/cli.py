@@ -217,3 +217,9 @@ def progress_bar(total: int, unit: str, what: str) -> Iterator[Callable[[int], N
 
     with tqdm(total=total, unit=unit, unit_scale=True, desc=what, disable=not sys.stderr.isatty()) as bar:
         yield update
+
+
+def print_line(text: str) -> None:
+    """Print a line (or several) on standard output, clear of a progress bar."""
+    tqdm.write(text, sys.stdout)
+    sys.stdout.flush()

@@ -18,7 +18,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -100,61 +99,6 @@ def write_sums(folder: Path, files: list[Path]) -> None:
     """Write SHA256SUMS of the files in a checkpoint, as sha256sum would."""
     sums = "".join(f"{sha256_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
     write_atomically(folder / SUMS_FILE, sums.encode())
-
-
-class BackgroundSaver:
-    """Writes checkpoints beside the training, one at a time.
-
-    A save that fails leaves the ones before as they are and is a warning; `failure` then holds what went wrong, until
-    one succeeds.
-    """
-
-    def __init__(self, output_dir: Path, keep: int, say: Callable[[str], None]) -> None:
-        self.output_dir, self.keep, self.say = output_dir, keep, say
-        self.failure: str | None = None
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
-        self._future: Future[None] | None = None
-
-    def save(
-        self,
-        state: dict[str, Any],
-        model: Mapping[str, torch.Tensor],
-        training: Mapping[str, torch.Tensor],
-        tokenizer: Mapping[str, bytes],
-        then: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Copy the tensors to host memory, and return; they are written, and `then` is called, in another thread."""
-        self.wait()
-        needed = sum(tensor.nbytes for tensor in (*model.values(), *training.values())) + (1 << 20)
-        free = shutil.disk_usage(self.output_dir).free
-        if free < needed:
-            self._fail(state["step"], f"it takes {needed / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} MiB")
-            return
-        weights, rest = (
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            for tensors in (model, training)
-        )
-        write = functools.partial(save_checkpoint, self.output_dir, state, weights, rest, tokenizer, self.keep)
-        self._future = self._pool.submit(self._write, state["step"], write, then)
-
-    def _write(self, step: int, write: Callable[[], Path], then: Callable[[], None]) -> None:
-        try:
-            write()
-        except (UserError, OSError) as error:
-            self._fail(step, str(error))
-        else:
-            self.failure = None
-            then()
-
-    def _fail(self, step: int, reason: str) -> None:
-        self.failure = f"the checkpoint of step {step} could not be saved: {reason}"
-        self.say(f"warning: {self.failure}; the ones before are as they were")
-
-    def wait(self) -> None:
-        """Return when nothing is being written any more."""
-        if self._future:
-            self._future.result()
-            self._future = None
 
 
 def without_prefixes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
