@@ -94,8 +94,8 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> Non
     device, dtype = choose_device_and_dtype(config)
     devices.keep_freed_memory(device)
     with lock_output(output_dir):
-        checkpoint = main_process(checkpoints.newest_valid)(output_dir)
-        state = main_process(checkpoints.read_state)(checkpoint) if checkpoint else {}
+        checkpoint = checkpoints.newest_valid(output_dir)
+        state = checkpoints.read_state(checkpoint) if checkpoint else {}
         tokenizer = load_run_tokenizer(config, checkpoint)
         identity = run_identity(config, tokenizer)
         require_same_run(checkpoint, state, identity)  # before tokens are made by another tokenizer
@@ -120,7 +120,7 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> Non
             if checkpoint:
                 print(f"resuming from {checkpoint}")
                 warn_changed_settings(state.get("settings"), run.settings_dict(), run.step)
-                main_process(checkpoints.set_aside_newer)(checkpoint)
+                checkpoints.set_aside_newer(checkpoint)
             with record_session(output_dir, run.step, config, environment(device, dtype)) as end:
                 train(run, guard, saver, started_at, stop, end)
 
@@ -312,7 +312,7 @@ def build_model(
     if is_new and config.init_from:
         main_process(huggingface.load_weights)(config.init_from, model)
     elif is_new:
-        main_process(initialize_from_bigrams)(model, batches.tokens, config.bigram_steps, config.seed)
+        initialize_from_bigrams(model, batches.tokens, config.bigram_steps, config.seed)
     process_group.broadcast_parameters(model.parameters())
     process_group.seed_rank(config.seed, step=0)
     if config.activation_checkpointing:

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from gptkit.data.token_shards import TokenStream
+from gptkit.distributed.process_group import main_process
 
 MAX_TOKENS = 1 << 24  # counted; more of them change frequent pairs little
 MAX_PER_ROW = 1 << 16  # followers looked at for one token
@@ -27,6 +28,7 @@ LR = 0.02
 BATCH = 1024  # tokens drawn per step, by frequency; each stands for all that is known to follow it
 
 
+@main_process
 def initialize_from_bigrams(model: Any, tokens: TokenStream, n_steps: int | None, seed: int) -> None:
     """Fit embedding and head of a new model to the bigrams of `tokens`, where the head has weights of its own.
 

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from gptkit.base.cli import UserError, first_line
 from gptkit.base.files import read_json, sha256_of, sync_file, sync_folder, write_atomically, write_json
 from gptkit.base.paths import existing_path
+from gptkit.distributed.process_group import main_process
 from gptkit.text.tokenizer import Tokenizer, load_saved_tokenizer
 
 FORMAT, VERSION = "gptkit-checkpoint", 2
@@ -197,12 +198,14 @@ def first_valid(candidates: list[Path], training: bool = True) -> Path:
     raise UserError(f"no checkpoint is whole ({reasons}); restore one, or remove them to begin anew")
 
 
+@main_process
 def newest_valid(output_dir: Path) -> Path | None:
     """The newest checkpoint that can be trusted; None where there are none. Raises UserError where all are damaged."""
     found = find_checkpoints(output_dir)
     return first_valid(found[::-1]) if found else None
 
 
+@main_process
 def set_aside_newer(checkpoint: Path) -> None:
     """Rename the damaged ones that are newer, so that they do not count among those that are kept."""
     for folder in find_checkpoints(checkpoint.parent):
@@ -276,6 +279,7 @@ def read_state_or_empty(folder: Path) -> dict[str, Any]:
         return {}
 
 
+@main_process
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises UserError."""
     try:

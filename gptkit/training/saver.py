@@ -45,7 +45,7 @@ class Saver:
 
     def load(self, checkpoint: Path) -> None:
         """Load a checkpoint into the run and its guard. Raises UserError."""
-        state = main_process(checkpoints.read_state)(checkpoint)
+        state = checkpoints.read_state(checkpoint)
         training, weights = (
             broadcast_tensors(functools.partial(checkpoints.read_tensors, checkpoint, file, torch.device("cpu")))
             for file in (checkpoints.TRAINING_FILE, checkpoints.MODEL_FILE)
