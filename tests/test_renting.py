@@ -131,6 +131,7 @@ def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_command_runs_all_steps_and_later_only_those_whose_result_is_missing(
     tmp_path: Path,
     repository: Path,
@@ -163,6 +164,7 @@ def test_command_runs_all_steps_and_later_only_those_whose_result_is_missing(
     assert not (repository / "dataset" / "001").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGHUP, True)])
 def test_a_signal_reaches_training_once_and_leaves_the_pod_running(
     tmp_path: Path, prepared: Path, pod: dict[str, str], number: signal.Signals, to_all: bool
@@ -292,6 +294,7 @@ def test_missing_packages_are_installed(tmp_path: Path, prepared: Path, pod: dic
     assert training.startswith("../pretraining.py ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_a_second_machine_resumes_from_the_storage(
     tmp_path: Path, repository: Path, sample_tokens: Path, pod: dict[str, str], name: str
