@@ -58,7 +58,9 @@ def paths(text: str) -> set[str]:
     words = [word.strip("\"'") for line in code for word in line.split()]
     words += [link.partition("#")[0] for link in LINK.findall(prose) if "://" not in link]
     words = [re.sub(r"^(\.\.?/)+", "", word) for word in words]
-    found = {w for w in words if PATH.fullmatch(w) and ("/" in w or w.rpartition(".")[2] in SUFFIXES)}
+    found = {
+        w for w in words if PATH.fullmatch(w) and ("/" in w or w == "Dockerfile" or w.rpartition(".")[2] in SUFFIXES)
+    }
     return {path for path in found if not CREATED.fullmatch(path)}
 
 
