@@ -1,4 +1,4 @@
-"""Checkpoints: folders `step_00000300` that hold all a run needs to go on, and all that inference needs.
+"""Checkpoints: folders `step_00000300` that hold all that a run needs to resume, and all that inference needs.
 
     model.safetensors      the weights
     training.safetensors   the optimizer's state and the random states
@@ -45,7 +45,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint that must not be trusted, and why."""
+    """A checkpoint that must not be used, and why."""
 
 
 # Writing
@@ -103,7 +103,7 @@ def write_sums(folder: Path, files: list[Path]) -> None:
 
 
 def without_prefixes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors by the names that the bare model gives them."""
+    """Return the tensors by the names that the bare model gives them."""
     return {functools.reduce(str.removeprefix, PREFIXES * 2, name): tensor for name, tensor in tensors.items()}
 
 
@@ -117,7 +117,7 @@ def _prune(output_dir: Path, keep: int) -> None:
 
 
 def _link(link: Path, folder: Path) -> None:
-    """Point `link` at a folder beside it, where the file system has links and the name is free."""
+    """Make `link` point to a folder beside it, where the file system has links and the name is free."""
     if link.exists() and not link.is_symlink():
         return
     temporary = link.with_name(f".{link.name}.partial")
@@ -140,7 +140,7 @@ def _remove(folder: Path) -> None:
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints in a folder, verified or not, oldest step first."""
+    """Return the checkpoints in a folder, verified or not, oldest step first."""
     found = output_dir.glob("step_*") if output_dir.is_dir() else iter(())
     named = [path for path in found if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir()]
     return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
@@ -183,7 +183,7 @@ def verify(folder: Path, training: bool = True) -> None:
 
 
 def first_valid(candidates: list[Path], training: bool = True) -> Path:
-    """The first that can be trusted, with a warning for each one before it. Raises UserError where there is none."""
+    """Return the first valid one, after a warning for each one before it. Raises UserError where there is none."""
     damage = {}
     for folder in candidates:
         try:
@@ -200,14 +200,14 @@ def first_valid(candidates: list[Path], training: bool = True) -> Path:
 
 @main_process
 def newest_valid(output_dir: Path) -> Path | None:
-    """The newest checkpoint that can be trusted; None where there are none. Raises UserError where all are damaged."""
+    """Return the newest valid checkpoint; None where there are none. Raises UserError where all are damaged."""
     found = find_checkpoints(output_dir)
     return first_valid(found[::-1]) if found else None
 
 
 @main_process
 def set_aside_newer(checkpoint: Path) -> None:
-    """Rename the damaged ones that are newer, so that they do not count among those that are kept."""
+    """Rename the damaged ones that are newer, so that they do not count among those to keep."""
     for folder in find_checkpoints(checkpoint.parent):
         if int(folder.name.removeprefix("step_")) > int(checkpoint.name.removeprefix("step_")):
             aside = folder.with_name(f"{folder.name}.damaged")
@@ -216,7 +216,7 @@ def set_aside_newer(checkpoint: Path) -> None:
 
 
 def sort_by_val_loss(checkpoints: list[Path]) -> list[Path]:
-    """By validation loss; those of equal loss, or without one that can be read, newest first."""
+    """Sort by validation loss; those of equal loss, or without a readable one, newest first."""
 
     def val_loss(folder: Path) -> float:
         try:
@@ -229,7 +229,7 @@ def sort_by_val_loss(checkpoints: list[Path]) -> list[Path]:
 
 
 def choose_checkpoint(exp_dir: str, choice: Choice) -> Path:
-    """The checkpoint that --exp_dir means, verified: that folder itself, one in it, or one in a folder below.
+    """Return the checkpoint that --exp_dir means, verified: that folder itself, one in it, or one in a folder below.
 
     Raises UserError.
     """
@@ -272,7 +272,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_state_or_empty(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint that may be damaged; empty where it cannot be read."""
+    """Return state.json of a checkpoint that may be damaged; {} where it cannot be read."""
     try:
         return _read_state(folder)
     except (OSError, ValueError):
@@ -281,7 +281,7 @@ def read_state_or_empty(folder: Path) -> dict[str, Any]:
 
 @main_process
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises UserError."""
+    """Return state.json of a checkpoint. Raises UserError."""
     try:
         return _read_state(folder)
     except (OSError, ValueError) as error:
@@ -289,7 +289,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, file: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """The tensors of MODEL_FILE or TRAINING_FILE. Raises UserError."""
+    """Return the tensors of MODEL_FILE or TRAINING_FILE, by name. Raises UserError."""
     try:
         return without_prefixes(load_file(folder / file, device=str(device)))
     except (OSError, SafetensorError) as error:
@@ -297,7 +297,7 @@ def read_tensors(folder: Path, file: str, device: torch.device) -> dict[str, tor
 
 
 class SkipInitialization(TorchFunctionMode):
-    """Parameters are made without first values, which would be overwritten, and cost seconds on the meta device too."""
+    """Skips the initialization of parameters that are then loaded; it takes seconds, on the meta device too."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -21,7 +21,7 @@ class Guard:
 
     @property
     def lr_scale(self) -> float:
-        """The factor of the learning rate: each rollback halves it."""
+        """Return the factor of the learning rate: each rollback halves it."""
         return 0.5**self.n_rollbacks
 
     def accepts(self, step: int, train_loss: float, grad_norm: float) -> bool:

@@ -76,7 +76,7 @@ class Parameters:
 
     @property
     def may_fuse(self) -> bool:
-        """Whether torch has a fused AdamW for their device."""
+        """Return whether torch has a fused AdamW for their device."""
         return self.blocks[0].device.type in ("cuda", "cpu")
 
 

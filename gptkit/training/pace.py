@@ -93,7 +93,7 @@ class Pace:
         )
 
     def mark_saved(self) -> None:
-        """Begin the time until the next save by the clock."""
+        """Restart the clock of --save_every_minutes."""
         self._saved_at = time.monotonic()
 
 

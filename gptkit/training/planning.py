@@ -60,13 +60,13 @@ class Plan:
 
     @property
     def batch(self) -> dict[str, int]:
-        """How a step's sequences are split, as a checkpoint keeps it."""
+        """Return how a step's sequences are split, as a checkpoint keeps it."""
         names = ("batch_size", "grad_accum_steps", "n_processes")
         return {name: getattr(self, name) for name in names}
 
     @property
     def sequences_per_step(self) -> int:
-        """The sequences of one optimizer step."""
+        """Return the sequences of one optimizer step."""
         return self.batch_size * self.grad_accum_steps * self.n_processes
 
     def identity(self) -> dict[str, Any]:

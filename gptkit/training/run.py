@@ -68,15 +68,15 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        """The folder of all that the run writes."""
+        """Return the folder of all that the run writes."""
         return Path(self.settings.output_dir)
 
     @property
     def grad_accum_steps(self) -> int:
-        """The micro-steps of an optimizer step."""
+        """Return the micro-steps of an optimizer step."""
         return self.plan.grad_accum_steps
 
-    # A step
+    # In a step
 
     def compile(self) -> dict[str, float]:
         """Compile the loss where that is asked for, and return the seconds of each part of an optimizer step.

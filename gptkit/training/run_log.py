@@ -100,12 +100,12 @@ class RunLog:
 
     @property
     def session_s(self) -> float:
-        """Seconds since this session's first step."""
+        """Return the seconds since this session's first step."""
         return time.monotonic() - self._start
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training, those of earlier sessions included."""
+        """Return the seconds of training, those of earlier sessions included."""
         return self._elapsed_before_s + self.session_s
 
     def print_line(self, text: str) -> None:
@@ -154,6 +154,7 @@ class RunLog:
         return format_duration(per_step_s * (self.total_steps - n_done))
 
     def close(self) -> None:
+        """Close the progress bar and the logger."""
         self._bar.close()
         self._logger.close()
 
