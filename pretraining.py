@@ -336,14 +336,12 @@ def launch(config: PretrainingConfig) -> None:
         print(f"error: {error}; run the same command to resume from the newest checkpoint", file=sys.stderr)
         raise SystemExit(STOPPED)
     except BatchTooLarge as error:
-        if not config.auto_batch or not error.smaller_batch:
+        if not config.auto_batch or not error.flags:
             raise
         print(f"warning: {error}; trying that", file=sys.stderr)
-        n_sequences = error.batch_size * error.grad_accum_steps
-        smaller = {"batch_size": error.smaller_batch, "grad_accum_steps": n_sequences // error.smaller_batch}
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execv(sys.executable, [*sys.orig_argv, *(str(part) for k, v in smaller.items() for part in (f"--{k}", v))])
+        os.execv(sys.executable, [*sys.orig_argv, *error.flags])
 
 
 if __name__ == "__main__":

@@ -25,15 +25,16 @@ PARTS = ("forward", "backward")
 
 
 class BatchTooLarge(UserError):
-    """Memory ran out. smaller_batch is the micro-step to try at the same tokens per step, None where there is none."""
+    """Memory ran out. smaller_batch is the micro-step to try, None where there is none, and `flags` ask for it."""
 
     def __init__(self, batch_size: int, grad_accum_steps: int, smaller_batch: int | None, fits: bool = False) -> None:
-        self.batch_size, self.grad_accum_steps, self.smaller_batch = batch_size, grad_accum_steps, smaller_batch
+        self.smaller_batch, self.flags = smaller_batch, list[str]()
         remedy = "give a smaller --model_size or --context_length"
         if smaller_batch:
-            accum = batch_size * grad_accum_steps // smaller_batch
+            accum = batch_size * grad_accum_steps // smaller_batch  # the same tokens per step
+            self.flags = ["--batch_size", f"{smaller_batch}", "--grad_accum_steps", f"{accum}"]
             remedy = (
-                f"--batch_size {smaller_batch} --grad_accum_steps {accum} {'fits' if fits else 'takes less'}, at the same"
+                f"{' '.join(self.flags)} {'fits' if fits else 'takes less'}, at the same"
                 f" tokens per step (--auto_batch tries that by itself); or {remedy}"
             )
         super().__init__(f"out of memory with --batch_size {batch_size}: {remedy}")
@@ -46,7 +47,7 @@ def next_smaller_batch(batch_size: int) -> int | None:
 
 @contextlib.contextmanager
 def oom_as_user_error(batch_size: int, grad_accum_steps: int) -> Iterator[None]:
-    """Turn an out-of-memory error of device or host into TooLarge."""
+    """Turn an out-of-memory error of device or host into BatchTooLarge."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
