@@ -33,13 +33,6 @@ CHANGES = {
 }
 SESSION = re.compile(r"^this session took \d+\.\d\d hours, \d+\.\d\d USD at 2\.5 USD an hour$", re.MULTILINE)
 NOWHERE = "http://127.0.0.1:1"
-# torch.optim imports torch._dynamo, though nothing here is compiled: half of the time that a command takes to start.
-WITHOUT_DYNAMO = """
-import sys, types
-dynamo = sys.modules["torch._dynamo"] = types.ModuleType("torch._dynamo")
-dynamo.disable = lambda function, *_, **__: function
-dynamo.graph_break = lambda: None
-"""
 
 
 def new_machine(folder: Path) -> Path:
@@ -84,9 +77,8 @@ def pod(tmp_path: Path) -> dict[str, str]:
     programs.mkdir()
     write_program(programs / "python3", f'exec "{sys.executable}" "$@"')
     write_program(programs / "runpodctl", f'echo "$@" >>"{programs}/calls.txt"')
-    (programs / "sitecustomize.py").write_text(WITHOUT_DYNAMO)  # Python imports it when it starts
     variables = environment() | settings(NOWHERE, tmp_path) | {"HF_HUB_OFFLINE": "0"}
-    variables |= {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(programs), "HOURLY_USD": "2.5"}
+    variables |= {"PATH": f"{programs}:{os.environ['PATH']}", "HOURLY_USD": "2.5"}
     return variables | {"STOP_POD": "1", "RUNPOD_POD_ID": "pod123"}
 
 
