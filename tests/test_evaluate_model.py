@@ -21,7 +21,7 @@ from gptkit.training.checkpoints import write_sums
 
 CONTEXT = 16
 TINY = ("--n_layers", 1, "--emb_dim", 16, "--n_heads", 1, "--batch_size", 2, "--max_steps", 2)
-WORKS = ["雨が降る。\n　猫が鳴いた。ABC𠮟る\n" * 5, "風。", "「行こう」と言って、二人は坂を下りた。"]
+DOCUMENTS = ["雨が降る。\n　猫が鳴いた。ABC𠮟る\n" * 5, "風。", "「行こう」と言って、二人は坂を下りた。"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) ->
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    return write_jsonl(tmp_path / "works.jsonl", WORKS)
+    return write_jsonl(tmp_path / "works.jsonl", DOCUMENTS)
 
 
 @pytest.fixture
@@ -58,15 +58,15 @@ def checkpoint_of(experiment: Path) -> Path:
     return folder
 
 
-def bits_token_by_token(folder: Path, works: list[str], stride: int) -> tuple[float, int]:
+def bits_token_by_token(folder: Path, documents: list[str], stride: int) -> tuple[float, int]:
     """(bits, tokens): each token alone, in the first window in which half a context stands before it."""
     dimensions = json.loads((folder / "state.json").read_text("utf-8"))["identity"]["model"]
     model = GPTModel(GPTConfig(**dimensions)).eval()
     model.load_state_dict(load_file(folder / "model.safetensors"))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(next(SAMPLE_TOKENIZER.glob("*.model"))))
     bits, n_tokens = 0.0, 0
-    for work in works:
-        ids = torch.tensor([processor.eos_id(), *processor.encode(work), processor.eos_id()])
+    for document in documents:
+        ids = torch.tensor([processor.eos_id(), *processor.encode(document), processor.eos_id()])
         n_tokens += len(ids) - 1
         for i in range(1, len(ids)):
             starts = (s for s in range(0, i, stride) if i - s <= CONTEXT and (s == 0 or i - s >= CONTEXT / 2))
@@ -81,14 +81,14 @@ def test_the_command_prints_one_object(experiment: Path, text: Path) -> None:
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     folder = checkpoint_of(experiment)
-    bits, n_tokens = bits_token_by_token(folder, WORKS, stride=CONTEXT // 2)
-    assert n_tokens > 5 * CONTEXT  # so that works are longer than the context
+    bits, n_tokens = bits_token_by_token(folder, DOCUMENTS, stride=CONTEXT // 2)
+    assert n_tokens > 5 * CONTEXT  # so that documents are longer than the context
     assert found == {
-        "bits_per_char": pytest.approx(bits / sum(map(len, WORKS)), rel=1e-5),
+        "bits_per_char": pytest.approx(bits / sum(map(len, DOCUMENTS)), rel=1e-5),
         "loss": pytest.approx(bits * math.log(2) / n_tokens, rel=1e-5),
         "perplexity": pytest.approx(2 ** (bits / n_tokens), rel=1e-4),
         "tokens": n_tokens,
-        "characters": sum(map(len, WORKS)),
+        "characters": sum(map(len, DOCUMENTS)),
         "works": 3,
         "unknown_tokens": 0,
         "checkpoint": str(folder),
@@ -105,16 +105,16 @@ def test_stride_batch_size_and_precision(measured, experiment: Path, text: Path)
         assert again["bits_per_char"] == pytest.approx(first["bits_per_char"], rel=1e-6)
     closer, _ = measured(experiment, text, stride=3)
     assert closer["bits_per_char"] == pytest.approx(
-        bits_token_by_token(checkpoint_of(experiment), WORKS, stride=3)[0] / sum(map(len, WORKS)), rel=1e-5
+        bits_token_by_token(checkpoint_of(experiment), DOCUMENTS, stride=3)[0] / sum(map(len, DOCUMENTS)), rel=1e-5
     )
     rough, _ = measured(experiment, text, dtype="bfloat16")
     assert rough["bits_per_char"] != first["bits_per_char"]
     assert rough["bits_per_char"] == pytest.approx(first["bits_per_char"], rel=0.02)
 
 
-def test_the_first_works_alone(measured, experiment: Path, text: Path) -> None:
-    found, _ = measured(experiment, text, max_chars=len(WORKS[0]) + 2)
-    assert (found["works"], found["characters"]) == (2, len(WORKS[0]) + 2)
+def test_the_first_documents_alone(measured, experiment: Path, text: Path) -> None:
+    found, _ = measured(experiment, text, max_chars=len(DOCUMENTS[0]) + 2)
+    assert (found["works"], found["characters"]) == (2, len(DOCUMENTS[0]) + 2)
 
 
 def sign(checkpoint: Path) -> None:
@@ -167,7 +167,7 @@ def test_out_of_memory(measured, experiment: Path, text: Path, monkeypatch: pyte
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(evaluate_model, "score_works", fail)
+    monkeypatch.setattr(evaluate_model, "score_documents", fail)
     with pytest.raises(UserError, match="out of memory with --batch_size 4; give a smaller one"):
         measured(experiment, text, batch_size=4)
 
@@ -199,7 +199,7 @@ def test_what_users_get_wrong(experiment: Path, text: Path, tmp_path: Path) -> N
         assert result.stdout == ""
         return result
 
-    assert_user_error(evaluate(tmp_path / "work.jsonl"), "--text_path", f"did you mean {text}?")
+    assert_user_error(evaluate(tmp_path / "document.jsonl"), "--text_path", f"did you mean {text}?")
     (tmp_path / "empty").mkdir()
     assert_user_error(evaluate(text, exp_dir=tmp_path / "empty"), "empty", "holds no checkpoint")
     assert_user_error(evaluate(text, "--batch_size", 0), "--batch_size 0")
@@ -209,4 +209,4 @@ def test_what_users_get_wrong(experiment: Path, text: Path, tmp_path: Path) -> N
     bad.write_text(text.read_text("utf-8") + "雨が降る。\n", "utf-8")
     result = evaluate(bad)
     assert_user_error(result, "bad.jsonl: line 4: not JSON")
-    assert "parameters on" not in result.stderr  # it is found before the long work begins
+    assert "parameters on" not in result.stderr  # it is found before the long document begins

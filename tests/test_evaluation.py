@@ -1,4 +1,4 @@
-"""gptkit/evaluation.py: means and bits by hand, windows written out, transformers, and files that hold no works."""
+"""gptkit/evaluation.py: means and bits by hand, windows written out, transformers, and files that hold no documents."""
 
 import gzip
 import json
@@ -102,7 +102,7 @@ class Letters:
 
 
 def letters(n: int, n_letters: int = VOCAB - 2, seed: int = 0) -> str:
-    """A work of n random characters, all of which Letters(n_letters) knows."""
+    """A document of n random characters, all of which Letters(n_letters) knows."""
     drawn = torch.randint(n_letters, (n,), generator=torch.Generator().manual_seed(seed))
     return "".join(chr(ord("a") + i) for i in drawn.tolist())
 
@@ -134,9 +134,9 @@ def test_bits_by_hand() -> None:
     )
     forward, shown = remembering(lambda ids: table[ids].log())
     score = score_documents(forward, Letters(), ["aab", "b鬱a\n"], 8)
-    assert shown == [[[0, 2, 2, 3]], [[0, 3, 1, 2, 1]]]  # each work alone, after end-of-text
+    assert shown == [[[0, 2, 2, 3]], [[0, 3, 1, 2, 1]]]  # each document alone, after end-of-text
     first_bits, second_bits = 1 + 3 + 1 + 2, 2 + 2 + 3 + 3 + 1  # the last of each is end-of-text's
-    assert (score.works, score.characters, score.tokens, score.unknown_tokens) == (2, 7, 9, 2)
+    assert (score.documents, score.characters, score.tokens, score.unknown_tokens) == (2, 7, 9, 2)
     assert score.bits_per_char == pytest.approx((first_bits + second_bits + 2 * 12.5) / 7, rel=1e-6)
     assert score.loss == pytest.approx(18 * math.log(2) / 9, rel=1e-6)  # without the charge for unknown tokens
     assert score.perplexity == pytest.approx(4, rel=1e-6)
@@ -164,7 +164,7 @@ def test_windows_by_hand(stride: int | None, windows: list[tuple[int, int]], bit
     ("n_characters", "windows"),
     [(0, [1]), (1, [2]), (3, [4]), (4, [4, 3]), (5, [4, 4]), (6, [4, 4, 3]), (7, [4, 4, 4])],
 )
-def test_no_window_more_than_the_work_needs(n_characters: int, windows: list[int]) -> None:
+def test_no_window_more_than_the_document_needs(n_characters: int, windows: list[int]) -> None:
     forward, shown = remembering(by_position)
     score = score_documents(forward, Letters(), ["a" * n_characters], 4, batch_size=1)
     assert [len(row) for (row,) in shown] == windows
@@ -184,19 +184,19 @@ def test_half_of_an_odd_context(context_length: int) -> None:
 def test_token_by_token(stride: int | None, batch_size: int) -> None:
     """Each token alone, in the first window in which half a context stands before it (or it is in the first of all)."""
     model, tokenizer = random_model(), Letters(VOCAB - 2)
-    works = [letters(n, seed=n) for n in (70, 7, CONTEXT - 1, CONTEXT, 40)]
+    documents = [letters(n, seed=n) for n in (70, 7, CONTEXT - 1, CONTEXT, 40)]
     step, nats = stride or CONTEXT // 2, 0.0
-    for work in works:
-        ids = torch.tensor([0, *tokenizer.encode(work), 0])
+    for document in documents:
+        ids = torch.tensor([0, *tokenizer.encode(document), 0])
         for i in range(1, len(ids)):
             starts = (s for s in range(0, i, step) if i - s <= CONTEXT and (s == 0 or i - s >= CONTEXT / 2))
             with torch.no_grad():
                 logits = model(ids[None, next(starts) : i])[0, -1].double()
             nats -= logits.log_softmax(0)[ids[i]].item()
-    score = score_documents(model, tokenizer, works, CONTEXT, stride=stride, batch_size=batch_size)
-    assert score.tokens == sum(map(len, works)) + len(works)
+    score = score_documents(model, tokenizer, documents, CONTEXT, stride=stride, batch_size=batch_size)
+    assert score.tokens == sum(map(len, documents)) + len(documents)
     assert score.loss == pytest.approx(nats / score.tokens, rel=1e-5)
-    assert score.bits_per_char == pytest.approx(nats / math.log(2) / sum(map(len, works)), rel=1e-5)
+    assert score.bits_per_char == pytest.approx(nats / math.log(2) / sum(map(len, documents)), rel=1e-5)
 
 
 def test_equals_transformers() -> None:
@@ -206,19 +206,19 @@ def test_equals_transformers() -> None:
     theirs = score_documents(lambda ids: twin(ids).logits, tokenizer, [letters(60), letters(9)], CONTEXT)
     assert ours.bits_per_char == pytest.approx(theirs.bits_per_char, rel=1e-5)
 
-    work = letters(CONTEXT - 2, seed=1)  # one window, and its loss as transformers has it
-    ids = torch.tensor([[0, *tokenizer.encode(work), 0]])
+    document = letters(CONTEXT - 2, seed=1)  # one window, and its loss as transformers has it
+    ids = torch.tensor([[0, *tokenizer.encode(document), 0]])
     with torch.no_grad():
         loss = twin(ids, labels=ids).loss.item()
     assert loss > 3  # so that 1e-5 says something
-    assert score_documents(model, tokenizer, [work], CONTEXT).loss == pytest.approx(loss, rel=1e-5)
+    assert score_documents(model, tokenizer, [document], CONTEXT).loss == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("unknown_id", [None, 50])
 def test_a_model_that_knows_nothing_pays_log2_of_its_vocabulary(unknown_id: int | None) -> None:
-    works = [letters(n, 20) for n in (100, 3, 31)]
+    documents = [letters(n, 20) for n in (100, 3, 31)]
     tokenizer = Letters(20, unknown_id)
-    score = score_documents(lambda ids: torch.zeros(*ids.shape, 128), tokenizer, works, 16)
+    score = score_documents(lambda ids: torch.zeros(*ids.shape, 128), tokenizer, documents, 16)
     assert (score.characters, score.tokens, score.unknown_tokens) == (134, 137, 0)
     assert score.bits_per_char == pytest.approx(7 * 137 / 134, rel=1e-7)
     assert score.perplexity == pytest.approx(128, rel=1e-5)
@@ -233,20 +233,20 @@ def test_windows_of_equal_length_are_batched() -> None:
     assert score.bits_per_char == pytest.approx(bits / 17, rel=1e-6)
 
 
-def test_one_work_and_one_batch_at_a_time() -> None:
+def test_one_document_and_one_batch_at_a_time() -> None:
     events = []
 
-    def works() -> Iterator[str]:
+    def documents() -> Iterator[str]:
         for i in range(3):
-            events.append(f"work {i}")
+            events.append(f"document {i}")
             yield "a" * 7
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
         events.append("batch")
         return by_position(ids)
 
-    score_documents(forward, Letters(), works(), 4, batch_size=2)
-    assert events == ["work 0", "batch", "work 1", "batch", "batch", "work 2", "batch", "batch"]
+    score_documents(forward, Letters(), documents(), 4, batch_size=2)
+    assert events == ["document 0", "batch", "document 1", "batch", "batch", "document 2", "batch", "batch"]
 
 
 def test_progress_is_told_of_every_token() -> None:
@@ -256,7 +256,7 @@ def test_progress_is_told_of_every_token() -> None:
 
 
 def test_bfloat16_products_and_no_gradients() -> None:
-    model, tokenizer, works = random_model(), Letters(VOCAB - 2), [letters(60)]
+    model, tokenizer, documents = random_model(), Letters(VOCAB - 2), [letters(60)]
     seen = []
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
@@ -264,44 +264,44 @@ def test_bfloat16_products_and_no_gradients() -> None:
         seen.append((logits.dtype, logits.requires_grad))
         return logits
 
-    exact = score_documents(forward, tokenizer, works, CONTEXT)
-    rough = score_documents(forward, tokenizer, works, CONTEXT, dtype=torch.bfloat16)
+    exact = score_documents(forward, tokenizer, documents, CONTEXT)
+    rough = score_documents(forward, tokenizer, documents, CONTEXT, dtype=torch.bfloat16)
     assert set(seen) == {(torch.float32, False), (torch.bfloat16, False)}
     assert rough.loss != exact.loss
     assert rough.loss == pytest.approx(exact.loss, rel=0.02)
 
 
-WORKS = ["雨が降る。\n　猫が鳴く。\n", "</s>と<|endo", "𠮟る。"]
+DOCUMENTS = ["雨が降る。\n　猫が鳴く。\n", "</s>と<|endo", "𠮟る。"]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
-def test_works_of_jsonl(suffix: str, tmp_path: Path) -> None:
-    content = write_jsonl(tmp_path / "plain.jsonl", [WORKS[0], " \n　", "", *WORKS[1:]]).read_bytes()
+def test_documents_of_jsonl(suffix: str, tmp_path: Path) -> None:
+    content = write_jsonl(tmp_path / "plain.jsonl", [DOCUMENTS[0], " \n　", "", *DOCUMENTS[1:]]).read_bytes()
     path = tmp_path / f"works.jsonl{suffix}"
     path.write_bytes(
         {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix](b"\xef\xbb\xbf\n" + content + b"\n")
     )
-    assert list(read_documents(path)) == WORKS
+    assert list(read_documents(path)) == DOCUMENTS
     path.rename(tmp_path / "unpacked.jsonl.gz")  # what it is counts, not what it is called
-    assert list(read_documents(tmp_path / "unpacked.jsonl.gz")) == WORKS
+    assert list(read_documents(tmp_path / "unpacked.jsonl.gz")) == DOCUMENTS
 
 
 @pytest.mark.parametrize("block_chars", [1, 5, 1 << 20])
-def test_works_of_text(block_chars: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_of_text(block_chars: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "BLOCK_CHARS", block_chars)
     path = tmp_path / "works.txt"
-    path.write_text("".join(work + SEPARATOR for work in [WORKS[0], " \n", *WORKS[1:]]), "utf-8")
-    assert list(read_documents(path)) == WORKS
+    path.write_text("".join(document + SEPARATOR for document in [DOCUMENTS[0], " \n", *DOCUMENTS[1:]]), "utf-8")
+    assert list(read_documents(path)) == DOCUMENTS
     path.write_bytes(b"\xef\xbb\xbf" + f"雨。\r\n雪。{SEPARATOR}風。\r\n".encode())
     assert list(read_documents(path)) == ["雨。\n雪。", "風。\n"]
 
 
-@pytest.mark.parametrize(("max_chars", "n_works"), [(1, 1), (4, 1), (8, 1), (9, 2), (10, 2), (11, 3), (99, 3)])
-def test_the_first_works_alone(max_chars: int, n_works: int, tmp_path: Path) -> None:
-    works = ["雨が降る", "雪が降った", "風。"]  # 4, 5 and 2 characters
+@pytest.mark.parametrize(("max_chars", "n_documents"), [(1, 1), (4, 1), (8, 1), (9, 2), (10, 2), (11, 3), (99, 3)])
+def test_the_first_documents_alone(max_chars: int, n_documents: int, tmp_path: Path) -> None:
+    documents = ["雨が降る", "雪が降った", "風。"]  # 4, 5 and 2 characters
     path = tmp_path / "works.txt"
-    path.write_text(SEPARATOR.join(works), "utf-8")
-    assert list(read_documents(path, max_chars)) == works[:n_works]
+    path.write_text(SEPARATOR.join(documents), "utf-8")
+    assert list(read_documents(path, max_chars)) == documents[:n_documents]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_the_first_works_alone(max_chars: int, n_works: int, tmp_path: Path) -> 
     ],
     ids=lambda value: repr(value[:20]),
 )
-def test_a_line_that_is_no_work(line: bytes, problem: str, tmp_path: Path) -> None:
+def test_a_line_that_is_no_document(line: bytes, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "works.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
     with pytest.raises(UserError) as caught:
@@ -347,7 +347,7 @@ def test_a_compressed_file_cut_short(compress: Callable[[bytes], bytes], tmp_pat
         ("a.json", b'{"text": "a"}', r"neither JSONL nor text by its name; name one that ends in \.jsonl"),
     ],
 )
-def test_a_file_without_works(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_without_documents(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name}.*{message}"):
         list(read_documents(tmp_path / name))

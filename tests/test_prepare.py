@@ -30,7 +30,7 @@ PIECES = [
 ]
 
 
-def work(text: Any, **meta: str) -> bytes:
+def document(text: Any, **meta: str) -> bytes:
     return json.dumps({"text": text, "footnote": "", "meta": meta}, ensure_ascii=False).encode() + b"\n"
 
 
@@ -51,11 +51,11 @@ def prepare(source: Path, output: Path, *flags: str | float) -> dict[str, Any]:
 
 
 def read_back(output: Path, separator: str = SEPARATOR) -> list[str]:
-    """The works, from the shards joined in the manifest's order."""
+    """The documents, from the shards joined in the manifest's order."""
     manifest = json.loads((output / "manifest.json").read_bytes())
     joined = b"".join((output / shard["file"]).read_bytes() for shard in manifest["shards"])
     texts = joined.decode().split(separator)
-    assert texts.pop() == ""  # the last work has its separator too
+    assert texts.pop() == ""  # the last document has its separator too
     return texts
 
 
@@ -66,15 +66,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 # What it writes
 
 
-def test_works_come_back_byte_for_byte(tmp_path: Path) -> None:
+def test_documents_come_back_byte_for_byte(tmp_path: Path) -> None:
     texts = ["".join(PIECES[(i * j) % 5] for j in range(1, i + 2)) for i in range(60)]
     manifest = prepare(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", "--max_size_mb", 1024 / MIB)
     assert len(manifest["shards"]) > 5
     assert read_back(tmp_path / "out") == texts
 
 
-def test_works_of_every_length_around_a_shard_come_back(tmp_path: Path) -> None:
-    limit = 60  # bytes; works of 3 to 240 bytes, and a cut falls at every place there is
+def test_documents_of_every_length_around_a_shard_come_back(tmp_path: Path) -> None:
+    limit = 60  # bytes; documents of 3 to 240 bytes, and a cut falls at every place there is
     texts = (
         ["字" * n for n in range(1, 80)] + ["字" * n + "\n" for n in range(1, 30)] + ["a" * n for n in range(40, 70)]
     )
@@ -98,12 +98,12 @@ def test_separators_count_towards_the_limit(tmp_path: Path) -> None:
     assert [shard["works"] for shard in manifest["shards"]] == [1] * 6
 
 
-def test_a_work_larger_than_a_shard_is_cut_after_a_paragraph(tmp_path: Path) -> None:
+def test_a_document_larger_than_a_shard_is_cut_after_a_paragraph(tmp_path: Path) -> None:
     large = "".join(f"　第{i}の段落。まだ続く。\n" for i in range(100))
     source = write_jsonl(tmp_path / "a.jsonl", ["前の作品", large, "次の作品"])
     manifest = prepare(source, tmp_path / "out", "--max_size_mb", 1000 / MIB)
     shards = [(tmp_path / "out" / shard["file"]).read_text(encoding="utf-8") for shard in manifest["shards"]]
-    assert shards[0] == "前の作品" + SEPARATOR  # whole works are not pulled apart for it
+    assert shards[0] == "前の作品" + SEPARATOR  # whole documents are not pulled apart for it
     assert all(shard.startswith("　第") and shard.endswith("。\n") for shard in shards[1:-1])
     assert all(SEPARATOR not in shard for shard in shards[1:-1])
     assert shards[-1].endswith("まだ続く。\n" + SEPARATOR + "次の作品" + SEPARATOR)
@@ -169,21 +169,21 @@ def test_compressed_input_is_read_like_plain_input(tmp_path: Path, name: str) ->
 
 def test_byte_order_mark_blank_lines_and_a_missing_last_newline_are_no_mistake(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
-    source.write_bytes(b"\xef\xbb\xbf" + work("一") + b"\n \r\n" + work("二").replace(b"\n", b"\r\n") + work("三")[:-1])
+    source.write_bytes(b"\xef\xbb\xbf" + document("一") + b"\n \r\n" + document("二").replace(b"\n", b"\r\n") + document("三")[:-1])
     assert prepare(source, tmp_path / "out")["source"]["lines"] == 3
     assert read_back(tmp_path / "out") == ["一", "二", "三"]
 
 
 def test_filters_leave_out_and_count(tmp_path: Path) -> None:
     lines = [
-        work("残る作品その一", 文字遣い種別="新字新仮名", 姓名="山野 花子"),
-        work("残る作品その二", 文字遣い種別="新字新仮名", 姓="山野", 名="花子"),
-        work("旧い仮名の作品", 文字遣い種別="新字旧仮名", 姓名="山野花子"),
-        work("書き手が別の作品", 文字遣い種別="新字新仮名", 姓名="川辺太郎"),
-        work("列のない作品"),
-        work("短い", 文字遣い種別="新字新仮名", 姓名="山野花子"),
-        work("長い作品" * 9, 文字遣い種別="新字新仮名", 姓名="山野花子"),
-        work("　\n", 文字遣い種別="新字新仮名", 姓名="山野花子"),
+        document("残る作品その一", 文字遣い種別="新字新仮名", 姓名="山野 花子"),
+        document("残る作品その二", 文字遣い種別="新字新仮名", 姓="山野", 名="花子"),
+        document("旧い仮名の作品", 文字遣い種別="新字旧仮名", 姓名="山野花子"),
+        document("書き手が別の作品", 文字遣い種別="新字新仮名", 姓名="川辺太郎"),
+        document("列のない作品"),
+        document("短い", 文字遣い種別="新字新仮名", 姓名="山野花子"),
+        document("長い作品" * 9, 文字遣い種別="新字新仮名", 姓名="山野花子"),
+        document("　\n", 文字遣い種別="新字新仮名", 姓名="山野花子"),
         b'{"text": "meta is a list", "meta": []}\n',
     ]
     source = tmp_path / "a.jsonl"
@@ -225,9 +225,9 @@ BAD_LINES = {
     "number": (b'{"text": 5}\n', "`text` is not a string but int"),
     "null": (b'{"text": null}\n', "`text` is not a string but NoneType"),
     "lone_surrogate": (b'{"text": "abc\\ud842"}\n', "`text` has a lone surrogate at character 4"),
-    "separator": (work("前==終==後"), "`text` contains the separator '==終=='"),
-    "separator_at_the_join": (work("前==終"), "`text` contains the separator '==終=='"),
-    "too_long": (work("あ" * (11 * MIB)), "longer than 32 MiB"),
+    "separator": (document("前==終==後"), "`text` contains the separator '==終=='"),
+    "separator_at_the_join": (document("前==終"), "`text` contains the separator '==終=='"),
+    "too_long": (document("あ" * (11 * MIB)), "longer than 32 MiB"),
 }
 
 
@@ -235,7 +235,7 @@ BAD_LINES = {
 def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path: Path, name: str) -> None:
     line, problem = BAD_LINES[name]
     source = tmp_path / "a.jsonl"
-    source.write_bytes(work("良い行") + line + work("終==次の良い行"))
+    source.write_bytes(document("良い行") + line + document("終==次の良い行"))
     flags = ("--separator", "==終==")
     result = run(source, tmp_path / "out", *flags)
     assert_user_error(result, f"{source}: line 2: {problem}", "--skip_bad_lines")
@@ -262,7 +262,7 @@ def test_filters_that_leave_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
 def test_cut_compressed_file(tmp_path: Path, compress: Any) -> None:
-    lines = b"".join(work(hashlib.sha256(bytes([i])).hexdigest() * 20) for i in range(200))
+    lines = b"".join(document(hashlib.sha256(bytes([i])).hexdigest() * 20) for i in range(200))
     packed = tmp_path / "a.jsonl.packed"
     packed.write_bytes(compress(lines)[:-20])
     assert_user_error(run(packed, tmp_path / "out", "--skip_bad_lines"), str(packed), "cut short", "download it again")
@@ -344,13 +344,13 @@ def test_wrong_flags(tmp_path: Path, flags: tuple[str, ...], words: tuple[str, .
 
 
 def large_jsonl(path: Path) -> Path:
-    """About 40 MB, with one work of 12 MB in it."""
+    """About 40 MB, with one document of 12 MB in it."""
     paragraph = "　" + "".join(f"{i}番目の窓に灯がともり、" for i in range(40)) + "夜が来た。\n"
     n_bytes = len(paragraph.encode())
     with open(path, "wb") as file:
         for i in range(28_000_000 // (30 * n_bytes)):
-            file.write(work(f"第{i}話\n" + paragraph * 30, 文字遣い種別="新字新仮名"))
-        file.write(work(paragraph * (12_000_000 // n_bytes)))
+            file.write(document(f"第{i}話\n" + paragraph * 30, 文字遣い種別="新字新仮名"))
+        file.write(document(paragraph * (12_000_000 // n_bytes)))
     return path
 
 

