@@ -169,7 +169,9 @@ def test_compressed_input_is_read_like_plain_input(tmp_path: Path, name: str) ->
 
 def test_byte_order_mark_blank_lines_and_a_missing_last_newline_are_no_mistake(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
-    source.write_bytes(b"\xef\xbb\xbf" + document("一") + b"\n \r\n" + document("二").replace(b"\n", b"\r\n") + document("三")[:-1])
+    source.write_bytes(
+        b"\xef\xbb\xbf" + document("一") + b"\n \r\n" + document("二").replace(b"\n", b"\r\n") + document("三")[:-1]
+    )
     assert prepare(source, tmp_path / "out")["source"]["lines"] == 3
     assert read_back(tmp_path / "out") == ["一", "二", "三"]
 

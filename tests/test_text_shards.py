@@ -75,8 +75,8 @@ def test_a_document_belongs_to_the_shard_that_it_begins_in(
 
 
 def test_a_cut_may_lie_inside_a_character(tmp_path: Path) -> None:
-    whole = f"港の{SEPARATOR}坂{SEPARATOR}".encode()
-    write_shards(tmp_path / "text", [(whole[:4], True), (whole[4:], False)])
+    joined = f"港の{SEPARATOR}坂{SEPARATOR}".encode()
+    write_shards(tmp_path / "text", [(joined[:4], True), (joined[4:], False)])
     assert documents_by_shard(tmp_path / "text") == [["港の"], ["坂"]]
 
 
@@ -86,14 +86,14 @@ def test_documents_are_the_same_wherever_shards_are_cut(tmp_path: Path) -> None:
     for trial in range(60):
         separator = chance.choice([SEPARATOR, "※※※", "§"])
         documents = [chance.choice(DOCUMENTS) * chance.randint(1, 3) for _ in range(chance.randint(1, 6))]
-        whole, ends, inside = "", set(), set()
+        joined, ends, inside = "", set(), set()
         for document in documents:
-            inside |= set(range(len(whole) + len(document) + 1, len(whole) + len(document) + len(separator)))
-            whole += document + separator
-            ends.add(len(whole))
-        places = sorted(set(range(1, len(whole))) - inside)
-        cuts = [*sorted(chance.sample(places, chance.randint(0, 12))), len(whole)]
-        shards = [(whole[a:b], b not in ends) for a, b in zip([0, *cuts], cuts, strict=False)]
+            inside |= set(range(len(joined) + len(document) + 1, len(joined) + len(document) + len(separator)))
+            joined += document + separator
+            ends.add(len(joined))
+        places = sorted(set(range(1, len(joined))) - inside)
+        cuts = [*sorted(chance.sample(places, chance.randint(0, 12))), len(joined)]
+        shards = [(joined[a:b], b not in ends) for a, b in zip([0, *cuts], cuts, strict=False)]
         folder = write_shards(tmp_path / str(trial), shards, separator)
         assert [document for shard in documents_by_shard(folder) for document in shard] == documents
 

@@ -139,12 +139,17 @@ def test_the_report_is_right(tokenizer: Path, shards: Path) -> None:
     report = json.loads((tokenizer / "report.json").read_bytes())
     threshold = max(2**64 // 50, min(map(number_of, DOCUMENTS)) + 1)
     held_out = [document for document in DOCUMENTS if number_of(document) < threshold]
-    n_characters, n_tokens = len("".join(held_out)), sum(len(processor_of(tokenizer).encode(document)) for document in held_out)
+    n_characters, n_tokens = (
+        len("".join(held_out)),
+        sum(len(processor_of(tokenizer).encode(document)) for document in held_out),
+    )
     assert (report["works"], report["characters"]) == (120, len("".join(DOCUMENTS)))
     assert report["vocab_size"] == VOCAB_SIZE
     assert report["model_type"] == tokenizer.name
     assert report["sha256"] == hashlib.sha256((tokenizer / "spiece.model").read_bytes()).hexdigest()
-    n_newlines = sum(document.count("\n") for document in DOCUMENTS) - sum(document.count("\n") for document in held_out)
+    n_newlines = sum(document.count("\n") for document in DOCUMENTS) - sum(
+        document.count("\n") for document in held_out
+    )
     assert report["trained_on_characters"] == report["characters"] - n_characters - n_newlines
     assert report["measured"] == {
         "held_out_works": len(held_out),
@@ -194,7 +199,11 @@ def test_few_documents_leave_one_to_hold_out_and_some_to_train_on(tmp_path: Path
     for name, documents, expected in (
         ("one", DOCUMENTS[:1], [False]),
         ("equal", [DOCUMENTS[0], DOCUMENTS[0]], [False, False]),
-        ("two", DOCUMENTS[:2], [number_of(document) == min(map(number_of, DOCUMENTS[:2])) for document in DOCUMENTS[:2]]),
+        (
+            "two",
+            DOCUMENTS[:2],
+            [number_of(document) == min(map(number_of, DOCUMENTS[:2])) for document in DOCUMENTS[:2]],
+        ),
     ):
         (tmp_path / f"{name}").mkdir()
         (tmp_path / name / "a.txt").write_text(SEPARATOR.join(documents), "utf-8")
