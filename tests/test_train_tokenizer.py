@@ -1,4 +1,4 @@
-"""dataset/train_tokenizer.py: any text comes back, the documents held out are not trained on, the same text gives the same bytes."""
+"""dataset/train_tokenizer.py: any text comes back, held-out documents are not trained on, equal text gives equal bytes."""
 
 import hashlib
 import json
@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import sentencepiece
-import train_tokenizer
-from conftest import ROOT, SEPARATOR, assert_user_error, command, environment, run_command, write_jsonl
+from conftest import ROOT, SEPARATOR, assert_user_error, call_command, command, environment, run_command, write_jsonl
 from hypothesis import example, given
 from hypothesis import strategies as st
-from train_tokenizer import Corpus, characters_with_a_piece, encode, find_corpus, read, sample, survey
 
-sys.path.insert(0, str(ROOT / "dataset"))  # as `python dataset/train_tokenizer.py` has it
+sys.path.insert(0, str(ROOT / "dataset"))  # as for `python dataset/train_tokenizer.py`
+
+import train_tokenizer
+from train_tokenizer import Corpus, characters_with_a_piece, encode, find_corpus, read, sample, survey
 
 VOCAB_SIZE = 400
 WHO = ["母", "灯台守", "犬", "若い医者", "私", "船頭"]
@@ -54,17 +55,17 @@ DOCUMENTS = [made_up_document(number, 400 if number == 7 else 12) for number in 
 
 
 def prepared(folder: Path, documents: list[str], max_size_mb: float = 0.02) -> Path:
-    """Text shards of prepare_aozora_jsonl.py, small enough that documents go on from one into the next."""
-    source = write_jsonl(folder / "works.jsonl", documents)
+    """Prepare text shards with prepare_aozora_jsonl.py, so small that documents continue from one in the next."""
+    source = write_jsonl(folder / "documents.jsonl", documents)
     flags = ("--jsonl_path", source, "--output_dir", folder / "001", "--max_size_mb", max_size_mb)
-    result = run_command("dataset/prepare_aozora_jsonl.py", *flags)
+    result = call_command("dataset/prepare_aozora_jsonl.py", *flags)
     assert result.returncode == 0, result.stderr
     return folder / "001"
 
 
 def run(data: Path, output: Path, *flags: object) -> subprocess.CompletedProcess:
     sized = flags if "--vocab_size" in flags else ("--vocab_size", VOCAB_SIZE, *flags)
-    return run_command("dataset/train_tokenizer.py", "--data_dir", data, "--output_dir", output, *sized)
+    return call_command("dataset/train_tokenizer.py", "--data_dir", data, "--output_dir", output, *sized)
 
 
 def trained(data: Path, output: Path, *flags: object) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def test_a_space_comes_back_where_the_text_had_none(tmp_path: Path) -> None:
         assert sp.decode(sp.encode(" 犬 と  猫 ")) == " 犬 と  猫 "
 
 
-def test_the_report_is_right(tokenizer: Path, shards: Path) -> None:
+def test_the_report_is_correct(tokenizer: Path, shards: Path) -> None:
     report = json.loads((tokenizer / "report.json").read_bytes())
     threshold = max(2**64 // 50, min(map(number_of, DOCUMENTS)) + 1)
     held_out = [document for document in DOCUMENTS if number_of(document) < threshold]
@@ -162,11 +163,13 @@ def test_the_report_is_right(tokenizer: Path, shards: Path) -> None:
 
 
 def test_what_is_printed(shards: Path, tmp_path: Path) -> None:
-    result = run(shards, tmp_path / "out")
+    """By a process of its own, whose standard error shows the library's output too."""
+    flags = ("--data_dir", shards, "--output_dir", tmp_path / "out", "--vocab_size", VOCAB_SIZE)
+    result = run_command("dataset/train_tokenizer.py", *flags)
     found = json.loads((tmp_path / "out" / "report.json").read_bytes())["measured"]
     printed = result.stdout.splitlines()
     assert len(printed) == 1
-    assert f"{found['characters_per_token']:.3f} characters a token" in printed[0]
+    assert f"{found['characters_per_token']:.3f} characters per token" in printed[0]
     assert "lossless: yes" in printed[0]
     progress = result.stderr.splitlines()  # and nothing of sentencepiece's hundreds of lines
     assert [line.split()[0] for line in progress] == ["reading", "training", "trained"]
@@ -182,7 +185,7 @@ def test_the_same_text_gives_the_same_bytes(tokenizer: Path, tmp_path: Path) -> 
         assert (again / name).read_bytes() == (tokenizer / name).read_bytes()
 
 
-def test_documents_held_out_are_not_trained_on(shards: Path) -> None:
+def test_held_out_documents_are_not_trained_on(shards: Path) -> None:
     corpus = find_corpus(shards)
     documents = survey(corpus)
     lines = set(sample(corpus, documents, 10**9))
@@ -195,7 +198,7 @@ def test_documents_held_out_are_not_trained_on(shards: Path) -> None:
     assert lines == trained_on - {""}
 
 
-def test_few_documents_leave_one_to_hold_out_and_some_to_train_on(tmp_path: Path) -> None:
+def test_few_documents_leave_one_held_out_and_some_to_train_on(tmp_path: Path) -> None:
     for name, documents, expected in (
         ("one", DOCUMENTS[:1], [False]),
         ("equal", [DOCUMENTS[0], DOCUMENTS[0]], [False, False]),
@@ -231,8 +234,8 @@ def joined(corpus: Corpus) -> list[str]:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 30, 10**6])
-def test_documents_are_read_whole(chunk: int, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever falls on a chunk's end: a separator, a shard's end."""
+def test_documents_are_read_completely(chunk: int, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands at a chunk's end: a separator, a shard's end."""
     monkeypatch.setattr(train_tokenizer, "CHUNK", chunk)
     corpus = find_corpus(shards)
     assert any(corpus.continues)
@@ -241,7 +244,7 @@ def test_documents_are_read_whole(chunk: int, shards: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("chunk", [1, 10**6])
 def test_a_folder_of_files(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file's end ends a document; a byte-order mark and \\r\\n are no part of it; other files are let be."""
+    """Each file ends a document; a byte-order mark and \\r\\n are not part of it; other files are ignored."""
     monkeypatch.setattr(train_tokenizer, "CHUNK", chunk)
     (tmp_path / "b.txt").write_bytes("三\n<|endoftext|>\n".encode())
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "一\r\n<|endoftext|>二<|endoftext".encode())
@@ -268,7 +271,7 @@ def test_the_sample_is_bounded_and_even(max_chars: int, tmp_path: Path) -> None:
 
 
 def test_long_lines_are_trained_on(tmp_path: Path) -> None:
-    """The trainer's positions end at 65,535, and it leaves out lines above a length in silence."""
+    """The trainer's positions end at 65,535, and it leaves out longer lines without a warning."""
     (tmp_path / "a.txt").write_text("".join(DOCUMENTS).replace("\n", "") * 8, "utf-8")
     assert len((tmp_path / "a.txt").read_text("utf-8")) > 70_000
     report = trained(tmp_path, tmp_path / "out")
@@ -277,7 +280,7 @@ def test_long_lines_are_trained_on(tmp_path: Path) -> None:
 
 
 def test_special_names_in_the_text_are_characters(tmp_path: Path) -> None:
-    """They must not become pieces, which would be there twice."""
+    """They must not become pieces, which would then exist twice."""
     odd = "彼は</s>と<pad>と<0x41>と<unk>を書いた"
     (tmp_path / "a.txt").write_text("".join(f"{odd}{document}" for document in DOCUMENTS), "utf-8")
     for kind in ("bpe", "unigram"):
@@ -290,7 +293,7 @@ def test_special_names_in_the_text_are_characters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_a_sign_of_the_trainer_costs_no_line(kind: str, tmp_path: Path) -> None:
+def test_a_line_with_a_sign_of_the_trainer_is_trained_on(kind: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("".join(DOCUMENTS).replace("\n", "▅▁\0\n"), "utf-8")
     assert trained(tmp_path, tmp_path / "out", "--model_type", kind)["measured"]["lossless"]
     sp = processor_of(tmp_path / "out")
@@ -322,7 +325,7 @@ def test_a_vocabulary_too_large_names_the_largest(kind: str, shards: Path, tmp_p
 
 @pytest.fixture
 def bad(tmp_path: Path) -> Path:
-    """A folder of text that will do, `good`, and some that will not."""
+    """A folder with good text and some that cannot be used."""
     for name in (
         "good",
         "no_text",
@@ -364,7 +367,7 @@ def bad(tmp_path: Path) -> Path:
         ("good", ["--max_chars", 1], ["--vocab_size 400", "the largest possible is"]),
     ],
 )
-def test_a_mistake_is_told_in_one_line(bad: Path, data: str, flags: list[object], words: list[str]) -> None:
+def test_a_mistake_is_reported_in_one_line(bad: Path, data: str, flags: list[object], words: list[str]) -> None:
     result = run(bad / data, bad / "out", *flags)
     assert_user_error(result, *words)
     assert not result.stdout
@@ -374,7 +377,7 @@ def test_a_mistake_is_told_in_one_line(bad: Path, data: str, flags: list[object]
 def test_the_path_that_was_meant_is_named(bad: Path) -> None:
     (bad / "exp").mkdir()
     flags = ("--data_dir", "good", "--output_dir", "out")
-    assert_user_error(run_command("dataset/train_tokenizer.py", *flags, cwd=bad / "exp"), "did you mean ../good?")
+    assert_user_error(call_command("dataset/train_tokenizer.py", *flags, cwd=bad / "exp"), "did you mean ../good?")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "spiece.model", "report.json"])
@@ -403,7 +406,7 @@ def test_what_a_killed_run_left_is_replaced(bad: Path) -> None:
 
 
 def test_an_interrupt_ends_training_at_once(tmp_path: Path) -> None:
-    """The library itself would train on for many seconds."""
+    """The library itself would continue to train for many seconds."""
     draw = random.Random(1)
     kana = [chr(code) for code in range(0x3041, 0x3094)]
     words = ["".join(draw.choices(kana, k=3)) for _ in range(3000)]
