@@ -1,11 +1,11 @@
-"""How well trained GPTs predict a text: experiment folders, or models of others, and a file of works in, figures out.
+"""Evaluate how well trained GPTs predict a text: experiment folders or models of others, on a file of documents.
 
     python evaluate_model.py --exp_dir exp001 --text_path dataset/heldout.jsonl
     python evaluate_model.py --exp_dir exp001 exp002 --hf_model rinna/japanese-gpt2-small --text_path dataset/heldout.jsonl
 
-The figure to compare models by is bits_per_char, whatever their tokenizers; gptkit/evaluation.py defines it. Standard
-output gets JSON alone: an object, or of several models an array. Standard error gets the rest, and of several models a
-table.
+The figure to compare models by is bits_per_char, whatever their tokenizers; gptkit/evaluation/scoring.py defines it.
+Only JSON is printed to standard output: an object, or an array for several models. Everything else is printed to
+standard error, for several models also a table.
 """
 
 import json
@@ -30,52 +30,59 @@ from gptkit.training import checkpoints
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How well trained GPTs predict a text: bits per character, loss and perplexity, as JSON."""
+    """Evaluate how well trained GPTs predict a text: bits per character, loss and perplexity, as JSON."""
 
-    exp_dir: tuple[str, ...] = setting((), "experiment folders (or the folders of checkpoints in them)")
+    exp_dir: tuple[str, ...] = setting((), "experiment folders (or the folders of checkpoints in them)", group="model")
     hf_model: tuple[str, ...] = setting(
-        (), "causal models that transformers loads: folders, or repositories of the hub"
+        (), "causal models that transformers loads: folders, or repositories of the hub", group="model"
     )
+    checkpoint: checkpoints.Choice = setting("newest", "best: the one with the lowest validation loss", group="model")
     text_path: str = setting(
-        help="a .jsonl, .jsonl.gz or .jsonl.xz file of works, or a .txt file of works with <|endoftext|> between them"
+        help="a .jsonl, .jsonl.gz or .jsonl.xz file, or a .txt file of documents with <|endoftext|> between them",
+        group="data",
     )
     max_chars: int | None = setting(
-        None, "read only the first works, as many as so many characters hold, and at least one", at_least=1
+        None,
+        "read only the first documents, as many as so many characters hold, and at least one",
+        at_least=1,
+        group="data",
     )
     stride: int | None = setting(
-        None, "tokens by which the windows of a long work move on (default: half the model's context)", at_least=1
+        None,
+        "tokens between the beginnings of the windows of a long document (default: half the model's context)",
+        at_least=1,
+        group="batch",
     )
-    batch_size: int = setting(8, "windows at once", at_least=1)
-    checkpoint: checkpoints.Choice = setting("newest", "best: the one with the lowest validation loss")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    batch_size: int = setting(8, "windows per batch", at_least=1, group="batch")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="device")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of matrix products (auto: bfloat16 on GPUs that multiply it)"
+        "auto", "of matrix products (auto: bfloat16 on GPUs that multiply it)", group="device"
     )
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model as scoring needs it."""
+    """A model to evaluate, in the form that scoring needs."""
 
     name: str
     forward: Callable[[torch.Tensor], torch.Tensor]  # ids (B, T) -> logits (B, T, V)
-    tokenizer: Any  # a Tokenizer, or what encodes like one
+    tokenizer: Any  # a Tokenizer, or an object with its attributes
     context_length: int
     n_parameters: int
 
 
 @dataclass(frozen=True)
 class WithinVocabulary:
-    """A tokenizer whose added newline token a model has no row for: to the model a newline is unknown."""
+    """A tokenizer for a model whose embedding has no row for the added newline token: a newline becomes unknown."""
 
     tokenizer: Tokenizer
-    n_words: int
+    vocab_size: int  # rows of the model's embedding
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
     def encode(self, text: str) -> list[int]:
-        return [i if i < self.n_words else self.tokenizer.unknown_id for i in self.tokenizer.encode(text)]  # type: ignore[misc]
+        return [i if i < self.vocab_size else self.tokenizer.unknown_id for i in self.tokenizer.encode(text)]  # type: ignore[misc]
 
 
 def main(config: EvaluationConfig) -> None:
@@ -85,32 +92,32 @@ def main(config: EvaluationConfig) -> None:
     path = existing_path(config.text_path, "--text_path")
     if not path.is_file():
         raise UserError(f"--text_path {path} is no file; name a .jsonl or .txt file")
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     try:
-        for contender in contenders(config, device):
-            found.append(evaluate(config, contender, device))
-    finally:  # what was found is not thrown away for a mistake in a later one
-        if len(found) > 1:
-            print(table(found), file=sys.stderr)
-        if found:
+        for contender in load_contenders(config, device):
+            results.append(evaluate(config, contender, device))
+    finally:  # an error with a later model must not lose these results
+        if len(results) > 1:
+            print(format_table(results), file=sys.stderr)
+        if results:
             several = len(config.exp_dir) + len(config.hf_model) > 1
-            print(json.dumps(found if several else found[0]))  # in ASCII, which every locale shows as it is
+            print(json.dumps(results if several else results[0]))  # in ASCII, which every locale can show
 
 
-def contenders(config: EvaluationConfig, device: torch.device) -> Iterator[Contender]:
-    """One after the other, so that one is held at a time. Raises UserError."""
+def load_contenders(config: EvaluationConfig, device: torch.device) -> Iterator[Contender]:
+    """Yield the models one after the other, so that one is in memory at a time. Raises UserError."""
     folders = [checkpoints.choose_checkpoint(exp_dir, config.checkpoint) for exp_dir in config.exp_dir]
     patterns = [*HF_PATTERNS, "*.json", "*.safetensors"]
-    of_others = {name: hub_folder(name, "--hf_model", patterns) for name in config.hf_model}
+    hf_folders = {name: hub_folder(name, "--hf_model", patterns) for name in config.hf_model}
     for folder in folders:
         model, tokenizer = checkpoints.load_checkpoint(folder, GPTModel.from_dimensions, device)
         yield Contender(str(folder), model.eval(), tokenizer, model.config.context_length, model.n_parameters())
-    for name, folder in of_others.items():
-        yield of_transformers(name, folder, device)
+    for name, folder in hf_folders.items():
+        yield load_hf_model(name, folder, device)
 
 
-def of_transformers(name: str, folder: Path, device: torch.device) -> Contender:
-    """A model that transformers loads, from safetensors alone; its text is read by our rules. Raises UserError."""
+def load_hf_model(name: str, folder: Path, device: torch.device) -> Contender:
+    """Load a model with transformers, from safetensors alone, and its tokenizer by our rules. Raises UserError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -118,35 +125,37 @@ def of_transformers(name: str, folder: Path, device: torch.device) -> Contender:
     logging.disable_progress_bar()
     tokenizer: Any = load_hf(str(folder), "--hf_model")
     try:
-        model, about = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
-        absent = sorted(about["missing_keys"]) + sorted(map(str, about["mismatched_keys"]))
-        if absent:
-            raise ValueError(f"its weights lack {absent[0]}")
+        missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+        if missing:
+            raise ValueError(f"its weights lack {missing[0]}")
         model = model.eval()
-        n_words = model.get_input_embeddings().num_embeddings
+        vocab_size = model.get_input_embeddings().num_embeddings
         context_length = model.config.max_position_embeddings
     except Exception as error:  # it raises many kinds for a folder without a model
         raise UserError(f"--hf_model {name} is no causal model that transformers loads ({first_line(error)})")
-    if tokenizer.vocab_size > n_words:
-        if tokenizer.vocab_size > n_words + 1 or tokenizer.unknown_id is None:
-            raise UserError(f"--hf_model {name} has {n_words} words and its tokenizer {tokenizer.vocab_size}")
-        tokenizer = WithinVocabulary(tokenizer, n_words)
+    if tokenizer.vocab_size > vocab_size:
+        if tokenizer.vocab_size > vocab_size + 1 or tokenizer.unknown_id is None:
+            raise UserError(
+                f"--hf_model {name} has {vocab_size} tokens and its tokenizer {tokenizer.vocab_size}; choose another model"
+            )
+        tokenizer = WithinVocabulary(tokenizer, vocab_size)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     model = model.to(device)
     return Contender(name, lambda ids: model(ids, use_cache=False).logits, tokenizer, context_length, n_parameters)
 
 
 def evaluate(config: EvaluationConfig, contender: Contender, device: torch.device) -> dict[str, Any]:
-    """Raises UserError."""
+    """Score one model on --text_path and return its figures as they are printed. Raises UserError."""
     dtype = devices.choose_dtype(config.dtype, device)
     tokenizer, context_length = contender.tokenizer, contender.context_length
     if config.stride is not None and config.stride > context_length:
         raise UserError(f"--stride {config.stride} is more than the model's context; give at most {context_length}")
     path = existing_path(config.text_path, "--text_path")
-    # The works are read twice: a line that is none is found before the long work, and the time left is known.
-    n_tokens = sum(len(tokenizer.encode(work)) + 1 for work in read_documents(path, config.max_chars))
+    # The documents are read twice: a bad line is found before the long computation, and the time left is known.
+    n_tokens = sum(len(tokenizer.encode(document)) + 1 for document in read_documents(path, config.max_chars))
     print(
         f"{contender.name}: {contender.n_parameters:,} parameters on {devices.describe_device(device)}, {dtype}",
         file=sys.stderr,
@@ -171,17 +180,17 @@ def evaluate(config: EvaluationConfig, contender: Contender, device: torch.devic
         "perplexity": score.perplexity,
         "tokens": score.tokens,
         "characters": score.characters,
-        "works": score.works,
+        "works": score.documents,
         "unknown_tokens": score.unknown_tokens,
         "checkpoint": contender.name,
         "tokenizer": tokenizer.name,
     }
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """The models by bits per character, the best first."""
+def format_table(results: list[dict[str, Any]]) -> str:
+    """Return a table of the models by bits per character, the best first."""
     rows = [("bits/char", "loss", "perplexity", "tokens", "unknown", "model")]
-    for result in sorted(found, key=lambda result: result["bits_per_char"]):
+    for result in sorted(results, key=lambda result: result["bits_per_char"]):
         figures = (f"{result['bits_per_char']:.4f}", f"{result['loss']:.4f}", f"{result['perplexity']:,.2f}")
         rows.append((*figures, f"{result['tokens']:,}", f"{result['unknown_tokens']:,}", result["checkpoint"]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -192,7 +201,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def run(config: EvaluationConfig) -> None:
-    """main, with a lack of memory told in one line."""
+    """Call main; running out of memory becomes a UserError."""
     try:
         main(config)
     except (RuntimeError, MemoryError) as error:

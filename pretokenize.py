@@ -1,9 +1,9 @@
-"""Text shards -> token shards, alone: on a cheap machine, before a GPU is rented.
+"""Text shards -> token shards as a separate step: on a cheap machine, before a GPU is rented.
 
     python pretokenize.py --data_dir dataset/001 --output_dir dataset/001_pretok --tokenizer hf
     python pretokenize.py --describe --tokenizer hf --data_dir dataset/001
 
-pretraining.py with --use_pretokenized finds what this made, and redoes only what no longer matches.
+pretraining.py with --use_pretokenized finds these token shards, and makes again only what no longer matches.
 """
 
 import re
@@ -22,18 +22,26 @@ from gptkit.text.tokenizer import TokenizerSettings, load_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class PretokenizeConfig(TokenizerSettings):
-    """Text shards -> token shards, each work followed by end-of-text, some works kept for validation."""
+    """Tokenize text shards: each document is followed by end-of-text, and some are kept for validation."""
 
-    data_dir: str | None = setting(None, "folder of text shards (dataset/prepare_aozora_jsonl.py makes it)")
-    output_dir: str | None = setting(None, "folder for the token shards; what still matches in it is reused")
-    describe: bool = setting(False, "only say what the tokenizer is, and with --data_dir what it does to that text")
-    num_workers: int | None = setting(None, "processes side by side (default: one a core)", at_least=1)
-    engine: ExecutorName = setting("local", "local processes, or a Ray cluster whose nodes share the file system")
-    part: str | None = setting(
-        None, "K/N, for a job array: only each N-th shard from the K-th on; run without it at the end"
+    data_dir: str | None = setting(
+        None, "folder of text shards (dataset/prepare_aozora_jsonl.py makes it)", group="data"
+    )
+    output_dir: str | None = setting(
+        None, "folder for the token shards; what still matches in it is reused", group="data"
     )
     val_fraction: float = setting(
-        0.01, "share of the works kept for validation, chosen by a hash", more_than=0, at_most=0.5
+        0.01, "share of the documents kept for validation, chosen by a hash", more_than=0, at_most=0.5, group="data"
+    )
+    describe: bool = setting(
+        False, "only describe the tokenizer, and with --data_dir what it does to that text", group="tokenizer"
+    )
+    num_workers: int | None = setting(None, "parallel processes (default: one per core)", at_least=1, group="workers")
+    engine: ExecutorName = setting(
+        "local", "local processes, or a Ray cluster whose nodes share the file system", group="workers"
+    )
+    part: str | None = setting(
+        None, "K/N, for a job array: only each N-th shard from the K-th on; run without it at the end", group="workers"
     )
 
 
@@ -41,8 +49,10 @@ def main(config: PretokenizeConfig) -> None:
     data_dir = None if config.data_dir is None else existing_path(config.data_dir, "--data_dir")
     if config.describe:
         tokenizer = load_tokenizer(config)
-        works = None if data_dir is None else sample_documents(data_dir, SELF_CHECK_CHARS)
-        print(describe_tokenizer(tokenizer, None if works is None else check_tokenizer(tokenizer, works)))
+        report = None
+        if data_dir is not None:
+            report = check_tokenizer(tokenizer, sample_documents(data_dir, SELF_CHECK_CHARS))
+        print(describe_tokenizer(tokenizer, report))
         return
     if data_dir is None or config.output_dir is None:
         raise UserError("--data_dir and --output_dir are both needed (or --describe)")
@@ -53,14 +63,14 @@ def main(config: PretokenizeConfig) -> None:
     if config.part is not None:
         text, part = find_text_shards(data_dir.resolve()), read_part(config.part)
         tokenize_missing(text, output_dir, tokenizer, config.val_fraction, config.engine, num_workers, part)
-        print(f"part {config.part} is done; the same command without --part ends the work", file=sys.stderr)
+        print(f"part {config.part} is done; when all are, run the same command without --part", file=sys.stderr)
         return
     manifest = pretokenize(data_dir, output_dir, tokenizer, config.val_fraction, config.engine, num_workers)
     print(f"{output_dir}: {describe_tokens(manifest)}", file=sys.stderr)
 
 
 def read_part(part: str) -> tuple[int, int]:
-    """ "K/N" as numbers, 1 <= K <= N. Raises UserError."""
+    """Return K and N of "K/N", 1 <= K <= N. Raises UserError."""
     match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part)
     if not match or int(match[1]) > int(match[2]):
         raise UserError(f"--part {part} is not K/N with K from 1 to N, such as 3/8")

@@ -1,23 +1,29 @@
-"""What the scripts in this folder share: mistakes told in one line, with exit code 2. Standard library only.
+"""Functions shared by the scripts in this folder: errors of one line with exit code 2, progress, output folders.
 
-`python dataset/x.py` sees this folder and not the root, so the scripts here stand on nothing outside it.
+`python dataset/x.py` finds modules in this folder and not in the root, so the scripts here import nothing outside it:
+only the standard library, and tqdm for the bar on a terminal.
 """
 
 import argparse
 import errno
 import io
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
+
+MIB = 1024 * 1024
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message names the value and the remedy."""
+    """A mistake that the user can correct. The message names the value and the remedy."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is a UserError and abbreviations are not guessed."""
+    """An argparse parser for which a wrong flag is a UserError and abbreviations are not guessed."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, allow_abbrev=False)
@@ -38,15 +44,15 @@ _OS_REMEDIES = {
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Call main and leave: with code 0, or with one line and code 2."""
+    """Call main and exit: with code 0, or with an error of one line and code 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # where the locale cannot show Japanese, the work goes on
+            stream.reconfigure(errors="backslashreplace")  # continue where the locale cannot show Japanese
     try:
         main()
         print(end="", flush=True)
         sys.exit(0)
-    except BrokenPipeError:  # whoever read our output has left, as `head` does
+    except BrokenPipeError:  # the reader of our output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except UserError as error:
@@ -62,3 +68,66 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         message = "interrupted; nothing was kept, run the same command again"
     print(f"error: {' '.join(map(str.strip, message.splitlines()))}", file=sys.stderr)
     sys.exit(2)
+
+
+def log(message: str) -> None:
+    """Print a line to standard error at once."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere a line per finished shard, with rate and time left."""
+
+    def __init__(self, n_bytes: int, name: str) -> None:
+        self.n_bytes, self.start, self.n_shards = max(n_bytes, 1), time.monotonic(), 0
+        self.bar = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=name)
+            except ImportError:
+                pass
+
+    def update(self, position: int, n_shards: int) -> None:
+        """Show that `position` bytes are read and n_shards shards are finished."""
+        if self.bar is not None:
+            self.bar.update(position - self.bar.n)
+        elif n_shards > self.n_shards:
+            elapsed_s = time.monotonic() - self.start
+            left_s = elapsed_s * (self.n_bytes - position) / max(position, 1)
+            rate = position / MIB / max(elapsed_s, 1e-9)
+            log(f"shard {n_shards}: {position / self.n_bytes:.0%} read, {rate:.1f} MiB/s, {left_s:.0f} s left")
+        self.n_shards = n_shards
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def check_output_dir(output: Path, is_own: Callable[[str], bool]) -> None:
+    """Raise UserError where the folder is a file, lies below one, or holds a name that is not the script's own."""
+    existing = next(path for path in (output, *output.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {output}: {existing} is a file; name a folder")
+    foreign = sorted(name for name in os.listdir(output) if not is_own(name)) if existing == output else []
+    if foreign:
+        raise UserError(f"--output_dir {output} holds something else ({foreign[0]}); name a new or empty folder")
+
+
+def has_format(path: Path, name: str) -> bool:
+    """Return whether a JSON file exists and names this format at its beginning."""
+    return path.is_file() and f'"{name}"'.encode() in path.read_bytes()[:200]
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return a value as indented JSON in UTF-8 with a newline at the end."""
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file so that it survives a power cut."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

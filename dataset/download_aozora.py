@@ -1,9 +1,9 @@
 """Fetch the Japanese texts that the README trains on: aozorabunko-dedupe-clean.jsonl, into this folder.
 
 They are the dataset globis-university/aozorabunko-clean of the Hugging Face hub (CC BY 4.0) at one fixed revision.
-A download that was cut off goes on where it stopped; size and sha256 have to be those that the hub tells.
-An archive that lies there is used without a network too, and then its own checksum is what holds for it.
-`--help` and every error give the address for fetching the file by hand.
+A download that was cut off is resumed; size and sha256 must be those that the hub reports. An archive that exists is
+used without a network too, and then only its own checksum is checked. `--help` and every error name the address for
+fetching the file by hand.
 """
 
 import gzip
@@ -18,7 +18,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from _script import Parser, UserError, run_script
+from _script import Parser, UserError, log, run_script
 
 REPOSITORY = "globis-university/aozorabunko-clean"
 REVISION = "42a9c9c0f1d67e6a5554d9bea4201973dc9b049c"
@@ -29,7 +29,7 @@ MB = 1_000_000
 
 
 class ReportingFile(io.BufferedWriter):
-    """The file under way. Where no terminal shows the hub's bar, it tells of every tenth in a plain line."""
+    """The file that is downloaded. Where no terminal shows the hub's bar, it prints a line for every tenth."""
 
     def __init__(self, path: Path, n_bytes: int) -> None:
         super().__init__(open(path, "ab", buffering=0))
@@ -41,48 +41,46 @@ class ReportingFile(io.BufferedWriter):
         if before * 10 // self.n_bytes < self.tell() * 10 // self.n_bytes and not sys.stderr.isatty():
             rate = max(self.tell() - self.n_before, 1) / max(time.monotonic() - self.start, 1e-9)
             left_s = (self.n_bytes - self.tell()) / rate
-            line = f"{self.tell() / MB:.0f} of {self.n_bytes / MB:.0f} MB, {rate / MB:.1f} MB/s, {left_s:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
+            log(f"{self.tell() / MB:.0f} of {self.n_bytes / MB:.0f} MB, {rate / MB:.1f} MB/s, {left_s:.0f} s left")
         return len(chunk)
 
 
 def download(archive: Path) -> None:
-    """Put the hub's file at `archive`, or check the one that lies there."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # we tell what went wrong, once
+    """Download the hub's file to `archive`, or check the one that exists. Raises UserError."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # we report an error ourselves, once
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import HTTPError
     except ImportError:
         raise UserError(f"huggingface_hub is not installed; pip install -r requirements.txt, or {BY_HAND}")
-    url = hf_hub_url(REPOSITORY, ARCHIVE, repo_type="dataset", revision=REVISION)  # of HF_ENDPOINT, if that is set
+    url = hf_hub_url(REPOSITORY, ARCHIVE, repo_type="dataset", revision=REVISION)  # at HF_ENDPOINT, if that is set
     path = archive if archive.exists() else archive.with_name(f"{ARCHIVE}.partial")
     try:
-        told = get_hf_file_metadata(url)  # its etag is the sha256, as with every large file
-        if told.size is None or not re.fullmatch("[0-9a-f]{64}", told.etag or ""):
+        expected = get_hf_file_metadata(url)  # its etag is the sha256, as with every large file
+        if expected.size is None or not re.fullmatch("[0-9a-f]{64}", expected.etag or ""):
             raise UserError(f"{url}: no size and sha256 to check the file with; unset HF_ENDPOINT, or {BY_HAND}")
         if path != archive:
-            append(url, path, told.size)
+            append(url, path, expected.size)
     except KeyboardInterrupt:
-        raise UserError("interrupted; run this again, which goes on where it stopped")
+        raise UserError("interrupted; run the same command to resume")
     except (HTTPError, OSError) as error:
         if getattr(error, "errno", None):
-            raise  # of the disk, not of the network
+            raise  # an error of the disk, not of the network
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         if path == archive:
-            print(f"{archive} lies there and is used, not compared with the hub's: {reason}", file=sys.stderr)
+            log(f"{archive} exists and is used without comparing it with the hub's: {reason}")
             return
-        again = "check the network and run this again, which goes on where it stopped"
-        raise UserError(f"{url}: {reason}; {again}, or {BY_HAND}")
+        raise UserError(f"{url}: {reason}; check the network and run the same command to resume, or {BY_HAND}")
     size, sha256 = path.stat().st_size, sha256_of(path)
-    if (size, sha256) != (told.size, told.etag):
+    if (size, sha256) != (expected.size, expected.etag):
         path.unlink()
-        expected = f"the hub tells of {told.size} bytes and {told.etag}"
-        raise UserError(f"{path}: {size} bytes with sha256 {sha256}, but {expected}; removed, run this again")
+        of_hub = f"the hub reports {expected.size} bytes and {expected.etag}"
+        raise UserError(f"{path}: {size} bytes with sha256 {sha256}, but {of_hub}; removed, run this again")
     path.replace(archive)
 
 
 def append(url: str, partial: Path, n_bytes: int) -> None:
-    """Fetch what `partial` lacks. Not by hf_hub_download: that of 2.4 throws an unfinished file away."""
+    """Fetch the rest of `partial`. (hf_hub_download of version 2.4 would throw an unfinished file away.)"""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -100,6 +98,7 @@ def sha256_of(path: Path) -> str:
 
 
 def unpack(archive: Path, target: Path) -> None:
+    """Decompress `archive` to `target`, which exists only when it is complete. Raises UserError."""
     partial = target.with_name(f"{target.name}.partial")
     try:
         with gzip.open(archive) as source, open(partial, "wb") as file:
@@ -115,13 +114,13 @@ def unpack(archive: Path, target: Path) -> None:
 
 def main() -> None:
     parser = Parser(f"Fetch the texts of Aozora Bunko from the Hugging Face hub. Or {BY_HAND}.")
-    parser.add_argument("--output_dir", default=str(Path(__file__).resolve().parent), help="where (dataset/)")
-    parser.add_argument("--no_unpack", action="store_true", help="leave it a .gz, which prepare_aozora_jsonl.py reads")
+    parser.add_argument("--output_dir", default=str(Path(__file__).resolve().parent), help="the folder (dataset/)")
+    parser.add_argument("--no_unpack", action="store_true", help="keep it a .gz, which prepare_aozora_jsonl.py reads")
     arguments = parser.parse_args()
     folder = Path(arguments.output_dir)
     archive, target = folder / ARCHIVE, folder / ARCHIVE.removesuffix(".gz")
     if target.exists():
-        print(f"{target} is there already; nothing to do")
+        print(f"{target} exists already; nothing to do")
         return
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; name a folder")

@@ -1,12 +1,11 @@
-"""Text shards -> a SentencePiece model of one's own (spiece.model) and report.json, measured on works held out.
+"""Text shards -> a SentencePiece model (spiece.model) and report.json, measured on held-out documents.
 
-The text is taken as it is: no normalisation, no space put before it, each newline a token, U+3000 a character like
-others, and what has no piece becomes UTF-8 bytes. So any text comes back as it was, with one thing to know: inside
-SentencePiece "▁" (U+2581) stands for a space, and encode() below shows how a real one is given.
+The text is not changed: no normalisation, no space added before it, each newline is a token, U+3000 is a character
+like others, and characters without a piece become UTF-8 bytes. So any text comes back unchanged, with one exception:
+inside SentencePiece "▁" (U+2581) stands for a space, and encode() below shows how to encode a real one.
 
-Training sees a sample, drawn evenly over the corpus, without the works held out. The same text and flags give the
-same bytes. The shards and their manifest are prepare_aozora_jsonl.py's; a folder of .txt files serves too.
-
+Training sees a sample, drawn evenly over the corpus, without the held-out documents. The same text and flags give the
+same bytes. The text shards are those of prepare_aozora_jsonl.py, or a folder of .txt files.
 SentencePiece: Kudo & Richardson 2018; unigram: Kudo 2018; BPE: Sennrich et al. 2016.
 """
 
@@ -18,7 +17,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,32 +24,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _script import Parser, UserError, run_script
+from _script import Parser, UserError, check_output_dir, has_format, json_bytes, log, run_script, write_synced
 
-FORMAT, TEXT_FORMAT = "gptkit-tokenizer-report", "gptkit-text-shards"
-DEFAULT_SEPARATOR = "<|endoftext|>"
+FORMAT = "gptkit-tokenizer-report"
+TEXT_FORMAT, DEFAULT_SEPARATOR = "gptkit-text-shards", "<|endoftext|>"
 MODEL_FILE, REPORT_FILE, PARTIAL = "spiece.model", "report.json", ".partial"
-CHUNK = 1 << 20  # characters read at once: what bounds memory on a text of any size
-MAX_LINE = 4096  # a longer line is cut for training: beyond 65,535 characters the trainer's positions overflow
+CHUNK = 1 << 20  # characters read at once: bounds memory on a text of any size
+MAX_LINE = 4096  # longer lines are cut for training: beyond 65,535 characters the trainer's positions overflow
 HELD_OUT_SHARE = 1 / 50
 N_FIXED_PIECES = 3 + 1 + 256 + 1  # unknown, end of text, padding; newline; bytes; the space
 MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 300, 1_000_000
-RESERVED = "▁▅\0"  # no pieces: the library's own space, a sign for which it drops the line, and what no piece can hold
+RESERVED = "▁▅\0"  # not pieces: the library's own space, a sign for which it drops the line, one no piece can hold
 
 
 @dataclass(frozen=True)
 class Corpus:
+    """The files of a text and how they are read."""
+
     files: list[Path]
-    continues: list[bool]  # continues[i]: the last work of file i goes on in file i + 1
+    continues: list[bool]  # whether the last document of file i continues in file i + 1
     separator: str
     by_hand: bool  # no manifest: files that people put there
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser("text shards -> a SentencePiece model of one's own")
+    parser = Parser("text shards -> a SentencePiece model")
     parser.add_argument("--data_dir", required=True, help="folder of text shards, or of .txt files")
     parser.add_argument("--output_dir", required=True, help="folder for spiece.model; an earlier result is replaced")
-    parser.add_argument("--vocab_size", type=int, default=16000, help="pieces, special ones included (16000)")
+    parser.add_argument("--vocab_size", type=int, default=16000, help="pieces, with the special ones (16000)")
     parser.add_argument("--model_type", choices=("bpe", "unigram"), default="bpe", help="how pieces are found (bpe)")
     parser.add_argument("--max_chars", type=int, default=5_000_000,
                         help="characters to train on, 100 bytes of memory each (5000000)")  # fmt: skip
@@ -59,29 +59,19 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise UserError for what can be seen to be wrong before anything is read."""
-    if options.vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(
-            f"--vocab_size {options.vocab_size} is too small: {N_FIXED_PIECES} are taken by bytes and special pieces;"
-            f" give {MIN_VOCAB_SIZE} or more"
-        )
-    if options.vocab_size > MAX_VOCAB_SIZE:
-        raise UserError(f"--vocab_size {options.vocab_size} is too large; give {MAX_VOCAB_SIZE} or less, such as 16000")
+    """Raise UserError for wrong flags and folders, before anything is read."""
+    if not MIN_VOCAB_SIZE <= options.vocab_size <= MAX_VOCAB_SIZE:
+        reason = f"{N_FIXED_PIECES} pieces are bytes and special ones; give {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}"
+        raise UserError(f"--vocab_size {options.vocab_size} is too small or too large: {reason}, such as 16000")
     if options.max_chars < 1:
         raise UserError(f"--max_chars {options.max_chars} leaves no text to train on; give more, such as 5000000")
     output = Path(options.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output_dir {output} is a file; name a folder")
-    report = output / REPORT_FILE
-    is_own = (output / PARTIAL).is_dir() or (report.is_file() and f'"{FORMAT}"'.encode() in report.read_bytes()[:200])
-    own = [MODEL_FILE, REPORT_FILE, PARTIAL] if is_own else []
-    other = sorted(path.name for path in output.glob("*") if path.name not in own)
-    if other:
-        raise UserError(f"--output_dir {output} holds something else ({other[0]}); name a new or empty folder")
+    is_ours = (output / PARTIAL).is_dir() or has_format(output / REPORT_FILE, FORMAT)
+    check_output_dir(output, lambda name: is_ours and name in (MODEL_FILE, REPORT_FILE, PARTIAL))
 
 
 def find_corpus(folder: Path) -> Corpus:
-    """The shards that the manifest names, or all .txt files, each file's end ending a work. Raises UserError."""
+    """Return the shards that the manifest names, or else all .txt files, each ending a document. Raises UserError."""
     if not folder.is_dir():
         near = [path for path in (Path("..") / folder, Path(*folder.parts[1:])) if path.parts and path.is_dir()]
         remedy = f"did you mean {near[0]}?" if near else "dataset/prepare_aozora_jsonl.py makes one"
@@ -99,9 +89,9 @@ def find_corpus(folder: Path) -> Corpus:
         missing = [path.name for path in files if not path.is_file()]
         if missing:
             raise UserError(f"{folder} lacks {missing[0]}, which its manifest names; prepare the folder again")
+    elif (folder / ".partial").exists():
+        raise UserError(f"{folder} was left by a preparation that was stopped; prepare the folder again")
     else:
-        if (folder / ".partial").exists():
-            raise UserError(f"{folder} is what a preparation left that was stopped; prepare the folder again")
         files = sorted(path for path in folder.glob("*.txt") if path.is_file())
         corpus = Corpus(files, [False] * len(files), DEFAULT_SEPARATOR, by_hand=True)
     if not corpus.files or not corpus.separator:
@@ -110,12 +100,12 @@ def find_corpus(folder: Path) -> Corpus:
 
 
 def read(corpus: Corpus) -> Iterator[tuple[int, str]]:
-    """(number of the work, a part of its text), in order; parts of at most about CHUNK characters.
+    """Yield (number of the document, a piece of its text), in order; pieces of at most about CHUNK characters.
 
-    Of files that people put there, a byte-order mark and the \\r of a line's end are no part of the text.
+    In files that people put there, a byte-order mark and the \\r of a line's end are not part of the text.
     """
     number, rest = 0, ""
-    beginnings = [corpus.separator[:end] for end in reversed(range(len(corpus.separator)))]
+    prefixes = [corpus.separator[:end] for end in reversed(range(len(corpus.separator)))]
     for path, continues in zip(corpus.files, corpus.continues, strict=True):
         encoding, newline = ("utf-8-sig", None) if corpus.by_hand else ("utf-8", "")
         try:
@@ -125,9 +115,9 @@ def read(corpus: Corpus) -> Iterator[tuple[int, str]]:
                     for text in ended:
                         yield number, text
                         number += 1
-                    waits = next(part for part in beginnings if rest.endswith(part))  # it may go on in the next chunk
-                    yield number, rest.removesuffix(waits)
-                    rest = waits
+                    begun = next(prefix for prefix in prefixes if rest.endswith(prefix))  # may end in the next chunk
+                    yield number, rest.removesuffix(begun)
+                    rest = begun
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8")
         if not continues:
@@ -136,50 +126,52 @@ def read(corpus: Corpus) -> Iterator[tuple[int, str]]:
 
 
 @dataclass
-class Work:
+class Document:
+    """What training needs to know about a document before reading its text again."""
+
     characters: int = 0
     hash: int = 0
-    is_blank: bool = True  # such as a newline after the last separator: no work
+    is_blank: bool = True  # such as a newline after the last separator; not counted as a document
     is_held_out: bool = False
 
 
-def survey(corpus: Corpus) -> list[Work]:
-    """The works by their number. Held out are those of the lowest hashes, at least one where there are two works.
+def survey(corpus: Corpus) -> list[Document]:
+    """Return the documents by number. Those with the lowest hashes are held out: at least one, where there are two.
 
-    pretokenize.py chooses validation works in the same way, a smaller share: this tokenizer has not seen them.
+    pretokenize.py chooses validation documents in the same way, a smaller share: this tokenizer has not seen them.
     """
-    works: list[Work] = []
+    documents: list[Document] = []
     digest = hashlib.sha256()
     for number, text in read(corpus):
-        if number == len(works):
-            works.append(Work())
+        if number == len(documents):
+            documents.append(Document())
             digest = hashlib.sha256()
         digest.update(text.encode())
-        work = works[number]
-        work.characters += len(text)
-        work.hash = int.from_bytes(digest.digest()[:8], "big")
-        work.is_blank = work.is_blank and not text.strip()
-    hashes = sorted({work.hash for work in works if not work.is_blank})
+        document = documents[number]
+        document.characters += len(text)
+        document.hash = int.from_bytes(digest.digest()[:8], "big")
+        document.is_blank = document.is_blank and not text.strip()
+    hashes = sorted({document.hash for document in documents if not document.is_blank})
     if not hashes:
         raise UserError(f"{corpus.files[0].parent} holds no text, only blank files; give text in --data_dir")
     threshold = max(int(HELD_OUT_SHARE * 2**64), hashes[0] + 1)
     if hashes[-1] < threshold:  # all are low; hold out one, or none where there is only one
         threshold = hashes[0] + (len(hashes) > 1)
-    for work in works:
-        work.is_held_out = work.hash < threshold and not work.is_blank
-    return works
+    for document in documents:
+        document.is_held_out = document.hash < threshold and not document.is_blank
+    return documents
 
 
-def sample(corpus: Corpus, works: list[Work], max_chars: int) -> list[str]:
-    """Lines of the works not held out: all, or as many as max_chars allows, drawn evenly over the corpus.
+def sample(corpus: Corpus, documents: list[Document], max_chars: int) -> list[str]:
+    """Return lines of the documents not held out: all, or as many as max_chars allows, drawn evenly over the corpus.
 
-    Lines go without their newline, which is a piece of its own whatever stands around it.
+    Lines are returned without their newline, which is always a piece of its own.
     """
     lines: list[str] = []
-    n_all = sum(work.characters for work in works if not work.is_held_out)
+    n_all = sum(document.characters for document in documents if not document.is_held_out)
     n_seen = n_taken = 0
     for number, text in read(corpus):
-        if works[number].is_held_out:
+        if documents[number].is_held_out:
             continue
         for line in re.findall(f"[^\n]{{1,{MAX_LINE}}}", text):
             n_seen += len(line)
@@ -190,14 +182,12 @@ def sample(corpus: Corpus, works: list[Work], max_chars: int) -> list[str]:
 
 
 def characters_with_a_piece(lines: list[str], vocab_size: int) -> set[str]:
-    """The characters frequent enough to be worth a piece; the rest goes to bytes.
+    """Return the characters frequent enough to be worth a piece; the others become bytes.
 
     A rare character saves two tokens where it occurs, a merge of two pieces one: measured on Aozora Bunko, for 400 to
-    32,000 pieces, characters a token are at most 1 % from the best where the bound is 4 / vocab_size^1.5 of the text.
+    32,000 pieces, characters per token are at most 1 % from the best where the bound is 4 / vocab_size^1.5 of the text.
     """
-    counts: Counter[str] = Counter()
-    for line in lines:
-        counts.update(line)
+    counts = Counter("".join(lines))
     bound = 4 * counts.total() / vocab_size**1.5
     by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
     worth_it = [c for c in by_frequency if counts[c] >= bound and c not in RESERVED]
@@ -205,16 +195,16 @@ def characters_with_a_piece(lines: list[str], vocab_size: int) -> set[str]:
 
 
 def training_lines(lines: list[str], characters: set[str]) -> Iterator[str]:
-    """The lines, cut at each character that has no piece."""
+    """Yield the lines, split at each character that has no piece."""
     without = {ord(c): "\n" for line in lines for c in set(line) - characters}
     for line in lines:
         yield from filter(None, line.translate(without).split("\n"))
 
 
 def run_trainer(lines: list[str], vocab_size: int, model_type: str) -> bytes:
-    """The model. Raises RuntimeError, as the library does."""
+    """Train with the library and return the model. Raises RuntimeError, as the library does."""
     model = io.BytesIO()
-    # The library does not listen to Ctrl-C; nothing is on the disk yet, so the signal may end us at once.
+    # The library ignores Ctrl-C; nothing is on the disk yet, so the signal may end the process at once.
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         import sentencepiece
@@ -235,9 +225,9 @@ def run_trainer(lines: list[str], vocab_size: int, model_type: str) -> bytes:
             bos_id=-1,
             user_defined_symbols=["\n"],
             required_chars="▁",  # without its own piece a space becomes the bytes of "▁", and does not come back
-            split_by_unicode_script=False,  # "た。" and "　私は" may be pieces: 8 % more characters a token
-            max_sentence_length=4 * MAX_LINE,  # in bytes; longer ones would be left out in silence
-            seed_sentencepiece_size=200_000,  # of 1,000,000: the same quality in half the time
+            split_by_unicode_script=False,  # "た。" and "　私は" may be pieces: 8 % more characters per token
+            max_sentence_length=4 * MAX_LINE,  # in bytes; longer ones would be left out without a warning
+            seed_sentencepiece_size=200_000,  # instead of 1,000,000: the same quality in half the time
             num_threads=16,  # unigram's result depends on it, so it is the same on every machine
             minloglevel=2,  # errors only
         )
@@ -247,7 +237,7 @@ def run_trainer(lines: list[str], vocab_size: int, model_type: str) -> bytes:
 
 
 def train(lines: list[str], vocab_size: int, model_type: str) -> bytes:
-    """The model. Raises UserError; for a vocabulary too large for the text it names the largest that is possible."""
+    """Train and return the model. Raises UserError; for too large a vocabulary it names the largest possible one."""
     size = vocab_size
     while True:
         try:
@@ -257,7 +247,7 @@ def train(lines: list[str], vocab_size: int, model_type: str) -> bytes:
             if not too_large or int(too_large[1]) < MIN_VOCAB_SIZE:
                 reason = "there is too little text" if too_large or "sentences_.empty" in str(error) else str(error)
                 raise UserError(f"no tokenizer of --vocab_size {vocab_size}: {reason}; give more text in --data_dir")
-            size = int(too_large[1])  # fewer pieces leave fewer characters, hence fewer candidates: ask again
+            size = int(too_large[1])  # fewer pieces leave fewer characters, hence fewer candidates: try again
             continue
         if size < vocab_size:
             raise UserError(f"--vocab_size {vocab_size} is too large for this text; the largest possible is {size}")
@@ -265,22 +255,21 @@ def train(lines: list[str], vocab_size: int, model_type: str) -> bytes:
 
 
 def encode(processor: Any, text: str) -> list[int]:
-    """The ids of a text. A "▁" in it is given as its bytes: as a character it would come back as a space."""
+    """Return the ids of a text. A "▁" in it is encoded as its bytes: as a character it would come back as a space."""
     mark = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
     first, *others = processor.encode(text.split("▁"))
     return first + [i for ids in others for i in (*mark, *ids)]
 
 
-def measure(model: bytes, corpus: Corpus, works: list[Work]) -> dict[str, Any]:
-    """What the model does on the works held out; on all where none is."""
+def measure(model: bytes, corpus: Corpus, documents: list[Document]) -> dict[str, Any]:
+    """Measure the model on the held-out documents, or on all where none is held out."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    n_held_out = sum(work.is_held_out for work in works)
-    characters = tokens = unknown = 0
-    lossless = True
+    n_held_out = sum(document.is_held_out for document in documents)
+    characters, tokens, unknown, lossless = 0, 0, 0, True
     for number, text in read(corpus):
-        if works[number].is_held_out or not n_held_out:
+        if documents[number].is_held_out or not n_held_out:
             ids = encode(processor, text)
             characters += len(text)
             tokens += len(ids)
@@ -297,17 +286,14 @@ def measure(model: bytes, corpus: Corpus, works: list[Work]) -> dict[str, Any]:
 
 
 def publish(output: Path, model: bytes, report: dict[str, Any]) -> None:
-    """Write both files aside, then rename them; the folder `.partial` tells a later run that they are ours."""
+    """Write both files aside, then rename them; by the folder `.partial` a later run knows that they are ours."""
     partial = output / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     partial.mkdir()
-    contents = {MODEL_FILE: model, REPORT_FILE: (json.dumps(report, ensure_ascii=False, indent=1) + "\n").encode()}
+    contents = {MODEL_FILE: model, REPORT_FILE: json_bytes(report)}
     try:
         for name, content in contents.items():
-            with open(partial / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(partial / name, content)
         (output / REPORT_FILE).unlink(missing_ok=True)
         for name in contents:
             os.replace(partial / name, output / name)
@@ -315,31 +301,27 @@ def publish(output: Path, model: bytes, report: dict[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def train_tokenizer(corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, measure and write; returns the report."""
-    say(f"reading {options.data_dir}")
-    works = survey(corpus)
-    lines = sample(corpus, works, options.max_chars)
-    real = [work for work in works if not work.is_blank]
+    """Train, measure and write the model; return the report."""
+    log(f"reading {options.data_dir}")
+    documents = survey(corpus)
+    lines = sample(corpus, documents, options.max_chars)
+    counted = [document for document in documents if not document.is_blank]
     report = {
         "format": FORMAT,
         "version": 1,
         "model_type": options.model_type,
         "vocab_size": options.vocab_size,
-        "works": len(real),
-        "characters": sum(work.characters for work in real),
+        "works": len(counted),
+        "characters": sum(document.characters for document in counted),
         "trained_on_characters": sum(map(len, lines)),
     }
-    say(f"training {options.model_type} of {options.vocab_size} pieces on {report['trained_on_characters']}"
-        f" of {report['characters']} characters, {sum(work.is_held_out for work in real)} of {len(real)} works held out")  # fmt: skip
+    log(f"training {options.model_type} of {options.vocab_size} pieces on {report['trained_on_characters']}"
+        f" of {report['characters']} characters, {sum(d.is_held_out for d in counted)} of {len(counted)} documents held out")  # fmt: skip
     start = time.monotonic()
     model = train(lines, options.vocab_size, options.model_type)
-    say(f"trained in {time.monotonic() - start:.0f} s; measuring")
-    report |= {"sha256": hashlib.sha256(model).hexdigest(), "measured": measure(model, corpus, works)}
+    log(f"trained in {time.monotonic() - start:.0f} s; measuring")
+    report |= {"sha256": hashlib.sha256(model).hexdigest(), "measured": measure(model, corpus, documents)}
     publish(Path(options.output_dir), model, report)
     return report
 
@@ -350,7 +332,7 @@ def main() -> None:
     corpus = find_corpus(Path(options.data_dir))
     output = Path(options.output_dir)
     was_there = output.is_dir()
-    output.mkdir(parents=True, exist_ok=True)  # now, so that a folder that cannot be written costs no training
+    output.mkdir(parents=True, exist_ok=True)  # now, so that a read-only folder is found before training
     try:
         report = train_tokenizer(corpus, options)
     except BaseException:
@@ -358,9 +340,9 @@ def main() -> None:
             shutil.rmtree(output, ignore_errors=True)
         raise
     found = report["measured"]
-    where = f"{found['held_out_works']} works held out" if found["held_out_works"] else "the training text"
+    where = f"{found['held_out_works']} held-out documents" if found["held_out_works"] else "the training text"
     print(f"{output / MODEL_FILE}: {options.vocab_size} pieces; on {where} {found['characters_per_token']:.3f} characters"
-          f" a token ({found['characters']} / {found['tokens']}), {found['unknown_tokens']} unknown,"
+          f" per token ({found['characters']} / {found['tokens']}), {found['unknown_tokens']} unknown,"
           f" lossless: {'yes' if found['lossless'] else 'no'}")  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""gptkit/batches.py: which tokens a step sees."""
+"""gptkit/data/batches.py: the tokens of each step."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ from gptkit.data.token_shards import TokenStream
 
 
 def stream(n_tokens: int, *cuts: int) -> TokenStream:
-    """Tokens 0 … n_tokens - 1, each its own position, in shards that end at `cuts`."""
+    """Return tokens 0 … n_tokens - 1, each its own position, in shards that end at `cuts`."""
     return TokenStream(np.split(np.arange(n_tokens, dtype=np.uint16), cuts))
 
 
@@ -21,7 +21,7 @@ def batches(tokens: TokenStream, **changes: int) -> TrainingBatches:
 
 
 def windows_of_step(found: TrainingBatches, step: int) -> list[int]:
-    """Where each sequence of a step begins, counted in windows."""
+    """Return the window that each sequence of a step is."""
     inputs = torch.cat([found.micro_batch(step, micro)[0] for micro in range(found.grad_accum_steps)])
     return [int(row[0]) // found.context_length for row in inputs]
 
@@ -36,7 +36,7 @@ def test_a_window_needs_a_target_for_each_token(n_tokens: int, expected: int) ->
     assert n_windows(stream(n_tokens), 5) == expected
 
 
-def test_targets_are_the_inputs_one_token_on_also_over_the_ends_of_shards() -> None:
+def test_targets_are_the_inputs_shifted_by_one_also_over_the_ends_of_shards() -> None:
     found = batches(stream(301, 1, 2, 3, 44, 44, 100, 101, 299))
     for step in range(found.steps_per_epoch):
         for micro_step in range(2):
@@ -50,7 +50,7 @@ def test_targets_are_the_inputs_one_token_on_also_over_the_ends_of_shards() -> N
             assert (inputs[:, 0] % 5 == 0).all()
 
 
-def test_an_epoch_takes_each_window_once_and_each_its_own_order() -> None:
+def test_an_epoch_takes_each_window_once_in_an_order_of_its_own() -> None:
     found = batches(stream(5 * 60 + 1))
     assert (found.sequences_per_step, found.tokens_per_step, found.steps_per_epoch) == (6, 30, 10)
     orders = [windows_of_epoch(found, epoch) for epoch in range(3)]
@@ -85,9 +85,9 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
 
 def test_accumulation_takes_what_one_larger_batch_takes() -> None:
     tokens = stream(5 * 60 + 1)
-    whole = batches(tokens, batch_size=6, grad_accum_steps=1)
+    large = batches(tokens, batch_size=6, grad_accum_steps=1)
     for step in range(20):
-        assert windows_of_step(batches(tokens, batch_size=2, grad_accum_steps=3), step) == windows_of_step(whole, step)
+        assert windows_of_step(batches(tokens, batch_size=2, grad_accum_steps=3), step) == windows_of_step(large, step)
 
 
 def test_validation_takes_the_same_windows_spread_evenly_over_the_stream() -> None:
@@ -118,29 +118,29 @@ def test_validation_shorter_than_a_window_gives_one_shorter_sequence(n_tokens: i
 
 
 def test_processes_take_slices_of_the_same_step() -> None:
-    """Whatever their number, a step has the same sequences; a micro-step's stand side by side."""
+    """Whatever their number, a step has the same sequences; those of a micro-step follow each other."""
     tokens = stream(5 * 60 + 1)
     for step in (0, 3, 11):
-        whole = windows_of_step(batches(tokens, batch_size=2, grad_accum_steps=6), step)
+        windows_of_one = windows_of_step(batches(tokens, batch_size=2, grad_accum_steps=6), step)
         for n_processes, grad_accum_steps in ((2, 3), (3, 2), (6, 1)):
             settings = dict(batch_size=2, grad_accum_steps=grad_accum_steps, n_processes=n_processes)
             each = [batches(tokens, rank=rank, **settings) for rank in range(n_processes)]
             assert {found.sequences_per_step for found in each} == {12}
             assert {found.steps_per_epoch for found in each} == {5}
             of_ranks = [windows_of_step(found, step) for found in each]
-            assert sorted(w for windows in of_ranks for w in windows) == sorted(whole)
-            assert [w for windows in of_ranks for w in windows[:2]] == whole[: 2 * n_processes]
+            assert sorted(w for windows in of_ranks for w in windows) == sorted(windows_of_one)
+            assert [w for windows in of_ranks for w in windows[:2]] == windows_of_one[: 2 * n_processes]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 64, 1000, 65_537])
-def test_an_order_that_is_computed_takes_each_window_once(n: int) -> None:
+def test_a_computed_order_takes_each_window_once(n: int) -> None:
     keys = [np.random.default_rng([0, epoch]).integers(1 << 63, size=N_ROUNDS, dtype=np.uint64) for epoch in range(2)]
     orders = [permute(np.arange(n), n, each) for each in keys]
     for order in orders:
         assert sorted(order.tolist()) == list(range(n))
     if n >= 1000:
         assert orders[0].tolist() != orders[1].tolist()
-        for order in orders:  # as far from sorted as a draw: neighbours, and places against windows
+        for order in orders:  # as far from sorted as a random order: positions against windows, and neighbours
             place = np.arange(n)
             assert abs(np.corrcoef(place, order.astype(float))[0, 1]) < 4 / n**0.5
             assert abs(np.corrcoef(order[1:].astype(float), order[:-1].astype(float))[0, 1]) < 4 / n**0.5

@@ -1,4 +1,4 @@
-"""dataset/download_aozora.py against a small stand-in for the hub on this machine."""
+"""dataset/download_aozora.py against a small imitation of the hub on this machine."""
 
 import gzip
 import hashlib
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_user_error, command, run_command
+from conftest import assert_user_error, call_command, command
 
 SCRIPT = "dataset/download_aozora.py"
 REVISION = "42a9c9c0f1d67e6a5554d9bea4201973dc9b049c"
@@ -25,20 +25,20 @@ NAME = "aozorabunko-dedupe-clean.jsonl"
 PATH = f"/datasets/globis-university/aozorabunko-clean/resolve/{REVISION}/{NAME}.gz"
 TEXT = b"".join(b'{"text": "%s"}\n' % hashlib.sha256(bytes([i])).hexdigest().encode() for i in range(200))
 
-CHUNK = 10 * 1024 * 1024  # huggingface_hub keeps what has come in such pieces
+CHUNK = 10 * 1024 * 1024  # huggingface_hub writes a download in such pieces
 LARGE_TEXT = random.Random(0).randbytes(CHUNK + 100_000)
 LARGE_BODY = gzip.compress(LARGE_TEXT, compresslevel=0, mtime=0)
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one file the way the hub does: its sha256 and size in the headers, ranges on request."""
+    """A server of one file like the hub: its sha256 and size in the headers, ranges on request."""
 
     daemon_threads = True
     body = gzip.compress(TEXT, mtime=0)
-    told_body = body  # what the headers describe
+    described_body = body  # what the headers describe
     hash_name = "sha256"  # sha1 for a file that is not large
-    n_sent_at_most = 1 << 40  # the connection breaks after that many bytes
-    fails = False  # tells of the file, but does not send it
+    max_sent = 1 << 40  # bytes after which the connection breaks
+    fails = False  # describes the file, but does not send it
     hangs = False  # keeps the connection open then, silent
 
     def __init__(self) -> None:
@@ -72,14 +72,14 @@ class Request(BaseHTTPRequestHandler):
         if asked:
             self.send_header("Content-Range", f"bytes {start}-{len(self.server.body) - 1}/{len(self.server.body)}")
         self.end_headers()
-        self.wfile.write(self.server.body[start : start + self.server.n_sent_at_most])
+        self.wfile.write(self.server.body[start : start + self.server.max_sent])
         if self.server.hangs:
             self.server.released.wait(30)
 
     def describe(self) -> None:
         self.send_header("X-Repo-Commit", REVISION)
-        self.send_header("X-Linked-Size", str(len(self.server.told_body)))
-        digest = hashlib.new(self.server.hash_name, self.server.told_body)
+        self.send_header("X-Linked-Size", str(len(self.server.described_body)))
+        digest = hashlib.new(self.server.hash_name, self.server.described_body)
         self.send_header("X-Linked-Etag", f'"{digest.hexdigest()}"')
 
     def log_message(self, *_: Any) -> None:
@@ -96,7 +96,7 @@ def hub() -> Iterator[Hub]:
 
 
 def settings(endpoint: str, folder: Path, **more: str) -> dict[str, str]:
-    """The whole environment: no token, no proxy and no cache of this machine's user."""
+    """Return all variables of the environment: no token, no proxy and no cache of this machine's user."""
     return {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
@@ -131,11 +131,11 @@ def test_fetches_checks_and_unpacks_and_then_has_nothing_to_do(tmp_path: Path, h
     before = (tmp_path / "data" / NAME).stat().st_mtime_ns
     again = run("http://127.0.0.1:1", tmp_path)  # no hub there
     assert again.returncode == 0, again.stderr
-    assert again.stdout == f"{tmp_path / 'data' / NAME} is there already; nothing to do\n"
+    assert again.stdout == f"{tmp_path / 'data' / NAME} exists already; nothing to do\n"
     assert (tmp_path / "data" / NAME).stat().st_mtime_ns == before
 
 
-def test_an_archive_that_lies_there_is_checked_and_unpacked(tmp_path: Path, hub: Hub) -> None:
+def test_an_existing_archive_is_checked_and_unpacked(tmp_path: Path, hub: Hub) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / f"{NAME}.gz").write_bytes(hub.body)
     assert run(address(hub), tmp_path).returncode == 0
@@ -143,27 +143,27 @@ def test_an_archive_that_lies_there_is_checked_and_unpacked(tmp_path: Path, hub:
     assert hub.ranges == []
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(tmp_path: Path, hub: Hub) -> None:
-    hub.body = hub.told_body = LARGE_BODY
-    hub.n_sent_at_most = CHUNK + 1000
+def test_a_broken_connection_is_resumed_where_it_broke(tmp_path: Path, hub: Hub) -> None:
+    hub.body = hub.described_body = LARGE_BODY
+    hub.max_sent = CHUNK + 1000
     result = run(address(hub), tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "data" / NAME).read_bytes() == LARGE_TEXT
     assert hub.ranges == [None, f"bytes={CHUNK}-"]
-    assert all(" MB/s, " in line for line in result.stderr.splitlines())  # nothing alarming
+    assert all(" MB/s, " in line for line in result.stderr.splitlines())  # no warning
 
 
-def test_a_hub_that_fails_is_given_up(tmp_path: Path, hub: Hub) -> None:
+def test_a_hub_that_fails_is_reported(tmp_path: Path, hub: Hub) -> None:
     hub.fails = True
     assert_user_error(
-        run(address(hub), tmp_path), PATH, "500", "check the network", "goes on where it stopped", "by hand"
+        run(address(hub), tmp_path), PATH, "500", "check the network", "run the same command to resume", "by hand"
     )
     assert names(tmp_path) == [f"{NAME}.gz.partial"]
 
 
-def test_a_second_run_goes_on_where_the_first_was_interrupted(tmp_path: Path, hub: Hub) -> None:
-    hub.body = hub.told_body = LARGE_BODY
-    hub.n_sent_at_most, hub.hangs = CHUNK + 1000, True
+def test_a_second_run_resumes_where_the_first_was_interrupted(tmp_path: Path, hub: Hub) -> None:
+    hub.body = hub.described_body = LARGE_BODY
+    hub.max_sent, hub.hangs = CHUNK + 1000, True
     partial = tmp_path / "data" / f"{NAME}.gz.partial"
     partial.parent.mkdir()
     partial.write_bytes(LARGE_BODY[:1000])
@@ -174,7 +174,7 @@ def test_a_second_run_goes_on_where_the_first_was_interrupted(tmp_path: Path, hu
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.communicate()[1].endswith("error: interrupted; run this again, which goes on where it stopped\n")
+    assert process.communicate()[1].endswith("error: interrupted; run the same command to resume\n")
     assert process.returncode == 2
     assert names(tmp_path) == [partial.name]
     hub.hangs = False
@@ -184,33 +184,35 @@ def test_a_second_run_goes_on_where_the_first_was_interrupted(tmp_path: Path, hu
 
 
 def heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs the tests in its background has them ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs the tests in the background ignores them
 
 
 @pytest.mark.parametrize("already_there", [False, True])
 def test_a_file_with_another_hash_is_refused_and_removed(tmp_path: Path, hub: Hub, already_there: bool) -> None:
-    hub.body = bytes(len(hub.told_body))
+    hub.body = bytes(len(hub.described_body))
     if already_there:
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / f"{NAME}.gz").write_bytes(hub.body)
-    expected = hashlib.sha256(hub.told_body).hexdigest()
+    expected = hashlib.sha256(hub.described_body).hexdigest()
     found = hashlib.sha256(hub.body).hexdigest()
     assert_user_error(run(address(hub), tmp_path), found, expected, "removed, run this again")
     assert names(tmp_path) == []
 
 
 def test_a_file_of_another_size_is_refused(tmp_path: Path, hub: Hub) -> None:
-    hub.told_body = hub.body + b"more"
+    hub.described_body = hub.body + b"more"
     assert_user_error(
-        run(address(hub), tmp_path), f"size {len(hub.told_body)}", f"size {len(hub.body)}", "run this again"
+        run(address(hub), tmp_path), f"size {len(hub.described_body)}", f"size {len(hub.body)}", "run the same command"
     )
     assert names(tmp_path) == [f"{NAME}.gz.partial"]
-    hub.told_body = hub.body[:-4]  # now the unfinished file is larger than the whole
-    assert_user_error(run(address(hub), tmp_path), f"{len(hub.body)} bytes", f"{len(hub.told_body)} bytes", "removed")
+    hub.described_body = hub.body[:-4]  # now the unfinished file is larger than the complete one
+    assert_user_error(
+        run(address(hub), tmp_path), f"{len(hub.body)} bytes", f"{len(hub.described_body)} bytes", "removed"
+    )
     assert names(tmp_path) == []
 
 
-def test_a_hub_that_tells_no_sha256(tmp_path: Path, hub: Hub) -> None:
+def test_a_hub_without_a_sha256(tmp_path: Path, hub: Hub) -> None:
     hub.hash_name = "sha1"
     assert_user_error(run(address(hub), tmp_path), PATH, "no size and sha256", "unset HF_ENDPOINT", "by hand")
     assert names(tmp_path) == []
@@ -224,32 +226,32 @@ def test_without_a_network(tmp_path: Path, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("offline", [{"HF_HUB_OFFLINE": "1"}, {}])
-def test_an_archive_that_lies_there_is_enough_without_a_network(tmp_path: Path, offline: dict[str, str]) -> None:
+def test_an_existing_archive_is_enough_without_a_network(tmp_path: Path, offline: dict[str, str]) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / f"{NAME}.gz").write_bytes(Hub.body)
     result = run("http://127.0.0.1:1", tmp_path, **offline)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "data" / NAME).read_bytes() == TEXT
-    (said,) = result.stderr.splitlines()
-    assert said.startswith(f"{tmp_path / 'data' / NAME}.gz lies there and is used, not compared with the hub's: ")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"{tmp_path / 'data' / NAME}.gz exists and is used without comparing it with the hub's: ")
 
 
 @pytest.mark.parametrize("body", [Hub.body[:-100], b"<html>", Hub.body[:-8] + bytes(8)])
-def test_without_a_network_a_damaged_archive_is_seen_by_its_own_checksum(tmp_path: Path, body: bytes) -> None:
+def test_without_a_network_a_damaged_archive_is_recognized_by_its_own_checksum(tmp_path: Path, body: bytes) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / f"{NAME}.gz").write_bytes(body)
     assert_user_error(run("http://127.0.0.1:1", tmp_path, HF_HUB_OFFLINE="1"), f"{NAME}.gz is damaged", "remove it")
     assert names(tmp_path) == [f"{NAME}.gz"]
 
 
-def test_it_can_stay_packed_and_the_next_step_reads_it_so(tmp_path: Path, hub: Hub) -> None:
+def test_the_archive_can_stay_packed_and_is_read_by_the_next_step(tmp_path: Path, hub: Hub) -> None:
     for ranges in ([None], [None]):  # the second time it is only checked
         result = run(address(hub), tmp_path, "--no_unpack")
         assert result.returncode == 0, result.stderr
         assert names(tmp_path) == [f"{NAME}.gz"]
         assert hub.ranges == ranges
     packed = tmp_path / "data" / f"{NAME}.gz"
-    prepared = run_command("dataset/prepare_aozora_jsonl.py", "--jsonl_path", packed, "--output_dir", tmp_path / "001")
+    prepared = call_command("dataset/prepare_aozora_jsonl.py", "--jsonl_path", packed, "--output_dir", tmp_path / "001")
     assert prepared.returncode == 0, prepared.stderr
     assert json.loads((tmp_path / "001" / "manifest.json").read_bytes())["works"] == 200
 
@@ -264,9 +266,9 @@ def limit_files_to_5_mib() -> None:
 
 
 @pytest.mark.parametrize("body", [LARGE_BODY, gzip.compress(bytes(CHUNK), mtime=0)])
-def test_full_disk_leaves_no_half_text(tmp_path: Path, hub: Hub, body: bytes) -> None:
+def test_full_disk_leaves_no_incomplete_text(tmp_path: Path, hub: Hub, body: bytes) -> None:
     """Full while fetching, and, with a body of zeros that packs well, while unpacking."""
-    hub.body = hub.told_body = body
+    hub.body = hub.described_body = body
     arguments = command(SCRIPT, "--output_dir", tmp_path / "data")
     how: dict[str, Any] = {"env": settings(address(hub), tmp_path), "preexec_fn": limit_files_to_5_mib}
     assert_user_error(

@@ -1,4 +1,4 @@
-"""gptkit/evaluation.py: means and bits by hand, windows written out, transformers, and files that hold no works."""
+"""gptkit/evaluation: losses and bits computed by hand and by transformers, windows, and files that hold no documents."""
 
 import gzip
 import json
@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from gptkit.base.cli import UserError
-from gptkit.evaluation import scoring
 from gptkit.evaluation.documents import read_documents
 from gptkit.evaluation.scoring import mean_loss, score_documents
 
@@ -24,7 +23,7 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 def mean_loss_by(model: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32) -> float:
-    """mean_loss of uneven_batches."""
+    """Return mean_loss over uneven_batches."""
 
     def loss_of_batch(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(forward(ids).float().flatten(0, 1), targets.flatten())
@@ -33,7 +32,7 @@ def mean_loss_by(model: nn.Module, forward: Forward, dtype: torch.dtype = torch.
 
 
 def uneven_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Four sequences and one, of other lengths: a mean over batches is not the mean over tokens."""
+    """Return batches of four sequences and of one, of other lengths: their means differ from the mean over tokens."""
     long, short = random_ids(4, 21, seed=1), random_ids(1, 8, seed=2)
     return [(ids[:, :-1], ids[:, 1:]) for ids in (long, short)]
 
@@ -63,7 +62,7 @@ def test_without_dropout_random_numbers_or_gradients(training: bool) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_bfloat16_products_through_the_loss_it_is_given() -> None:
+def test_the_loss_is_computed_in_bfloat16() -> None:
     model = random_model()
     seen = []
 
@@ -79,7 +78,7 @@ def test_bfloat16_products_through_the_loss_it_is_given() -> None:
     assert rough == pytest.approx(exact, rel=0.02)
 
 
-def test_a_model_that_knows_nothing() -> None:
+def test_uniform_logits_cost_ln_of_the_vocabulary() -> None:
     class Uniform(nn.Module):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return torch.zeros(*ids.shape, 128)
@@ -89,7 +88,7 @@ def test_a_model_that_knows_nothing() -> None:
 
 
 class Letters:
-    """A tokenizer: 0 is end-of-text, 1 unknown, a, b, … are 2, 3, …"""
+    """A tokenizer for which 0 is end-of-text, 1 is unknown, and a, b, … are 2, 3, …"""
 
     end_of_text_id = 0
 
@@ -102,24 +101,24 @@ class Letters:
 
 
 def letters(n: int, n_letters: int = VOCAB - 2, seed: int = 0) -> str:
-    """A work of n random characters, all of which Letters(n_letters) knows."""
+    """Return a document of n random characters that Letters(n_letters) knows."""
     drawn = torch.randint(n_letters, (n,), generator=torch.Generator().manual_seed(seed))
     return "".join(chr(ord("a") + i) for i in drawn.tolist())
 
 
-def remembering(forward: Forward) -> tuple[Forward, list[list[list[int]]]]:
-    """`forward`, and the batches of ids it is shown."""
-    shown: list[list[list[int]]] = []
+def recording(forward: Forward) -> tuple[Forward, list[list[list[int]]]]:
+    """Return `forward`, and the list of the batches of ids that it is called with."""
+    batches: list[list[list[int]]] = []
 
-    def remembered(ids: torch.Tensor) -> torch.Tensor:
-        shown.append(ids.tolist())
+    def recorded(ids: torch.Tensor) -> torch.Tensor:
+        batches.append(ids.tolist())
         return forward(ids)
 
-    return remembered, shown
+    return recorded, batches
 
 
 def by_position(ids: torch.Tensor) -> torch.Tensor:
-    """Logits by which "a" (2) and end-of-text (0) cost i bits each where i ids of the window stand before them."""
+    """Return logits by which "a" (2) and end-of-text (0) cost i bits each where i ids of the window precede them."""
     logits = torch.full((*ids.shape, 3), -torch.inf)
     bits = torch.arange(1.0, ids.shape[1] + 1)
     logits[..., 0] = logits[..., 2] = -bits * math.log(2)
@@ -132,11 +131,11 @@ def test_bits_by_hand() -> None:
     table = torch.tensor(  # columns: end-of-text, unknown, a, b
         [[1 / 8, 1 / 8, 1 / 2, 1 / 4], [1 / 2, 1 / 4, 1 / 8, 1 / 8], [1 / 4, 1 / 8, 1 / 8, 1 / 2], [1 / 4] * 4]
     )
-    forward, shown = remembering(lambda ids: table[ids].log())
+    forward, batches = recording(lambda ids: table[ids].log())
     score = score_documents(forward, Letters(), ["aab", "b鬱a\n"], 8)
-    assert shown == [[[0, 2, 2, 3]], [[0, 3, 1, 2, 1]]]  # each work alone, after end-of-text
+    assert batches == [[[0, 2, 2, 3]], [[0, 3, 1, 2, 1]]]  # each document alone, after end-of-text
     first_bits, second_bits = 1 + 3 + 1 + 2, 2 + 2 + 3 + 3 + 1  # the last of each is end-of-text's
-    assert (score.works, score.characters, score.tokens, score.unknown_tokens) == (2, 7, 9, 2)
+    assert (score.documents, score.characters, score.tokens, score.unknown_tokens) == (2, 7, 9, 2)
     assert score.bits_per_char == pytest.approx((first_bits + second_bits + 2 * 12.5) / 7, rel=1e-6)
     assert score.loss == pytest.approx(18 * math.log(2) / 9, rel=1e-6)  # without the charge for unknown tokens
     assert score.perplexity == pytest.approx(4, rel=1e-6)
@@ -153,9 +152,9 @@ def test_bits_by_hand() -> None:
 def test_windows_by_hand(stride: int | None, windows: list[tuple[int, int]], bits: int) -> None:
     """Eight ids, seven of them predicted, through a context of four."""
     ids = [0, 2, 2, 2, 2, 2, 2, 0]
-    forward, shown = remembering(by_position)
+    forward, batches = recording(by_position)
     score = score_documents(forward, Letters(), ["aaaaaa"], 4, stride=stride, batch_size=1)
-    assert [row for (row,) in shown] == [ids[start:end] for start, end in windows]
+    assert [row for (row,) in batches] == [ids[start:end] for start, end in windows]
     assert (score.tokens, score.characters) == (7, 6)
     assert score.bits_per_char == pytest.approx(bits / 6, rel=1e-6)
 
@@ -164,16 +163,16 @@ def test_windows_by_hand(stride: int | None, windows: list[tuple[int, int]], bit
     ("n_characters", "windows"),
     [(0, [1]), (1, [2]), (3, [4]), (4, [4, 3]), (5, [4, 4]), (6, [4, 4, 3]), (7, [4, 4, 4])],
 )
-def test_no_window_more_than_the_work_needs(n_characters: int, windows: list[int]) -> None:
-    forward, shown = remembering(by_position)
+def test_no_window_more_than_the_document_needs(n_characters: int, windows: list[int]) -> None:
+    forward, batches = recording(by_position)
     score = score_documents(forward, Letters(), ["a" * n_characters], 4, batch_size=1)
-    assert [len(row) for (row,) in shown] == windows
+    assert [len(row) for (row,) in batches] == windows
     assert score.tokens == n_characters + 1
 
 
 @pytest.mark.parametrize("context_length", [1, 5])
 def test_half_of_an_odd_context(context_length: int) -> None:
-    """A context of five moves on by two, one of one by one."""
+    """A context of five moves by two, one of one by one."""
     bits = {1: 1 * 13, 5: (1 + 2 + 3 + 4 + 5) + (4 + 5) * 4}[context_length]
     score = score_documents(by_position, Letters(), ["a" * 12], context_length)
     assert score.bits_per_char == pytest.approx(bits / 12, rel=1e-6)
@@ -182,21 +181,21 @@ def test_half_of_an_odd_context(context_length: int) -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("stride", [None, 5, 1])
 def test_token_by_token(stride: int | None, batch_size: int) -> None:
-    """Each token alone, in the first window in which half a context stands before it (or it is in the first of all)."""
+    """Each token is computed alone, in the first window that has half a context before it (or in the very first)."""
     model, tokenizer = random_model(), Letters(VOCAB - 2)
-    works = [letters(n, seed=n) for n in (70, 7, CONTEXT - 1, CONTEXT, 40)]
+    documents = [letters(n, seed=n) for n in (70, 7, CONTEXT - 1, CONTEXT, 40)]
     step, nats = stride or CONTEXT // 2, 0.0
-    for work in works:
-        ids = torch.tensor([0, *tokenizer.encode(work), 0])
+    for document in documents:
+        ids = torch.tensor([0, *tokenizer.encode(document), 0])
         for i in range(1, len(ids)):
             starts = (s for s in range(0, i, step) if i - s <= CONTEXT and (s == 0 or i - s >= CONTEXT / 2))
             with torch.no_grad():
                 logits = model(ids[None, next(starts) : i])[0, -1].double()
             nats -= logits.log_softmax(0)[ids[i]].item()
-    score = score_documents(model, tokenizer, works, CONTEXT, stride=stride, batch_size=batch_size)
-    assert score.tokens == sum(map(len, works)) + len(works)
+    score = score_documents(model, tokenizer, documents, CONTEXT, stride=stride, batch_size=batch_size)
+    assert score.tokens == sum(map(len, documents)) + len(documents)
     assert score.loss == pytest.approx(nats / score.tokens, rel=1e-5)
-    assert score.bits_per_char == pytest.approx(nats / math.log(2) / sum(map(len, works)), rel=1e-5)
+    assert score.bits_per_char == pytest.approx(nats / math.log(2) / sum(map(len, documents)), rel=1e-5)
 
 
 def test_equals_transformers() -> None:
@@ -206,57 +205,57 @@ def test_equals_transformers() -> None:
     theirs = score_documents(lambda ids: twin(ids).logits, tokenizer, [letters(60), letters(9)], CONTEXT)
     assert ours.bits_per_char == pytest.approx(theirs.bits_per_char, rel=1e-5)
 
-    work = letters(CONTEXT - 2, seed=1)  # one window, and its loss as transformers has it
-    ids = torch.tensor([[0, *tokenizer.encode(work), 0]])
+    document = letters(CONTEXT - 2, seed=1)  # one window, and its loss as transformers has it
+    ids = torch.tensor([[0, *tokenizer.encode(document), 0]])
     with torch.no_grad():
         loss = twin(ids, labels=ids).loss.item()
     assert loss > 3  # so that 1e-5 says something
-    assert score_documents(model, tokenizer, [work], CONTEXT).loss == pytest.approx(loss, rel=1e-5)
+    assert score_documents(model, tokenizer, [document], CONTEXT).loss == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("unknown_id", [None, 50])
-def test_a_model_that_knows_nothing_pays_log2_of_its_vocabulary(unknown_id: int | None) -> None:
-    works = [letters(n, 20) for n in (100, 3, 31)]
+def test_uniform_logits_cost_log2_of_the_vocabulary_per_token(unknown_id: int | None) -> None:
+    documents = [letters(n, 20) for n in (100, 3, 31)]
     tokenizer = Letters(20, unknown_id)
-    score = score_documents(lambda ids: torch.zeros(*ids.shape, 128), tokenizer, works, 16)
+    score = score_documents(lambda ids: torch.zeros(*ids.shape, 128), tokenizer, documents, 16)
     assert (score.characters, score.tokens, score.unknown_tokens) == (134, 137, 0)
     assert score.bits_per_char == pytest.approx(7 * 137 / 134, rel=1e-7)
     assert score.perplexity == pytest.approx(128, rel=1e-5)
 
 
 def test_windows_of_equal_length_are_batched() -> None:
-    forward, shown = remembering(by_position)
+    forward, batches = recording(by_position)
     score = score_documents(forward, Letters(), ["a" * 9, "a", "a" * 6, "a"], 4, batch_size=3)
-    shapes = [(len(batch), len(batch[0])) for batch in shown]
+    shapes = [(len(batch), len(batch[0])) for batch in batches]
     assert shapes == [(3, 4), (3, 4), (2, 2), (1, 3)]
     bits = (10 + 7 * 3) + (1 + 2) + (10 + 7 + 3) + (1 + 2)
     assert score.bits_per_char == pytest.approx(bits / 17, rel=1e-6)
 
 
-def test_one_work_and_one_batch_at_a_time() -> None:
+def test_one_document_and_one_batch_at_a_time() -> None:
     events = []
 
-    def works() -> Iterator[str]:
+    def documents() -> Iterator[str]:
         for i in range(3):
-            events.append(f"work {i}")
+            events.append(f"document {i}")
             yield "a" * 7
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
         events.append("batch")
         return by_position(ids)
 
-    score_documents(forward, Letters(), works(), 4, batch_size=2)
-    assert events == ["work 0", "batch", "work 1", "batch", "batch", "work 2", "batch", "batch"]
+    score_documents(forward, Letters(), documents(), 4, batch_size=2)
+    assert events == ["document 0", "batch", "document 1", "batch", "batch", "document 2", "batch", "batch"]
 
 
-def test_progress_is_told_of_every_token() -> None:
-    told: list[int] = []
-    score_documents(by_position, Letters(), ["a" * 9, "a" * 4], 4, batch_size=2, progress=told.append)
-    assert told == [4 + 2, 2 + 2, 4, 1]
+def test_progress_counts_every_token() -> None:
+    counts: list[int] = []
+    score_documents(by_position, Letters(), ["a" * 9, "a" * 4], 4, batch_size=2, progress=counts.append)
+    assert counts == [4 + 2, 2 + 2, 4, 1]
 
 
-def test_bfloat16_products_and_no_gradients() -> None:
-    model, tokenizer, works = random_model(), Letters(VOCAB - 2), [letters(60)]
+def test_documents_are_scored_in_bfloat16_without_gradients() -> None:
+    model, tokenizer, documents = random_model(), Letters(VOCAB - 2), [letters(60)]
     seen = []
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
@@ -264,44 +263,44 @@ def test_bfloat16_products_and_no_gradients() -> None:
         seen.append((logits.dtype, logits.requires_grad))
         return logits
 
-    exact = score_documents(forward, tokenizer, works, CONTEXT)
-    rough = score_documents(forward, tokenizer, works, CONTEXT, dtype=torch.bfloat16)
+    exact = score_documents(forward, tokenizer, documents, CONTEXT)
+    rough = score_documents(forward, tokenizer, documents, CONTEXT, dtype=torch.bfloat16)
     assert set(seen) == {(torch.float32, False), (torch.bfloat16, False)}
     assert rough.loss != exact.loss
     assert rough.loss == pytest.approx(exact.loss, rel=0.02)
 
 
-WORKS = ["雨が降る。\n　猫が鳴く。\n", "</s>と<|endo", "𠮟る。"]
+DOCUMENTS = ["雨が降る。\n　猫が鳴く。\n", "</s>と<|endo", "𠮟る。"]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
-def test_works_of_jsonl(suffix: str, tmp_path: Path) -> None:
-    content = write_jsonl(tmp_path / "plain.jsonl", [WORKS[0], " \n　", "", *WORKS[1:]]).read_bytes()
+def test_documents_of_jsonl(suffix: str, tmp_path: Path) -> None:
+    content = write_jsonl(tmp_path / "plain.jsonl", [DOCUMENTS[0], " \n　", "", *DOCUMENTS[1:]]).read_bytes()
     path = tmp_path / f"works.jsonl{suffix}"
     path.write_bytes(
         {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix](b"\xef\xbb\xbf\n" + content + b"\n")
     )
-    assert list(read_documents(path)) == WORKS
-    path.rename(tmp_path / "unpacked.jsonl.gz")  # what it is counts, not what it is called
-    assert list(read_documents(tmp_path / "unpacked.jsonl.gz")) == WORKS
+    assert list(read_documents(path)) == DOCUMENTS
+    path.rename(tmp_path / "unpacked.jsonl.gz")  # the content decides, not the name
+    assert list(read_documents(tmp_path / "unpacked.jsonl.gz")) == DOCUMENTS
 
 
 @pytest.mark.parametrize("block_chars", [1, 5, 1 << 20])
-def test_works_of_text(block_chars: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "BLOCK_CHARS", block_chars)
+def test_documents_of_text(block_chars: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptkit.evaluation.documents.BLOCK_CHARS", block_chars)
     path = tmp_path / "works.txt"
-    path.write_text("".join(work + SEPARATOR for work in [WORKS[0], " \n", *WORKS[1:]]), "utf-8")
-    assert list(read_documents(path)) == WORKS
+    path.write_text("".join(document + SEPARATOR for document in [DOCUMENTS[0], " \n", *DOCUMENTS[1:]]), "utf-8")
+    assert list(read_documents(path)) == DOCUMENTS
     path.write_bytes(b"\xef\xbb\xbf" + f"雨。\r\n雪。{SEPARATOR}風。\r\n".encode())
     assert list(read_documents(path)) == ["雨。\n雪。", "風。\n"]
 
 
-@pytest.mark.parametrize(("max_chars", "n_works"), [(1, 1), (4, 1), (8, 1), (9, 2), (10, 2), (11, 3), (99, 3)])
-def test_the_first_works_alone(max_chars: int, n_works: int, tmp_path: Path) -> None:
-    works = ["雨が降る", "雪が降った", "風。"]  # 4, 5 and 2 characters
+@pytest.mark.parametrize(("max_chars", "n_documents"), [(1, 1), (4, 1), (8, 1), (9, 2), (10, 2), (11, 3), (99, 3)])
+def test_the_first_documents_alone(max_chars: int, n_documents: int, tmp_path: Path) -> None:
+    documents = ["雨が降る", "雪が降った", "風。"]  # 4, 5 and 2 characters
     path = tmp_path / "works.txt"
-    path.write_text(SEPARATOR.join(works), "utf-8")
-    assert list(read_documents(path, max_chars)) == works[:n_works]
+    path.write_text(SEPARATOR.join(documents), "utf-8")
+    assert list(read_documents(path, max_chars)) == documents[:n_documents]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +316,7 @@ def test_the_first_works_alone(max_chars: int, n_works: int, tmp_path: Path) -> 
     ],
     ids=lambda value: repr(value[:20]),
 )
-def test_a_line_that_is_no_work(line: bytes, problem: str, tmp_path: Path) -> None:
+def test_a_line_that_is_no_document(line: bytes, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "works.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
     with pytest.raises(UserError) as caught:
@@ -331,7 +330,7 @@ def test_a_compressed_file_cut_short(compress: Callable[[bytes], bytes], tmp_pat
     path = tmp_path / "works.jsonl.xz"
     path.write_bytes(compress(json.dumps({"text": "雨" * 9}).encode())[:-9])
     with pytest.raises(
-        UserError, match=r"works\.jsonl\.xz: damaged or cut short after line \d+ \(.*bring the file again"
+        UserError, match=r"works\.jsonl\.xz: damaged or cut short after line \d+ \(.*copy the file again"
     ):
         list(read_documents(path))
 
@@ -340,14 +339,14 @@ def test_a_compressed_file_cut_short(compress: Callable[[bytes], bytes], tmp_pat
     ("name", "content", "message"),
     [
         ("a.jsonl", b"", "holds no text"),
-        ("a.jsonl", b'{"text": "\\n "}\n', "only blank works"),
+        ("a.jsonl", b'{"text": "\\n "}\n', "only blank documents"),
         ("a.txt", b"", "holds no text"),
-        ("a.txt", f" \n{SEPARATOR}　\n".encode(), "only blank works"),
+        ("a.txt", f" \n{SEPARATOR}　\n".encode(), "only blank documents"),
         ("a.txt", b"a\x93\xfa", "not UTF-8"),
         ("a.json", b'{"text": "a"}', r"neither JSONL nor text by its name; name one that ends in \.jsonl"),
     ],
 )
-def test_a_file_without_works(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_without_documents(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name}.*{message}"):
         list(read_documents(tmp_path / name))

@@ -1,4 +1,4 @@
-"""dataset/prepare_aozora_jsonl.py, as a user runs it: every test starts the real command."""
+"""dataset/prepare_aozora_jsonl.py as a user runs it; where limits, signals or a terminal matter, as a real process."""
 
 import fcntl
 import gzip
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SEPARATOR, assert_user_error, command, write_jsonl
+from conftest import SEPARATOR, assert_user_error, call_command, command, write_jsonl
 
+SCRIPT = "dataset/prepare_aozora_jsonl.py"
 MIB = 1024 * 1024
 PIECES = [
     "　雨はやんだ。\n「もう行くの」\n",
@@ -30,18 +31,17 @@ PIECES = [
 ]
 
 
-def work(text: Any, **meta: str) -> bytes:
+def jsonl_line(text: Any, **meta: str) -> bytes:
+    """Return a line of JSONL with a document."""
     return json.dumps({"text": text, "footnote": "", "meta": meta}, ensure_ascii=False).encode() + b"\n"
 
 
 def prepare_command(source: Path | str, output: Path | str, *flags: str | float) -> list[str]:
-    return command("dataset/prepare_aozora_jsonl.py", "--jsonl_path", source, "--output_dir", output, *flags)
+    return command(SCRIPT, "--jsonl_path", source, "--output_dir", output, *flags)
 
 
 def run(source: Path | str, output: Path | str, *flags: str | float, **how: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        prepare_command(source, output, *flags), capture_output=True, text=True, encoding="utf-8", **how
-    )
+    return call_command(SCRIPT, "--jsonl_path", source, "--output_dir", output, *flags, **how)
 
 
 def prepare(source: Path, output: Path, *flags: str | float) -> dict[str, Any]:
@@ -51,11 +51,11 @@ def prepare(source: Path, output: Path, *flags: str | float) -> dict[str, Any]:
 
 
 def read_back(output: Path, separator: str = SEPARATOR) -> list[str]:
-    """The works, from the shards joined in the manifest's order."""
+    """Return the documents, read from the shards joined in the manifest's order."""
     manifest = json.loads((output / "manifest.json").read_bytes())
     joined = b"".join((output / shard["file"]).read_bytes() for shard in manifest["shards"])
     texts = joined.decode().split(separator)
-    assert texts.pop() == ""  # the last work has its separator too
+    assert texts.pop() == ""  # the last document has its separator too
     return texts
 
 
@@ -63,18 +63,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() if path.is_file() else b"folder" for path in folder.iterdir()}
 
 
-# What it writes
+# Shards and manifest
 
 
-def test_works_come_back_byte_for_byte(tmp_path: Path) -> None:
+def test_documents_come_back_byte_for_byte(tmp_path: Path) -> None:
     texts = ["".join(PIECES[(i * j) % 5] for j in range(1, i + 2)) for i in range(60)]
     manifest = prepare(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", "--max_size_mb", 1024 / MIB)
     assert len(manifest["shards"]) > 5
     assert read_back(tmp_path / "out") == texts
 
 
-def test_works_of_every_length_around_a_shard_come_back(tmp_path: Path) -> None:
-    limit = 60  # bytes; works of 3 to 240 bytes, and a cut falls at every place there is
+def test_documents_of_every_length_around_a_shard_come_back(tmp_path: Path) -> None:
+    limit = 60  # bytes; documents of 3 to 240 bytes, so that a cut falls at every possible place
     texts = (
         ["字" * n for n in range(1, 80)] + ["字" * n + "\n" for n in range(1, 30)] + ["a" * n for n in range(40, 70)]
     )
@@ -98,12 +98,12 @@ def test_separators_count_towards_the_limit(tmp_path: Path) -> None:
     assert [shard["works"] for shard in manifest["shards"]] == [1] * 6
 
 
-def test_a_work_larger_than_a_shard_is_cut_after_a_paragraph(tmp_path: Path) -> None:
+def test_a_document_larger_than_a_shard_is_cut_after_a_paragraph(tmp_path: Path) -> None:
     large = "".join(f"　第{i}の段落。まだ続く。\n" for i in range(100))
     source = write_jsonl(tmp_path / "a.jsonl", ["前の作品", large, "次の作品"])
     manifest = prepare(source, tmp_path / "out", "--max_size_mb", 1000 / MIB)
     shards = [(tmp_path / "out" / shard["file"]).read_text(encoding="utf-8") for shard in manifest["shards"]]
-    assert shards[0] == "前の作品" + SEPARATOR  # whole works are not pulled apart for it
+    assert shards[0] == "前の作品" + SEPARATOR  # no other document is cut for it
     assert all(shard.startswith("　第") and shard.endswith("。\n") for shard in shards[1:-1])
     assert all(SEPARATOR not in shard for shard in shards[1:-1])
     assert shards[-1].endswith("まだ続く。\n" + SEPARATOR + "次の作品" + SEPARATOR)
@@ -112,7 +112,7 @@ def test_a_work_larger_than_a_shard_is_cut_after_a_paragraph(tmp_path: Path) -> 
     assert read_back(tmp_path / "out") == ["前の作品", large, "次の作品"]
 
 
-def test_manifest_tells_what_the_shards_hold(tmp_path: Path) -> None:
+def test_the_manifest_describes_the_shards(tmp_path: Path) -> None:
     texts = ["朝の𠮟り声。\n" * 9, "夕方", "夜" * 50]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     manifest = prepare(source, tmp_path / "out", "--max_size_mb", 200 / MIB, "--separator", "<終>")
@@ -167,23 +167,29 @@ def test_compressed_input_is_read_like_plain_input(tmp_path: Path, name: str) ->
     assert found == expected
 
 
-def test_byte_order_mark_blank_lines_and_a_missing_last_newline_are_no_mistake(tmp_path: Path) -> None:
+def test_byte_order_mark_blank_lines_and_a_missing_last_newline_are_accepted(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
-    source.write_bytes(b"\xef\xbb\xbf" + work("一") + b"\n \r\n" + work("二").replace(b"\n", b"\r\n") + work("三")[:-1])
+    source.write_bytes(
+        b"\xef\xbb\xbf"
+        + jsonl_line("一")
+        + b"\n \r\n"
+        + jsonl_line("二").replace(b"\n", b"\r\n")
+        + jsonl_line("三")[:-1]
+    )
     assert prepare(source, tmp_path / "out")["source"]["lines"] == 3
     assert read_back(tmp_path / "out") == ["一", "二", "三"]
 
 
 def test_filters_leave_out_and_count(tmp_path: Path) -> None:
     lines = [
-        work("残る作品その一", 文字遣い種別="新字新仮名", 姓名="山野 花子"),
-        work("残る作品その二", 文字遣い種別="新字新仮名", 姓="山野", 名="花子"),
-        work("旧い仮名の作品", 文字遣い種別="新字旧仮名", 姓名="山野花子"),
-        work("書き手が別の作品", 文字遣い種別="新字新仮名", 姓名="川辺太郎"),
-        work("列のない作品"),
-        work("短い", 文字遣い種別="新字新仮名", 姓名="山野花子"),
-        work("長い作品" * 9, 文字遣い種別="新字新仮名", 姓名="山野花子"),
-        work("　\n", 文字遣い種別="新字新仮名", 姓名="山野花子"),
+        jsonl_line("残る作品その一", 文字遣い種別="新字新仮名", 姓名="山野 花子"),
+        jsonl_line("残る作品その二", 文字遣い種別="新字新仮名", 姓="山野", 名="花子"),
+        jsonl_line("旧い仮名の作品", 文字遣い種別="新字旧仮名", 姓名="山野花子"),
+        jsonl_line("書き手が別の作品", 文字遣い種別="新字新仮名", 姓名="川辺太郎"),
+        jsonl_line("列のない作品"),
+        jsonl_line("短い", 文字遣い種別="新字新仮名", 姓名="山野花子"),
+        jsonl_line("長い作品" * 9, 文字遣い種別="新字新仮名", 姓名="山野花子"),
+        jsonl_line("　\n", 文字遣い種別="新字新仮名", 姓名="山野花子"),
         b'{"text": "meta is a list", "meta": []}\n',
     ]
     source = tmp_path / "a.jsonl"
@@ -214,7 +220,7 @@ def test_progress_is_plain_lines_in_a_file_and_a_bar_on_a_terminal(tmp_path: Pat
     assert on_terminal.splitlines()[-1].startswith("error: ")  # on its own line, below the bar
 
 
-# What is wrong with a line
+# Bad lines
 
 BAD_LINES = {
     "not_json": (b'{"text": "abc"\n', "not JSON"),
@@ -225,9 +231,9 @@ BAD_LINES = {
     "number": (b'{"text": 5}\n', "`text` is not a string but int"),
     "null": (b'{"text": null}\n', "`text` is not a string but NoneType"),
     "lone_surrogate": (b'{"text": "abc\\ud842"}\n', "`text` has a lone surrogate at character 4"),
-    "separator": (work("前==終==後"), "`text` contains the separator '==終=='"),
-    "separator_at_the_join": (work("前==終"), "`text` contains the separator '==終=='"),
-    "too_long": (work("あ" * (11 * MIB)), "longer than 32 MiB"),
+    "separator": (jsonl_line("前==終==後"), "`text` contains the separator '==終=='"),
+    "separator_at_the_join": (jsonl_line("前==終"), "`text` contains the separator '==終=='"),
+    "too_long": (jsonl_line("あ" * (11 * MIB)), "longer than 32 MiB"),
 }
 
 
@@ -235,7 +241,7 @@ BAD_LINES = {
 def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path: Path, name: str) -> None:
     line, problem = BAD_LINES[name]
     source = tmp_path / "a.jsonl"
-    source.write_bytes(work("良い行") + line + work("終==次の良い行"))
+    source.write_bytes(jsonl_line("良い行") + line + jsonl_line("終==次の良い行"))
     flags = ("--separator", "==終==")
     result = run(source, tmp_path / "out", *flags)
     assert_user_error(result, f"{source}: line 2: {problem}", "--skip_bad_lines")
@@ -245,7 +251,7 @@ def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path: Path, name: str) -
     assert read_back(tmp_path / "out", "==終==") == ["良い行", "終==次の良い行"]
 
 
-# What is wrong with a file, a folder or a flag
+# Bad files, folders and flags
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", gzip.compress(b"", mtime=0)])
@@ -262,7 +268,7 @@ def test_filters_that_leave_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
 def test_cut_compressed_file(tmp_path: Path, compress: Any) -> None:
-    lines = b"".join(work(hashlib.sha256(bytes([i])).hexdigest() * 20) for i in range(200))
+    lines = b"".join(jsonl_line(hashlib.sha256(bytes([i])).hexdigest() * 20) for i in range(200))
     packed = tmp_path / "a.jsonl.packed"
     packed.write_bytes(compress(lines)[:-20])
     assert_user_error(run(packed, tmp_path / "out", "--skip_bad_lines"), str(packed), "cut short", "download it again")
@@ -327,7 +333,7 @@ def test_output_path_that_is_a_file(tmp_path: Path) -> None:
         (("--max_size_mb", "0.00001"), ("--max_size_mb 1e-05 ", "such as 25")),
         (("--max_size_mb", "large"), ("--max_size_mb", "'large'", "--help")),
         (("--separator", ""), ("--separator is empty", "<|endoftext|>")),
-        (("--separator", b"\xff"), ("--separator", "not valid text")),
+        (("--separator", os.fsdecode(b"\xff")), ("--separator", "not valid text")),
         (("--max_chars", "0"), ("--max_chars 0 ", "--min_chars")),
         (("--min_chars", "9", "--max_chars", "8"), ("--max_chars 8 ", "--min_chars")),
         (("--max_size", "9"), ("--max_size", "--help")),
@@ -335,38 +341,42 @@ def test_output_path_that_is_a_file(tmp_path: Path) -> None:
 )
 def test_wrong_flags(tmp_path: Path, flags: tuple[str, ...], words: tuple[str, ...]) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", ["作品"])
-    result = subprocess.run([*prepare_command(source, tmp_path / "out"), *flags], capture_output=True, text=True)
-    assert_user_error(result, *words)
+    assert_user_error(run(source, tmp_path / "out", *flags), *words)
     assert not (tmp_path / "out").exists()
 
 
-# What is left when it cannot finish
+# Runs that cannot finish
 
 
 def large_jsonl(path: Path) -> Path:
-    """About 40 MB, with one work of 12 MB in it."""
+    """Write a JSONL of about 40 MB, with one document of 12 MB in it."""
     paragraph = "　" + "".join(f"{i}番目の窓に灯がともり、" for i in range(40)) + "夜が来た。\n"
     n_bytes = len(paragraph.encode())
     with open(path, "wb") as file:
         for i in range(28_000_000 // (30 * n_bytes)):
-            file.write(work(f"第{i}話\n" + paragraph * 30, 文字遣い種別="新字新仮名"))
-        file.write(work(paragraph * (12_000_000 // n_bytes)))
+            file.write(jsonl_line(f"第{i}話\n" + paragraph * 30, 文字遣い種別="新字新仮名"))
+        file.write(jsonl_line(paragraph * (12_000_000 // n_bytes)))
     return path
 
 
-def limit_files_to_1_mib() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
+def run_with_files_of_1_mib(source: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command where no file may grow over 1 MiB."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
+
+    return subprocess.run(prepare_command(source, output), capture_output=True, text=True, preexec_fn=limit)
 
 
 def test_a_file_that_cannot_grow_leaves_nothing_new_and_the_old_result(tmp_path: Path) -> None:
     small = write_jsonl(tmp_path / "small.jsonl", ["作品"])
     large = write_jsonl(tmp_path / "large.jsonl", ["港の灯が、ひとつ消えた。\n" * 1000] * 50)
-    result = run(large, tmp_path / "out", preexec_fn=limit_files_to_1_mib)
+    result = run_with_files_of_1_mib(large, tmp_path / "out")
     assert_user_error(result, f"{tmp_path / 'out'}: file too large", "ulimit -f")
     assert not (tmp_path / "out").exists()
     prepare(small, tmp_path / "out")
     before = contents(tmp_path / "out")
-    assert_user_error(run(large, tmp_path / "out", preexec_fn=limit_files_to_1_mib), "file too large")
+    assert_user_error(run_with_files_of_1_mib(large, tmp_path / "out"), "file too large")
     assert contents(tmp_path / "out") == before
 
 
@@ -376,13 +386,13 @@ def test_full_disk(tmp_path: Path) -> None:
     namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
     mount = f"mount -t tmpfs -o size=2m none '{tmp_path}/disk'; "
     if not shutil.which("unshare") or subprocess.run([*namespace, mount], capture_output=True).returncode:
-        pytest.skip("no mount namespaces here; test_a_file_that_cannot_grow covers the same road")
+        pytest.skip("no mount namespaces here; test_a_file_that_cannot_grow covers the same code")
     large = write_jsonl(tmp_path / "large.jsonl", ["港の灯が、ひとつ消えた。\n" * 1000] * 100)
     script = mount + '"$@" || code=$?; ls -A "$0"; exit $code'
     arguments = prepare_command(large, tmp_path / "disk" / "out", "--max_size_mb", 1)
     result = subprocess.run([*namespace, script, tmp_path / "disk", *arguments], capture_output=True, text=True)
     assert_user_error(result, f"{tmp_path / 'disk' / 'out'}: no space left on device", "make room on the disk")
-    assert not result.stdout  # nothing is left on it
+    assert not result.stdout  # the disk is empty
 
 
 def test_a_failed_run_keeps_the_old_result(tmp_path: Path) -> None:
@@ -395,7 +405,7 @@ def test_a_failed_run_keeps_the_old_result(tmp_path: Path) -> None:
 
 
 def heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs the tests in its background has them ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs the tests in the background ignores them
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
@@ -422,7 +432,7 @@ def test_a_run_stopped_in_the_middle_leaves_nothing_that_looks_finished(tmp_path
 @pytest.mark.parametrize("n_moved", [0, 1, 2, 3])
 @pytest.mark.parametrize("stop", ["os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 2)"])
 def test_a_stop_while_the_shards_are_moved_into_place(tmp_path: Path, n_moved: int, stop: str) -> None:
-    """The manifest comes last; the next run replaces what a killed one left."""
+    """The manifest is moved last; the next run replaces what a killed one left."""
     prepare(write_jsonl(tmp_path / "old.jsonl", ["古い作品"] * 9), tmp_path / "out", "--max_size_mb", 30 / MIB)
     source = write_jsonl(tmp_path / "a.jsonl", ["ひ" * 15, "ふ" * 15, "み" * 15])
     arguments = prepare_command(source, tmp_path / "out", "--max_size_mb", 60 / MIB)
@@ -447,7 +457,7 @@ def test_a_stop_while_the_shards_are_moved_into_place(tmp_path: Path, n_moved: i
 
 
 def test_memory_stays_under_300_mb(tmp_path: Path) -> None:
-    """Of the command alone: a small process between counts only its own children, and no test run before."""
+    """A small process in between counts only its own children, and not the tests before."""
     source = large_jsonl(tmp_path / "a.jsonl")
     assert source.stat().st_size > 38_000_000
     between = (

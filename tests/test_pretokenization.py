@@ -1,8 +1,7 @@
-"""gptkit/pretokenization.py and pretokenize.py: every work comes through whole, once, and only what changed is redone."""
+"""gptkit/data/pretokenization.py and pretokenize.py: each document is tokenized once, and only what changed again."""
 
 import hashlib
 import json
-import random
 import re
 import shutil
 import signal
@@ -18,28 +17,26 @@ import sentencepiece
 from conftest import (
     SAMPLE,
     SAMPLE_TOKENIZER,
+    SAMPLE_TOKENS,
     SEPARATOR,
     assert_user_error,
+    call_command,
     command,
     environment,
-    run_command,
     write_jsonl,
 )
+from test_text_shards import DOCUMENTS, documents_by_shard, write_chained, write_shards
 
 from gptkit.base.cli import UserError
 from gptkit.base.files import write_atomically
 from gptkit.data.pretokenization import describe_tokens, load_manifest, open_tokens, pretokenize
-from gptkit.data.text_shards import documents_of_shard, find_text_shards
 from gptkit.text.tokenizer import Tokenizer
 
 MODEL = SAMPLE_TOKENIZER / "spiece.model"
-WORKS = [f"　{place}の灯が、{number}つ見えた。\n「もう{verb}の」\n" for number, (place, verb) in enumerate(
-    [(place, verb) for place in ("港", "坂", "峠", "町", "島", "橋") for verb in ("行く", "帰る", "眠る", "歩く")]
-)]  # fmt: skip
 
 
 class CodePoints:
-    """A tokenizer's backend of known answers: a character's id is its code point; from `limit` on it is unknown."""
+    """A backend whose answers are known: a character's id is its code point; from `limit` on it is unknown."""
 
     kind = "code points"
 
@@ -64,7 +61,7 @@ TWO_BYTES = Tokenizer(CodePoints(0x10000 - 2), "two bytes", "</s>")  # 𠮟 is u
 
 
 def prepare(source: Path, folder: Path, max_size_mb: float) -> Path:
-    result = run_command(
+    result = call_command(
         "dataset/prepare_aozora_jsonl.py",
         *("--jsonl_path", source, "--output_dir", folder, "--max_size_mb", max_size_mb),
     )
@@ -72,39 +69,21 @@ def prepare(source: Path, folder: Path, max_size_mb: float) -> Path:
     return folder
 
 
-def write_shards(folder: Path, shards: Sequence[tuple[str | bytes, bool]], separator: str = SEPARATOR) -> Path:
-    """Text shards as prepare_aozora_jsonl.py writes them: (content, whether its last work goes on)."""
-    folder.mkdir(exist_ok=True)
-    described = []
-    for number, (content, continues) in enumerate(shards, start=1):
-        name = f"combined_{number:04d}.txt"
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        described.append({"file": name, "continues": continues})
-    manifest = {"format": "gptkit-text-shards", "version": 1, "separator": separator, "shards": described}
-    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    return folder
-
-
-def works_by_shard(folder: Path) -> list[list[str]]:
-    text = find_text_shards(folder)
-    return [list(documents_of_shard(text, index)) for index in range(len(text.paths))]
-
-
-def read_works(folder: Path, split: str, tokenizer: Tokenizer = LOSSLESS) -> list[str]:
-    """The works of a split, read from the files by NumPy alone and cut at end-of-text."""
+def read_documents(folder: Path, split: str, tokenizer: Tokenizer = LOSSLESS) -> list[str]:
+    """Return the documents of a split, read from the files by NumPy alone and split at end-of-text."""
     ids = np.concatenate([np.load(path) for path in sorted(folder.glob(f"{split}_*.npy"))]).tolist()
-    works: list[list[int]] = [[]]
+    documents: list[list[int]] = [[]]
     for i in ids:
         if i == tokenizer.end_of_text_id:
-            works.append([])
+            documents.append([])
         else:
-            works[-1].append(i)
-    assert works.pop() == []  # the last one ends, too
-    return [tokenizer.decode(work) for work in works]
+            documents[-1].append(i)
+    assert documents.pop() == []  # the last one ends, too
+    return [tokenizer.decode(document) for document in documents]
 
 
 def times(folder: Path) -> dict[str, int]:
-    """When each file but the manifest was written."""
+    """Return the time at which each file but the manifest was written."""
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "manifest.json"}
 
 
@@ -113,7 +92,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def redone(folder: Path, before: dict[str, int]) -> set[str]:
-    """The shards that were written since; the three files of a shard go together."""
+    """Return the shards that were written since; the three files of a shard are always written together."""
     changed = {name for name, when in times(folder).items() if before.get(name) != when}
     stems = {re.sub(r"^(train|val)_|\.\w+$", "", name) for name in changed}
     for stem in stems:
@@ -121,79 +100,27 @@ def redone(folder: Path, before: dict[str, int]) -> set[str]:
     return stems
 
 
-# Works over the ends of shards
-
-
-@pytest.mark.parametrize(
-    ("shards", "expected"),
-    [
-        pytest.param([("一SEP二の", True), ("続きSEP三SEP", False)], [["一", "二の続き"], ["三"]], id="over two"),
-        pytest.param(
-            [("一SEP二の", True), ("続きの", True), ("続きの", True), ("終りSEP三SEP", False), ("四SEP", False)],
-            [["一", "二の続きの続きの終り"], [], [], ["三"], ["四"]],
-            id="shards wholly inside a work",
-        ),
-        pytest.param([("一", True), ("の", True), ("終SEP", False)], [["一の終"], [], []], id="one work alone"),
-        pytest.param([("一の", True), ("終SEP", False), ("二SEP", False)], [["一の終"], [], ["二"]], id="ends with it"),
-        pytest.param([("一SEP", False), ("二SEP", False)], [["一"], ["二"]], id="cut between works"),
-        pytest.param([("一SEP二", True), ("SEP三SEP", False)], [["一", "二"], ["三"]], id="cut before the separator"),
-        pytest.param([("一の", True), ("終SEP二の", True), ("終SEP", False)], [["一の終"], ["二の終"], []], id="chain"),
-        pytest.param([("一SEP二", True)], [["一", "二"]], id="the last shard is cut off"),
-        pytest.param([("　\n一 SEP \nSEP二\nSEP", False)], [["　\n一 ", "二\n"]], id="works of blanks are none"),
-    ],
-)  # fmt: skip
-def test_works_are_put_together_where_they_begin(
-    tmp_path: Path, shards: list[tuple[str, bool]], expected: list[list[str]]
-) -> None:
-    write_shards(tmp_path / "text", [(content.replace("SEP", SEPARATOR), goes_on) for content, goes_on in shards])
-    assert works_by_shard(tmp_path / "text") == expected
-
-
-def test_a_cut_may_lie_inside_a_character(tmp_path: Path) -> None:
-    whole = f"港の{SEPARATOR}坂{SEPARATOR}".encode()
-    write_shards(tmp_path / "text", [(whole[:4], True), (whole[4:], False)])
-    assert works_by_shard(tmp_path / "text") == [["港の"], ["坂"]]
-
-
-def test_any_cuts_give_the_works_back(tmp_path: Path) -> None:
-    """Every shard may be cut anywhere but inside a separator, as often as one likes."""
-    chance = random.Random(0)
-    for trial in range(60):
-        separator = chance.choice([SEPARATOR, "※※※", "§"])
-        works = [chance.choice(WORKS) * chance.randint(1, 3) for _ in range(chance.randint(1, 6))]
-        whole, ends, inside = "", set(), set()
-        for work in works:
-            inside |= set(range(len(whole) + len(work) + 1, len(whole) + len(work) + len(separator)))
-            whole += work + separator
-            ends.add(len(whole))
-        places = sorted(set(range(1, len(whole))) - inside)
-        cuts = [*sorted(chance.sample(places, chance.randint(0, 12))), len(whole)]
-        shards = [(whole[a:b], b not in ends) for a, b in zip([0, *cuts], cuts, strict=False)]
-        folder = write_shards(tmp_path / str(trial), shards, separator)
-        assert [work for shard in works_by_shard(folder) for work in shard] == works
-
-
 # What is written
 
 
-@pytest.mark.parametrize("max_size_mb", [0.003, 0.05])
-def test_every_work_comes_through_once_with_one_end_of_text(
+@pytest.mark.parametrize("max_size_mb", [0.01, 0.05])
+def test_every_document_is_tokenized_once_with_one_end_of_text(
     tmp_path: Path, sample_works: list[str], max_size_mb: float
 ) -> None:
     text = prepare(SAMPLE, tmp_path / "text", max_size_mb)
     manifest = pretokenize(text, tmp_path / "out", LOSSLESS, 0.1)
-    train, val = read_works(tmp_path / "out", "train"), read_works(tmp_path / "out", "val")
+    train, val = read_documents(tmp_path / "out", "train"), read_documents(tmp_path / "out", "val")
     assert val
     assert sorted(train + val) == sorted(sample_works)
-    assert [work for work in sample_works if work in set(train)] == train  # in the text's order
+    assert [document for document in sample_works if document in set(train)] == train  # in the text's order
     assert not set(train) & set(val)
     counted = [manifest[name] for name in ("documents", "tokens", "characters", "unknown_tokens")]
     n_characters = sum(map(len, sample_works))
     assert counted == [len(sample_works), n_characters + len(sample_works), n_characters, 0]
-    for split, works in (("train", train), ("val", val)):
-        assert manifest[split]["documents"] == len(works)
-        assert manifest[split]["characters"] == sum(map(len, works))
-        assert manifest[split]["tokens"] == sum(map(len, works)) + len(works)
+    for split, documents in (("train", train), ("val", val)):
+        assert manifest[split]["documents"] == len(documents)
+        assert manifest[split]["characters"] == sum(map(len, documents))
+        assert manifest[split]["tokens"] == sum(map(len, documents)) + len(documents)
     streams = open_tokens(tmp_path / "out", load_manifest(tmp_path / "out", LOSSLESS))
     assert [len(streams["train"]), len(streams["val"])] == [manifest[split]["tokens"] for split in ("train", "val")]
     n_ends = sum(np.count_nonzero(s.read(0, len(s)) == LOSSLESS.end_of_text_id) for s in streams.values())
@@ -201,15 +128,15 @@ def test_every_work_comes_through_once_with_one_end_of_text(
 
 
 def test_the_command_with_a_real_tokenizer(tmp_path: Path, sample_shards: Path, sample_works: list[str]):
-    result = run_command(
+    result = call_command(
         "pretokenize.py",
-        *("--data_dir", sample_shards, "--output_dir", tmp_path / "out"),
+        *("--data_dir", sample_shards, "--output_dir", tmp_path / "out", "--num_workers", 1),
         *("--tokenizer", "sentencepiece", "--tokenizer_path", MODEL, "--val_fraction", 0.1),
     )
     assert result.returncode == 0, result.stderr
     processor = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
     end = processor.eos_id()
-    expected = [processor.encode(work) for work in sample_works]
+    expected = [processor.encode(document) for document in sample_works]
     found: list[list[int]] = []
     for split in ("train", "val"):
         ids = np.concatenate([np.load(path) for path in sorted((tmp_path / "out").glob(f"{split}_*.npy"))])
@@ -217,26 +144,26 @@ def test_the_command_with_a_real_tokenizer(tmp_path: Path, sample_shards: Path, 
         found += [part[part != end].tolist() for part in np.split(ids, ends)[: len(ends)]]
     assert sorted(found) == sorted(expected)
     n_tokens, n_characters = sum(map(len, expected)) + len(expected), sum(map(len, sample_works))
-    assert f"{len(sample_works)} works, {n_tokens:,} tokens" in result.stderr
-    assert f"{n_characters / n_tokens:.2f} characters a token, 0 unknown" in result.stderr
+    assert f"{len(sample_works)} documents, {n_tokens:,} tokens" in result.stderr
+    assert f"{n_characters / n_tokens:.2f} characters per token, 0 unknown" in result.stderr
     assert "\r" not in result.stderr
     assert re.search(r"combined_0001\.txt: tokenized \(new\), [\d,]+ tokens, [\d.]+ MB/s, \d+ s left", result.stderr)
 
 
 def test_unknown_tokens_are_counted_in_each_split(tmp_path: Path) -> None:
-    works = [f"{work}{'𠮟' * number}" for number, work in enumerate(WORKS)]
-    text = prepare(write_jsonl(tmp_path / "a.jsonl", works), tmp_path / "text", 0.0005)
+    documents = [f"{document}{'𠮟' * number}" for number, document in enumerate(DOCUMENTS)]
+    text = prepare(write_jsonl(tmp_path / "a.jsonl", documents), tmp_path / "text", 0.0005)
     manifest = pretokenize(text, tmp_path / "out", TWO_BYTES, 0.3)
-    in_val = set(read_works(tmp_path / "out", "val", TWO_BYTES))  # decode leaves 𠮟 out
-    n_val = sum(work.count("𠮟") for work in works if work.replace("𠮟", "") in in_val)
-    n_all = sum(work.count("𠮟") for work in works)
+    in_val = set(read_documents(tmp_path / "out", "val", TWO_BYTES))  # decode leaves 𠮟 out
+    n_val = sum(document.count("𠮟") for document in documents if document.replace("𠮟", "") in in_val)
+    n_all = sum(document.count("𠮟") for document in documents)
     assert 0 < n_val < n_all
     assert (manifest["unknown_tokens"], manifest["val"]["unknown_tokens"]) == (n_all, n_val)
-    share = n_all / sum(map(len, works)) * 10_000
+    share = n_all / sum(map(len, documents)) * 10_000
     assert f"{n_all:,} unknown ({share:.1f} per 10,000 characters)" in describe_tokens(manifest)
 
 
-def test_the_manifest_says_what_the_tokens_were_made_with(tmp_path: Path, sample_shards: Path) -> None:
+def test_the_manifest_names_what_the_tokens_were_made_from(tmp_path: Path, sample_shards: Path) -> None:
     pretokenize(sample_shards, tmp_path / "out", TWO_BYTES, 0.2)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_bytes())
     assert load_manifest(tmp_path / "out", TWO_BYTES) == manifest
@@ -259,7 +186,7 @@ def test_the_manifest_says_what_the_tokens_were_made_with(tmp_path: Path, sample
 
 @pytest.mark.parametrize(("tokenizer", "dtype"), [(TWO_BYTES, "uint16"), (LOSSLESS, "uint32")])
 def test_ids_take_two_bytes_where_they_fit(tmp_path: Path, tokenizer: Tokenizer, dtype: str) -> None:
-    text = write_shards(tmp_path / "text", [(SEPARATOR.join([*WORKS, "彼を𠮟る", "￿"]) + SEPARATOR, False)])
+    text = write_shards(tmp_path / "text", [(SEPARATOR.join([*DOCUMENTS, "彼を𠮟る", "￿"]) + SEPARATOR, False)])
     manifest = pretokenize(text, tmp_path / "out", tokenizer, 0.2)
     assert manifest["dtype"] == dtype
     ids = np.concatenate([np.load(path) for path in (tmp_path / "out").glob("*.npy")])
@@ -270,53 +197,50 @@ def test_ids_take_two_bytes_where_they_fit(tmp_path: Path, tokenizer: Tokenizer,
 # Validation
 
 
-def test_validation_works_stay_however_the_text_is_cut(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", WORKS)
+def test_validation_documents_are_the_same_however_the_text_is_sharded(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     found = []
     for number, max_size_mb in enumerate([0.0001, 0.0005, 25]):
         text = prepare(source, tmp_path / f"text{number}", max_size_mb)
         pretokenize(text, tmp_path / f"out{number}", LOSSLESS, 0.25)
-        found.append(set(read_works(tmp_path / f"out{number}", "val")))
+        found.append(set(read_documents(tmp_path / f"out{number}", "val")))
     pretokenize(text, tmp_path / "two_bytes", TWO_BYTES, 0.25)
-    found.append(set(read_works(tmp_path / "two_bytes", "val", TWO_BYTES)))
+    found.append(set(read_documents(tmp_path / "two_bytes", "val", TWO_BYTES)))
     assert found[0] == found[1] == found[2] == found[3]
     assert 2 <= len(found[0]) <= 12  # of 24
 
 
-def test_validation_takes_about_the_share_asked_for_and_more_takes_more(tmp_path: Path) -> None:
+def test_validation_takes_about_val_fraction_and_a_larger_one_takes_more(tmp_path: Path) -> None:
     text = write_shards(tmp_path / "text", [("".join(f"{i}の話{SEPARATOR}" for i in range(2000)), False)])
     taken = []
     for fraction in (0.01, 0.1, 0.5):
         pretokenize(text, tmp_path / "out", LOSSLESS, fraction)
-        taken.append(set(read_works(tmp_path / "out", "val")))
+        taken.append(set(read_documents(tmp_path / "out", "val")))
         deviation = (2000 * fraction * (1 - fraction)) ** 0.5
         assert abs(len(taken[-1]) - 2000 * fraction) < 4 * deviation
     assert taken[0] < taken[1] < taken[2]
 
 
-def test_there_is_always_a_validation_work_and_a_training_work(tmp_path: Path) -> None:
-    text = write_shards(tmp_path / "text", [(SEPARATOR.join(WORKS), False)])
+def test_there_is_always_a_validation_document_and_a_training_document(tmp_path: Path) -> None:
+    text = write_shards(tmp_path / "text", [(SEPARATOR.join(DOCUMENTS), False)])
     manifest = pretokenize(text, tmp_path / "out", LOSSLESS, 1e-9)
-    assert (manifest["val"]["documents"], manifest["train"]["documents"]) == (1, len(WORKS) - 1)
+    assert (manifest["val"]["documents"], manifest["train"]["documents"]) == (1, len(DOCUMENTS) - 1)
 
 
-def test_equal_works_stay_on_one_side(tmp_path: Path) -> None:
-    text = write_shards(tmp_path / "text", [(SEPARATOR.join(WORKS * 3), False)])
+def test_equal_documents_are_all_in_the_same_split(tmp_path: Path) -> None:
+    text = write_shards(tmp_path / "text", [(SEPARATOR.join(DOCUMENTS * 3), False)])
     pretokenize(text, tmp_path / "out", LOSSLESS, 0.25)
-    train, val = (read_works(tmp_path / "out", split) for split in ("train", "val"))
+    train, val = (read_documents(tmp_path / "out", split) for split in ("train", "val"))
     assert not set(train) & set(val)
-    assert len(train + val) == 3 * len(WORKS)
+    assert len(train + val) == 3 * len(DOCUMENTS)
 
 
-# Made anew, or not
+# Reused, or made again
 
 
 @pytest.fixture
 def chained(tmp_path: Path) -> Path:
-    """Four text shards; the last work of the first goes on in the second."""
-    parts = [SEPARATOR.join(WORKS[start : start + 6]) + SEPARATOR for start in (0, 6, 12, 18)]
-    parts[0], parts[1] = parts[0] + "あの長い話は", "まだ続く。" + SEPARATOR + parts[1]
-    return write_shards(tmp_path / "text", [(part, number == 0) for number, part in enumerate(parts)])
+    return write_chained(tmp_path / "text")
 
 
 FIRST, SECOND, THIRD, FOURTH = (f"combined_{number:04d}" for number in range(1, 5))
@@ -324,7 +248,7 @@ ALL = {FIRST, SECOND, THIRD, FOURTH}
 
 
 def tokenize(text: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> str:
-    """Pretokenize into the folder `out` beside the text; return what was said."""
+    """Pretokenize into the folder `out` beside the text; return what was printed to standard error."""
     settings = {"tokenizer": LOSSLESS, "val_fraction": 0.3} | changes
     capsys.readouterr()
     manifest = pretokenize(text, text.parent / "out", **settings)
@@ -334,15 +258,15 @@ def tokenize(text: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> 
     return captured.err
 
 
-def assert_as_if_made_at_once(text: Path, **changes: Any) -> None:
+def assert_equals_a_fresh_folder(text: Path, **changes: Any) -> None:
     settings = {"tokenizer": LOSSLESS, "val_fraction": 0.3} | changes
     pretokenize(text, text.parent / "fresh", **settings)
     assert contents(text.parent / "out") == contents(text.parent / "fresh")
 
 
-def test_a_second_run_redoes_nothing(chained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = tokenize(chained, capsys)
-    assert [line.partition(",")[0] for line in said.splitlines()] == [
+def test_a_second_run_tokenizes_nothing(chained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = tokenize(chained, capsys)
+    assert [line.partition(",")[0] for line in printed.splitlines()] == [
         f"combined_000{number}.txt: tokenized (new)" for number in range(1, 5)
     ]
     out = chained.parent / "out"
@@ -356,7 +280,7 @@ def test_a_second_run_redoes_nothing(chained: Path, capsys: pytest.CaptureFixtur
     ("changed", "expected"),
     [(FIRST, {FIRST}), (SECOND, {FIRST, SECOND}), (THIRD, {THIRD}), (FOURTH, {FOURTH})],
 )
-def test_one_byte_of_text_redoes_only_the_shards_with_it(
+def test_a_changed_byte_of_text_redoes_only_the_shards_with_it(
     chained: Path, capsys: pytest.CaptureFixture[str], changed: str, expected: set[str]
 ) -> None:
     tokenize(chained, capsys)
@@ -367,50 +291,50 @@ def test_one_byte_of_text_redoes_only_the_shards_with_it(
     place = content.rindex(b"0" if changed == FIRST else "つ見えた".encode()) - (changed != FIRST)
     content[place] = ord("9")
     path.write_bytes(content)
-    said = tokenize(chained, capsys)
+    printed = tokenize(chained, capsys)
     assert redone(out, before) == expected
     for stem in ALL:
-        assert (f"{stem}.txt: tokenized (the text changed)" in said) == (stem in expected)
-    assert f"{4 - len(expected)} of 4 token shards reused" in said
-    assert_as_if_made_at_once(chained)
+        assert (f"{stem}.txt: tokenized (the text changed)" in printed) == (stem in expected)
+    assert f"{4 - len(expected)} of 4 token shards reused" in printed
+    assert_equals_a_fresh_folder(chained)
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
         ({"tokenizer": TWO_BYTES}, "the tokenizer changed"),
-        ({"val_fraction": 0.5}, "the choice of validation works changed"),
+        ({"val_fraction": 0.5}, "the choice of validation documents changed"),
     ],
 )
-def test_another_tokenizer_or_share_redoes_all(
+def test_another_tokenizer_or_val_fraction_redoes_all(
     chained: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], why: str
 ) -> None:
     tokenize(chained, capsys)
     before = times(chained.parent / "out")
-    said = tokenize(chained, capsys, **changes)
+    printed = tokenize(chained, capsys, **changes)
     assert redone(chained.parent / "out", before) == ALL
-    assert said.count(f"tokenized ({why})") == 4
-    assert "reused" not in said
-    assert_as_if_made_at_once(chained, **changes)
+    assert printed.count(f"tokenized ({why})") == 4
+    assert "reused" not in printed
+    assert_equals_a_fresh_folder(chained, **changes)
 
 
-def test_another_separator_or_cut_redoes_what_it_touches(chained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_separator_or_cut_redoes_what_it_changes(chained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenize(chained, capsys)
     before = times(chained.parent / "out")
     manifest = json.loads((chained / "manifest.json").read_bytes())
-    manifest["shards"][2]["continues"] = True  # the third shard's end is blank, and now belongs to the fourth's start
+    manifest["shards"][2]["continues"] = True  # its last document, which is blank, continues in the fourth now
     (chained / "manifest.json").write_text(json.dumps(manifest))
-    said = tokenize(chained, capsys)
+    printed = tokenize(chained, capsys)
     assert redone(chained.parent / "out", before) == {THIRD, FOURTH}
-    assert said.count("tokenized (the text changed)") == 2
-    assert_as_if_made_at_once(chained)
+    assert printed.count("tokenized (the text changed)") == 2
+    assert_equals_a_fresh_folder(chained)
     (chained / "manifest.json").write_text(json.dumps(manifest | {"separator": "。"}))
     assert tokenize(chained, capsys).count("tokenized (the text changed)") == 4
 
 
 @pytest.mark.parametrize("name", ["train_combined_0002.npy", "val_combined_0002.npy"])
 @pytest.mark.parametrize("damage", ["missing", "cut short", "one bit"])
-def test_a_damaged_or_missing_file_is_made_anew(
+def test_a_damaged_or_missing_file_is_made_again(
     chained: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str
 ) -> None:
     tokenize(chained, capsys)
@@ -424,11 +348,11 @@ def test_a_damaged_or_missing_file_is_made_anew(
     else:
         content[-1] ^= 1
         path.write_bytes(content)
-    said = tokenize(chained, capsys)
+    printed = tokenize(chained, capsys)
     assert redone(path.parent, before) == {SECOND}
-    assert f"combined_0002.txt: tokenized ({name} is missing or damaged)" in said
-    assert "3 of 4 token shards reused" in said
-    assert_as_if_made_at_once(chained)
+    assert f"combined_0002.txt: tokenized ({name} is missing or damaged)" in printed
+    assert "3 of 4 token shards reused" in printed
+    assert_equals_a_fresh_folder(chained)
 
 
 def test_without_records_a_shard_is_new_and_without_the_manifest_nothing_is(
@@ -443,13 +367,13 @@ def test_without_records_a_shard_is_new_and_without_the_manifest_nothing_is(
     (out / f"{THIRD}.json").unlink()
     assert "combined_0003.txt: tokenized (new)" in tokenize(chained, capsys)
     assert redone(out, before) == {THIRD}
-    assert_as_if_made_at_once(chained)
+    assert_equals_a_fresh_folder(chained)
 
 
 def test_an_interrupted_change_leaves_no_manifest(
     chained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the folder was whole before: a reader must not take a mixture of two tokenizers."""
+    """Also where the folder was complete before: a reader must not take a mixture of two tokenizers."""
     tokenize(chained, capsys)
     out = chained.parent / "out"
     n_written = 0
@@ -468,13 +392,13 @@ def test_an_interrupted_change_leaves_no_manifest(
     with pytest.raises(UserError, match="holds no finished token shards"):
         load_manifest(out, TWO_BYTES)
     tokenize(chained, capsys, tokenizer=TWO_BYTES)
-    assert_as_if_made_at_once(chained, tokenizer=TWO_BYTES)
+    assert_equals_a_fresh_folder(chained, tokenizer=TWO_BYTES)
 
 
-def test_interrupted_clearing_leaves_no_manifest(
+def test_an_interrupted_removal_leaves_no_manifest(
     chained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With fewer text shards the old manifest names token shards that are about to go."""
+    """With fewer text shards the old manifest names token shards that are about to be removed."""
     tokenize(chained, capsys)
     manifest = json.loads((chained / "manifest.json").read_bytes())
     (chained / "manifest.json").write_text(json.dumps(manifest | {"shards": manifest["shards"][:3]}))
@@ -489,10 +413,10 @@ def test_interrupted_clearing_leaves_no_manifest(
         load_manifest(chained.parent / "out", LOSSLESS)
 
 
-def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
-    text = prepare(SAMPLE, tmp_path / "text", 0.005)
+def test_a_killed_command_resumes(tmp_path: Path) -> None:
+    text = prepare(SAMPLE, tmp_path / "text", 0.01)
     n_shards, out = len(list(text.glob("*.txt"))), tmp_path / "out"
-    arguments = ("--data_dir", text, "--output_dir", out, "--tokenizer", "sentencepiece", "--tokenizer_path", MODEL)
+    arguments = ("--data_dir", text, "--output_dir", out, *SAMPLE_TOKENS)
     process = subprocess.Popen(command("pretokenize.py", *arguments), env=environment(), stderr=subprocess.PIPE)
     try:
         while len(list(out.glob("combined_*.json"))) < 5:
@@ -500,23 +424,24 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
             time.sleep(0.001)
     finally:
         process.kill()
-    _, said = process.communicate()
+    _, printed = process.communicate()
     assert process.returncode == -signal.SIGKILL
     finished = [path.stem for path in out.glob("combined_*.json")]
-    assert 5 <= len(finished) < n_shards, said
+    assert 5 <= len(finished) < n_shards, printed
     assert not (out / "manifest.json").exists()
     before = times(out)
 
-    result = run_command("pretokenize.py", *arguments)
+    result = call_command("pretokenize.py", *arguments, "--num_workers", 1)
     assert result.returncode == 0, result.stderr
     assert redone(out, before) == {path.stem for path in text.glob("*.txt")} - set(finished)
     assert f"{len(finished)} of {n_shards} token shards reused" in result.stderr
-    result = run_command("pretokenize.py", *arguments[:3], tmp_path / "fresh", *arguments[4:])
+    fresh = ("--data_dir", text, "--output_dir", tmp_path / "fresh", *SAMPLE_TOKENS, "--num_workers", 1)
+    result = call_command("pretokenize.py", *fresh)
     assert result.returncode == 0, result.stderr
     assert contents(out) == contents(tmp_path / "fresh")
 
 
-def test_shards_of_text_that_is_gone_are_cleared_away(chained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_token_shards_whose_text_is_gone_are_removed(chained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenize(chained, capsys)
     out = chained.parent / "out"
     (out / ".train_combined_0009.npy.partial").write_bytes(b"left by a kill")
@@ -524,15 +449,15 @@ def test_shards_of_text_that_is_gone_are_cleared_away(chained: Path, capsys: pyt
     shards = [(path.read_text("utf-8"), path.stem == FIRST) for path in sorted(chained.glob("*.txt"))]
     (chained / f"{FOURTH}.txt").unlink()
     write_shards(chained, shards[:3])
-    said = tokenize(chained, capsys)
-    assert "3 of 3 token shards reused" in said
+    printed = tokenize(chained, capsys)
+    assert "3 of 3 token shards reused" in printed
     stems = {FIRST, SECOND, THIRD}
     expected = {f"{stem}.json" for stem in stems} | {
         f"{split}_{stem}.npy" for split in ("train", "val") for stem in stems
     }
     assert {path.name for path in out.iterdir()} == expected | {"manifest.json", ".DS_Store"}
     (out / ".DS_Store").unlink()
-    assert_as_if_made_at_once(chained)
+    assert_equals_a_fresh_folder(chained)
 
 
 # Folders
@@ -568,24 +493,24 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(chained: Path, n
 def test_the_command_refuses_a_folder_with_something_else(tmp_path: Path, sample_shards: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("大切")
-    flags = ("--data_dir", sample_shards, "--tokenizer", "sentencepiece", "--tokenizer_path", MODEL)
-    result = run_command("pretokenize.py", *flags, "--output_dir", tmp_path / "out")
+    flags = ("--data_dir", sample_shards, *SAMPLE_TOKENS)
+    result = call_command("pretokenize.py", *flags, "--output_dir", tmp_path / "out")
     assert_user_error(result, str(tmp_path / "out"), "notes.txt", "name a new or empty folder")
     assert contents(tmp_path / "out") == {"notes.txt": "大切".encode()}
     for inside in ("", "deep/er"):
-        result = run_command("pretokenize.py", *flags, "--output_dir", tmp_path / "out" / "notes.txt" / inside)
+        result = call_command("pretokenize.py", *flags, "--output_dir", tmp_path / "out" / "notes.txt" / inside)
         assert_user_error(result, "notes.txt is a file", "name a folder")
 
 
-def test_text_files_without_a_manifest_are_taken_as_people_make_them(tmp_path: Path) -> None:
-    """On Windows, say: a byte-order mark and \\r\\n; no separator at a file's end; other files beside them."""
+def test_text_files_without_a_manifest_are_read_as_people_make_them(tmp_path: Path) -> None:
+    """On Windows, for example: a byte-order mark and \\r\\n; no separator at a file's end; other files beside them."""
     text = tmp_path / "text"
     text.mkdir()
     (text / "b.txt").write_bytes("\ufeff　港。\r\n灯。\r\n".encode())
     (text / "a.txt").write_bytes(f"坂。\r\n{SEPARATOR}\r\n \r\n{SEPARATOR}峠\r{SEPARATOR}".encode())
     (text / "c.txt").write_bytes(b"")
     (text / "notes.md").write_bytes(b"\xff")
-    assert works_by_shard(text) == [["坂。\n", "峠\r"], ["　港。\n灯。\n"], []]
+    assert documents_by_shard(text) == [["坂。\n", "峠\r"], ["　港。\n灯。\n"], []]
     manifest = pretokenize(text, tmp_path / "out", LOSSLESS, 0.3)
     assert manifest["documents"] == 3
     assert {path.name for path in (tmp_path / "out").glob("*.npy")} == {
@@ -593,31 +518,30 @@ def test_text_files_without_a_manifest_are_taken_as_people_make_them(tmp_path: P
     }
 
 
-def test_prepared_text_is_taken_byte_for_byte(tmp_path: Path) -> None:
-    works = ["\ufeff一行\r\n二行\r\n", "\n\n三行\u2028\u3000\n", "</s>と<|endoftext"]
+def test_prepared_text_is_tokenized_byte_for_byte(tmp_path: Path) -> None:
+    documents = ["\ufeff一行\r\n二行\r\n", "\n\n三行\u2028\u3000\n", "</s>と<|endoftext"]
     for number, max_size_mb in enumerate([0.00003, 25]):
-        source = write_jsonl(tmp_path / f"{number}.jsonl", works)
+        source = write_jsonl(tmp_path / f"{number}.jsonl", documents)
         text = prepare(source, tmp_path / f"text{number}", max_size_mb)
         pretokenize(text, tmp_path / f"out{number}", LOSSLESS, 0.3)
-        found = [work for split in ("train", "val") for work in read_works(tmp_path / f"out{number}", split)]
-        assert sorted(found) == sorted(works)
+        found = [
+            document for split in ("train", "val") for document in read_documents(tmp_path / f"out{number}", split)
+        ]
+        assert sorted(found) == sorted(documents)
 
 
 # What a user can get wrong
 
-# Works that a share of a half takes, all of them.
-LOW_HASHES = [work for work in WORKS if hashlib.sha256(work.encode()).digest()[0] < 0x80]
+# Documents that a val_fraction of a half takes.
+LOW_HASHES = [document for document in DOCUMENTS if hashlib.sha256(document.encode()).digest()[0] < 0x80]
 
 
-def test_text_that_is_not_utf8_is_told_before_anything_is_written(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_reported_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").write_text(SEPARATOR.join(WORKS), "utf-8")
+    (tmp_path / "text" / "a.txt").write_text(SEPARATOR.join(DOCUMENTS), "utf-8")
     (tmp_path / "text" / "b.txt").write_bytes("港の灯".encode("shift_jis"))
-    result = run_command(
-        "pretokenize.py",
-        *("--data_dir", tmp_path / "text", "--output_dir", tmp_path / "out"),
-        *("--tokenizer", "sentencepiece", "--tokenizer_path", MODEL),
-    )
+    folders = ("--data_dir", tmp_path / "text", "--output_dir", tmp_path / "out")
+    result = call_command("pretokenize.py", *folders, *SAMPLE_TOKENS, "--num_workers", 1)
     assert_user_error(result, "b.txt", "not UTF-8", "convert the file to UTF-8")
     assert not (tmp_path / "out").exists()
 
@@ -630,48 +554,25 @@ def test_a_data_folder_that_cannot_be_used(tmp_path: Path) -> None:
         (tmp_path / "txet", [f"--data_dir {tmp_path / 'txet'}: no such file or folder", f"did you mean {tmp_path}/text?"]),
         (tmp_path / "notes.txt", ["notes.txt is a file", "name the folder"]),
     ]:  # fmt: skip
-        result = run_command(
-            "pretokenize.py",
-            *("--data_dir", data_dir, "--output_dir", tmp_path / "out"),
-            *("--tokenizer", "sentencepiece", "--tokenizer_path", MODEL),
-        )
+        folders = ("--data_dir", data_dir, "--output_dir", tmp_path / "out")
+        result = call_command("pretokenize.py", *folders, *SAMPLE_TOKENS)
         assert_user_error(result, *parts)
         assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    "manifest",
+    ("documents", "val_fraction", "message"),
     [
-        "",
-        "[]",
-        "{}",
-        '{"format": "gptkit-text-shards", "shards": [1]}',
-        '{"format": "other", "separator": "x", "shards": [{"file": "combined_0001.txt", "continues": false}]}',
+        (["一つだけ"], 0.1, "holds 1 document.*at least 2"),
+        (["同じ", "同じ"], 0.1, "holds 1 document.*at least 2"),
+        ([" ", "\n"], 0.1, "holds 0 document.*at least 2"),
+        (LOW_HASHES, 0.5, r"--val_fraction 0\.5 leaves no document to train on; give a smaller one"),
     ],
 )
-def test_a_manifest_that_describes_no_text_is_refused(chained: Path, manifest: str) -> None:
-    (chained / "manifest.json").write_text(manifest)
-    with pytest.raises(UserError, match=r"manifest\.json describes no text shards .*prepare the folder again"):
-        find_text_shards(chained)
-
-
-def test_a_shard_that_the_manifest_names_must_be_there(chained: Path) -> None:
-    (chained / f"{THIRD}.txt").unlink()
-    with pytest.raises(UserError, match=r"lacks combined_0003\.txt.*prepare the folder again"):
-        find_text_shards(chained)
-
-
-@pytest.mark.parametrize(
-    ("works", "val_fraction", "message"),
-    [
-        (["一つだけ"], 0.1, "holds 1 work.*at least 2"),
-        (["同じ", "同じ"], 0.1, "holds 1 work.*at least 2"),
-        ([" ", "\n"], 0.1, "holds 0 work.*at least 2"),
-        (LOW_HASHES, 0.5, r"--val_fraction 0\.5 leaves no work to train on; give a smaller one"),
-    ],
-)
-def test_too_few_works_are_told(tmp_path: Path, works: list[str], val_fraction: float, message: str) -> None:
-    text = write_shards(tmp_path / "text", [(SEPARATOR.join(works) + SEPARATOR, False)])
+def test_too_few_documents_are_reported(
+    tmp_path: Path, documents: list[str], val_fraction: float, message: str
+) -> None:
+    text = write_shards(tmp_path / "text", [(SEPARATOR.join(documents) + SEPARATOR, False)])
     with pytest.raises(UserError, match=message):
         pretokenize(text, tmp_path / "out", LOSSLESS, val_fraction)
     assert not (tmp_path / "out").exists()
@@ -702,7 +603,7 @@ def test_a_preparation_that_was_stopped_is_refused(chained: Path) -> None:
         pretokenize(chained, chained.parent / "out", LOSSLESS, 0.3)
 
 
-def test_text_that_is_not_what_its_manifest_says_is_told(
+def test_text_that_differs_from_its_manifest_is_reported(
     tmp_path: Path, sample_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = Path(shutil.copytree(sample_shards, tmp_path / "text"))
@@ -713,14 +614,14 @@ def test_text_that_is_not_what_its_manifest_says_is_told(
 
 
 def test_a_matching_folder_is_not_written(tmp_path: Path, sample_shards: Path) -> None:
-    """It may lie where nothing can be written."""
+    """It may be read-only."""
     pretokenize(sample_shards, tmp_path / "out", LOSSLESS, 0.3)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     pretokenize(sample_shards, tmp_path / "out", LOSSLESS, 0.3)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_a_reader_refuses_what_is_unfinished_or_not_what_the_manifest_says(chained: Path) -> None:
+def test_a_reader_refuses_what_is_unfinished_or_differs_from_its_manifest(chained: Path) -> None:
     with pytest.raises(UserError, match=r"holds no finished token shards; pretokenize\.py makes them"):
         load_manifest(chained, LOSSLESS)
     out = chained.parent / "out"
@@ -735,7 +636,7 @@ def test_a_reader_refuses_what_is_unfinished_or_not_what_the_manifest_says(chain
 
 
 def test_many_tokens_are_not_read_to_be_checked(chained: Path) -> None:
-    """Above a bound, names and sizes are looked at, and no more."""
+    """Above a bound only names and sizes are checked."""
     out = chained.parent / "out"
     manifest = pretokenize(chained, out, LOSSLESS, 0.3)
     path = out / f"train_{SECOND}.npy"
@@ -743,9 +644,9 @@ def test_many_tokens_are_not_read_to_be_checked(chained: Path) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     n_bytes = manifest["tokens"] * 4
-    assert load_manifest(out, LOSSLESS, most_hashed=n_bytes - 1) == manifest
+    assert load_manifest(out, LOSSLESS, max_hashed=n_bytes - 1) == manifest
     with pytest.raises(UserError, match=rf"{path.name} is missing or damaged"):
-        load_manifest(out, LOSSLESS, most_hashed=n_bytes)
+        load_manifest(out, LOSSLESS, max_hashed=n_bytes)
     path.write_bytes(content[:-1])
     with pytest.raises(UserError, match=rf"{path.name} is missing or damaged"):
-        load_manifest(out, LOSSLESS, most_hashed=0)
+        load_manifest(out, LOSSLESS, max_hashed=0)

@@ -257,7 +257,7 @@ def small_tokenizer(kind: str) -> Tokenizer:
         encoding = tiktoken.Encoding(
             "x", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 260}
         )
-        return Tokenizer(TiktokenBackend.of_encoding(encoding), "x", "<|endoftext|>")
+        return Tokenizer(TiktokenBackend.from_encoding(encoding), "x", "<|endoftext|>")
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = tokenizers.decoders.ByteLevel()

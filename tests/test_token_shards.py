@@ -1,4 +1,4 @@
-"""gptkit/token_shards.py: the format on disk, and shards read as one row."""
+"""gptkit/data/token_shards.py: the format on disk, and shards read as one array."""
 
 from pathlib import Path
 
@@ -39,16 +39,16 @@ def test_an_empty_shard_can_be_opened(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_the_shard_named_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "train_a.npy"
-    whole = token_shard_bytes(np.arange(100, dtype=np.uint16))
+    content = token_shard_bytes(np.arange(100, dtype=np.uint16))
     two_dimensions = token_shard_bytes(np.zeros((10, 10), np.uint16))
     objects = tmp_path / "objects.npy"
     np.save(objects, np.array([{}] * 100), allow_pickle=True)
-    wrong = [b"", b"no array", whole[:-1], whole[:20], two_dimensions, objects.read_bytes()]
-    for content in wrong:
-        path.write_bytes(content)
+    wrong = [b"", b"no array", content[:-1], content[:20], two_dimensions, objects.read_bytes()]
+    for damaged in wrong:
+        path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"train_a\.npy: not "):
             open_token_shard(path, "uint16", 100)
-    path.write_bytes(whole)
+    path.write_bytes(content)
     for dtype, n_tokens in [("uint16", 99), ("uint16", 101), ("uint32", 100)]:
         with pytest.raises(ValueError, match=f"the {n_tokens} tokens of {dtype}"):
             open_token_shard(path, dtype, n_tokens)

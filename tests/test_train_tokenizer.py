@@ -1,4 +1,4 @@
-"""dataset/train_tokenizer.py: any text comes back, the works held out are not trained on, the same text gives the same bytes."""
+"""dataset/train_tokenizer.py: any text comes back, held-out documents are not trained on, equal text gives equal bytes."""
 
 import hashlib
 import json
@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import sentencepiece
-import train_tokenizer
-from conftest import ROOT, SEPARATOR, assert_user_error, command, environment, run_command, write_jsonl
+from conftest import ROOT, SEPARATOR, assert_user_error, call_command, command, environment, run_command, write_jsonl
 from hypothesis import example, given
 from hypothesis import strategies as st
-from train_tokenizer import Corpus, characters_with_a_piece, encode, find_corpus, read, sample, survey
 
-sys.path.insert(0, str(ROOT / "dataset"))  # as `python dataset/train_tokenizer.py` has it
+sys.path.insert(0, str(ROOT / "dataset"))  # as for `python dataset/train_tokenizer.py`
+
+import train_tokenizer
+from train_tokenizer import Corpus, characters_with_a_piece, encode, find_corpus, read, sample, survey
 
 VOCAB_SIZE = 400
 WHO = ["母", "灯台守", "犬", "若い医者", "私", "船頭"]
@@ -41,7 +42,7 @@ TRICKY = [
 ]
 
 
-def made_up_work(number: int, n_lines: int = 12) -> str:
+def made_up_document(number: int, n_lines: int = 12) -> str:
     draw = random.Random(number)
     lines = [
         f"　{draw.choice(WHEN)}、{draw.choice(WHO)}は{draw.choice(WHERE)}で{draw.choice(WHAT)}。"
@@ -50,21 +51,21 @@ def made_up_work(number: int, n_lines: int = 12) -> str:
     return "\n".join([*lines, f"　第{number}日、{RARE}", ""])
 
 
-WORKS = [made_up_work(number, 400 if number == 7 else 12) for number in range(120)]
+DOCUMENTS = [made_up_document(number, 400 if number == 7 else 12) for number in range(120)]
 
 
-def prepared(folder: Path, works: list[str], max_size_mb: float = 0.02) -> Path:
-    """Text shards of prepare_aozora_jsonl.py, small enough that works go on from one into the next."""
-    source = write_jsonl(folder / "works.jsonl", works)
+def prepared(folder: Path, documents: list[str], max_size_mb: float = 0.02) -> Path:
+    """Prepare text shards with prepare_aozora_jsonl.py, so small that documents continue from one in the next."""
+    source = write_jsonl(folder / "documents.jsonl", documents)
     flags = ("--jsonl_path", source, "--output_dir", folder / "001", "--max_size_mb", max_size_mb)
-    result = run_command("dataset/prepare_aozora_jsonl.py", *flags)
+    result = call_command("dataset/prepare_aozora_jsonl.py", *flags)
     assert result.returncode == 0, result.stderr
     return folder / "001"
 
 
 def run(data: Path, output: Path, *flags: object) -> subprocess.CompletedProcess:
     sized = flags if "--vocab_size" in flags else ("--vocab_size", VOCAB_SIZE, *flags)
-    return run_command("dataset/train_tokenizer.py", "--data_dir", data, "--output_dir", output, *sized)
+    return call_command("dataset/train_tokenizer.py", "--data_dir", data, "--output_dir", output, *sized)
 
 
 def trained(data: Path, output: Path, *flags: object) -> dict[str, Any]:
@@ -78,13 +79,13 @@ def processor_of(output: Path) -> Any:
     return sentencepiece.SentencePieceProcessor(model_file=str(output / "spiece.model"))
 
 
-def number_of(work: str) -> int:
-    return int.from_bytes(hashlib.sha256(work.encode()).digest()[:8], "big")
+def number_of(document: str) -> int:
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big")
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = prepared(tmp_path_factory.mktemp("text"), WORKS)
+    folder = prepared(tmp_path_factory.mktemp("text"), DOCUMENTS)
     manifest = json.loads((folder / "manifest.json").read_bytes())
     assert len(manifest["shards"]) > 3
     return folder
@@ -122,29 +123,34 @@ def test_any_text_comes_back(tokenizer: Path) -> None:
         if "▁" not in text:
             assert ids == sp.encode(text)  # what is read by sentencepiece alone is the same
 
-    for text in [*TRICKY, *WORKS]:
+    for text in [*TRICKY, *DOCUMENTS]:
         check = example(text)(check)
     check()
 
 
 def test_a_space_comes_back_where_the_text_had_none(tmp_path: Path) -> None:
-    data = prepared(tmp_path, [work.replace(RARE, "") for work in WORKS])
+    data = prepared(tmp_path, [document.replace(RARE, "") for document in DOCUMENTS])
     for kind in ("bpe", "unigram"):
         trained(data, tmp_path / kind, "--model_type", kind, "--vocab_size", 340)
         sp = processor_of(tmp_path / kind)
         assert sp.decode(sp.encode(" 犬 と  猫 ")) == " 犬 と  猫 "
 
 
-def test_the_report_is_right(tokenizer: Path, shards: Path) -> None:
+def test_the_report_is_correct(tokenizer: Path, shards: Path) -> None:
     report = json.loads((tokenizer / "report.json").read_bytes())
-    threshold = max(2**64 // 50, min(map(number_of, WORKS)) + 1)
-    held_out = [work for work in WORKS if number_of(work) < threshold]
-    n_characters, n_tokens = len("".join(held_out)), sum(len(processor_of(tokenizer).encode(work)) for work in held_out)
-    assert (report["works"], report["characters"]) == (120, len("".join(WORKS)))
+    threshold = max(2**64 // 50, min(map(number_of, DOCUMENTS)) + 1)
+    held_out = [document for document in DOCUMENTS if number_of(document) < threshold]
+    n_characters, n_tokens = (
+        len("".join(held_out)),
+        sum(len(processor_of(tokenizer).encode(document)) for document in held_out),
+    )
+    assert (report["works"], report["characters"]) == (120, len("".join(DOCUMENTS)))
     assert report["vocab_size"] == VOCAB_SIZE
     assert report["model_type"] == tokenizer.name
     assert report["sha256"] == hashlib.sha256((tokenizer / "spiece.model").read_bytes()).hexdigest()
-    n_newlines = sum(work.count("\n") for work in WORKS) - sum(work.count("\n") for work in held_out)
+    n_newlines = sum(document.count("\n") for document in DOCUMENTS) - sum(
+        document.count("\n") for document in held_out
+    )
     assert report["trained_on_characters"] == report["characters"] - n_characters - n_newlines
     assert report["measured"] == {
         "held_out_works": len(held_out),
@@ -157,11 +163,13 @@ def test_the_report_is_right(tokenizer: Path, shards: Path) -> None:
 
 
 def test_what_is_printed(shards: Path, tmp_path: Path) -> None:
-    result = run(shards, tmp_path / "out")
+    """By a process of its own, whose standard error shows the library's output too."""
+    flags = ("--data_dir", shards, "--output_dir", tmp_path / "out", "--vocab_size", VOCAB_SIZE)
+    result = run_command("dataset/train_tokenizer.py", *flags)
     found = json.loads((tmp_path / "out" / "report.json").read_bytes())["measured"]
     printed = result.stdout.splitlines()
     assert len(printed) == 1
-    assert f"{found['characters_per_token']:.3f} characters a token" in printed[0]
+    assert f"{found['characters_per_token']:.3f} characters per token" in printed[0]
     assert "lossless: yes" in printed[0]
     progress = result.stderr.splitlines()  # and nothing of sentencepiece's hundreds of lines
     assert [line.split()[0] for line in progress] == ["reading", "training", "trained"]
@@ -169,7 +177,7 @@ def test_what_is_printed(shards: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_text_gives_the_same_bytes(tokenizer: Path, tmp_path: Path) -> None:
-    data = prepared(tmp_path, WORKS, max_size_mb=1)  # and in other shards
+    data = prepared(tmp_path, DOCUMENTS, max_size_mb=1)  # and in other shards
     again = tmp_path / "again"
     trained(data, again, "--model_type", tokenizer.name)
     trained(data, again, "--model_type", tokenizer.name)  # an earlier result is replaced
@@ -177,69 +185,73 @@ def test_the_same_text_gives_the_same_bytes(tokenizer: Path, tmp_path: Path) -> 
         assert (again / name).read_bytes() == (tokenizer / name).read_bytes()
 
 
-def test_works_held_out_are_not_trained_on(shards: Path) -> None:
+def test_held_out_documents_are_not_trained_on(shards: Path) -> None:
     corpus = find_corpus(shards)
-    works = survey(corpus)
-    lines = set(sample(corpus, works, 10**9))
-    is_held_out = [work.is_held_out for work in works if not work.is_blank]
+    documents = survey(corpus)
+    lines = set(sample(corpus, documents, 10**9))
+    is_held_out = [document.is_held_out for document in documents if not document.is_blank]
     held_out: set[str] = set()
     trained_on: set[str] = set()
-    for work, held in zip(WORKS, is_held_out, strict=True):
-        (held_out if held else trained_on).update(work.split("\n"))
-    assert held_out - trained_on  # the line with the work's number
+    for document, held in zip(DOCUMENTS, is_held_out, strict=True):
+        (held_out if held else trained_on).update(document.split("\n"))
+    assert held_out - trained_on  # the line with the document's number
     assert lines == trained_on - {""}
 
 
-def test_few_works_leave_one_to_hold_out_and_some_to_train_on(tmp_path: Path) -> None:
-    for name, works, expected in (
-        ("one", WORKS[:1], [False]),
-        ("equal", [WORKS[0], WORKS[0]], [False, False]),
-        ("two", WORKS[:2], [number_of(work) == min(map(number_of, WORKS[:2])) for work in WORKS[:2]]),
+def test_few_documents_leave_one_held_out_and_some_to_train_on(tmp_path: Path) -> None:
+    for name, documents, expected in (
+        ("one", DOCUMENTS[:1], [False]),
+        ("equal", [DOCUMENTS[0], DOCUMENTS[0]], [False, False]),
+        (
+            "two",
+            DOCUMENTS[:2],
+            [number_of(document) == min(map(number_of, DOCUMENTS[:2])) for document in DOCUMENTS[:2]],
+        ),
     ):
         (tmp_path / f"{name}").mkdir()
-        (tmp_path / name / "a.txt").write_text(SEPARATOR.join(works), "utf-8")
-        assert [work.is_held_out for work in survey(find_corpus(tmp_path / name))] == expected
+        (tmp_path / name / "a.txt").write_text(SEPARATOR.join(documents), "utf-8")
+        assert [document.is_held_out for document in survey(find_corpus(tmp_path / name))] == expected
     low = [text for text in map(str, range(1000)) if number_of(text) < 2**64 // 50][:3]
     (tmp_path / "a.txt").write_text(SEPARATOR.join(low), "utf-8")
-    assert sum(work.is_held_out for work in survey(find_corpus(tmp_path))) == 1
+    assert sum(document.is_held_out for document in survey(find_corpus(tmp_path))) == 1
 
 
-def test_one_work_is_measured_on_itself(tmp_path: Path) -> None:
+def test_one_document_is_measured_on_itself(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    (data / "a.txt").write_text("".join(WORKS) + SEPARATOR + "\n", "utf-8")
+    (data / "a.txt").write_text("".join(DOCUMENTS) + SEPARATOR + "\n", "utf-8")
     report = trained(data, tmp_path / "out")
     assert (report["works"], report["measured"]["held_out_works"], report["measured"]["lossless"]) == (1, 0, True)
     assert "on the training text" in run(data, tmp_path / "out").stdout
 
 
 def joined(corpus: Corpus) -> list[str]:
-    works: list[str] = []
+    documents: list[str] = []
     for number, text in read(corpus):
-        works += [""] * (number + 1 - len(works))
-        works[number] += text
-    return works
+        documents += [""] * (number + 1 - len(documents))
+        documents[number] += text
+    return documents
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 30, 10**6])
-def test_works_are_read_whole(chunk: int, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever falls on a chunk's end: a separator, a shard's end."""
+def test_documents_are_read_completely(chunk: int, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands at a chunk's end: a separator, a shard's end."""
     monkeypatch.setattr(train_tokenizer, "CHUNK", chunk)
     corpus = find_corpus(shards)
     assert any(corpus.continues)
-    assert [work for work in joined(corpus) if work] == WORKS
+    assert [document for document in joined(corpus) if document] == DOCUMENTS
 
 
 @pytest.mark.parametrize("chunk", [1, 10**6])
 def test_a_folder_of_files(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file's end ends a work; a byte-order mark and \\r\\n are no part of it; other files are let be."""
+    """Each file ends a document; a byte-order mark and \\r\\n are not part of it; other files are ignored."""
     monkeypatch.setattr(train_tokenizer, "CHUNK", chunk)
     (tmp_path / "b.txt").write_bytes("三\n<|endoftext|>\n".encode())
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "一\r\n<|endoftext|>二<|endoftext".encode())
     (tmp_path / "notes.md").write_text("記", "utf-8")
     corpus = find_corpus(tmp_path)
     assert joined(corpus) == ["一\n", "二<|endoftext", "三\n", "\n"]
-    assert [work.is_blank for work in survey(corpus)] == [False, False, False, True]
+    assert [document.is_blank for document in survey(corpus)] == [False, False, False, True]
 
 
 @pytest.mark.parametrize("max_chars", [1, 100, 1000, 5000, 10**9])
@@ -259,8 +271,8 @@ def test_the_sample_is_bounded_and_even(max_chars: int, tmp_path: Path) -> None:
 
 
 def test_long_lines_are_trained_on(tmp_path: Path) -> None:
-    """The trainer's positions end at 65,535, and it leaves out lines above a length in silence."""
-    (tmp_path / "a.txt").write_text("".join(WORKS).replace("\n", "") * 8, "utf-8")
+    """The trainer's positions end at 65,535, and it leaves out longer lines without a warning."""
+    (tmp_path / "a.txt").write_text("".join(DOCUMENTS).replace("\n", "") * 8, "utf-8")
     assert len((tmp_path / "a.txt").read_text("utf-8")) > 70_000
     report = trained(tmp_path, tmp_path / "out")
     assert report["trained_on_characters"] == report["characters"]
@@ -268,9 +280,9 @@ def test_long_lines_are_trained_on(tmp_path: Path) -> None:
 
 
 def test_special_names_in_the_text_are_characters(tmp_path: Path) -> None:
-    """They must not become pieces, which would be there twice."""
+    """They must not become pieces, which would then exist twice."""
     odd = "彼は</s>と<pad>と<0x41>と<unk>を書いた"
-    (tmp_path / "a.txt").write_text("".join(f"{odd}{work}" for work in WORKS), "utf-8")
+    (tmp_path / "a.txt").write_text("".join(f"{odd}{document}" for document in DOCUMENTS), "utf-8")
     for kind in ("bpe", "unigram"):
         report = trained(tmp_path, tmp_path / "out", "--model_type", kind)
         assert report["measured"]["lossless"]
@@ -281,8 +293,8 @@ def test_special_names_in_the_text_are_characters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_a_sign_of_the_trainer_costs_no_line(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("".join(WORKS).replace("\n", "▅▁\0\n"), "utf-8")
+def test_a_line_with_a_sign_of_the_trainer_is_trained_on(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(DOCUMENTS).replace("\n", "▅▁\0\n"), "utf-8")
     assert trained(tmp_path, tmp_path / "out", "--model_type", kind)["measured"]["lossless"]
     sp = processor_of(tmp_path / "out")
     pieces = {sp.id_to_piece(i) for i in range(VOCAB_SIZE)}
@@ -313,7 +325,7 @@ def test_a_vocabulary_too_large_names_the_largest(kind: str, shards: Path, tmp_p
 
 @pytest.fixture
 def bad(tmp_path: Path) -> Path:
-    """A folder of text that will do, `good`, and some that will not."""
+    """A folder with good text and some that cannot be used."""
     for name in (
         "good",
         "no_text",
@@ -325,7 +337,7 @@ def bad(tmp_path: Path) -> Path:
         "little",
     ):
         (tmp_path / name).mkdir()
-    (tmp_path / "good" / "a.txt").write_text(SEPARATOR.join(WORKS), "utf-8")
+    (tmp_path / "good" / "a.txt").write_text(SEPARATOR.join(DOCUMENTS), "utf-8")
     (tmp_path / "blank" / "a.txt").write_text(f"\n {SEPARATOR}\u3000\n", "utf-8")
     (tmp_path / "not_utf8" / "a.txt").write_bytes("坂の上".encode("cp932"))
     shard = {"file": "combined_0001.txt", "continues": False}
@@ -355,7 +367,7 @@ def bad(tmp_path: Path) -> Path:
         ("good", ["--max_chars", 1], ["--vocab_size 400", "the largest possible is"]),
     ],
 )
-def test_a_mistake_is_told_in_one_line(bad: Path, data: str, flags: list[object], words: list[str]) -> None:
+def test_a_mistake_is_reported_in_one_line(bad: Path, data: str, flags: list[object], words: list[str]) -> None:
     result = run(bad / data, bad / "out", *flags)
     assert_user_error(result, *words)
     assert not result.stdout
@@ -365,7 +377,7 @@ def test_a_mistake_is_told_in_one_line(bad: Path, data: str, flags: list[object]
 def test_the_path_that_was_meant_is_named(bad: Path) -> None:
     (bad / "exp").mkdir()
     flags = ("--data_dir", "good", "--output_dir", "out")
-    assert_user_error(run_command("dataset/train_tokenizer.py", *flags, cwd=bad / "exp"), "did you mean ../good?")
+    assert_user_error(call_command("dataset/train_tokenizer.py", *flags, cwd=bad / "exp"), "did you mean ../good?")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "spiece.model", "report.json"])
@@ -394,7 +406,7 @@ def test_what_a_killed_run_left_is_replaced(bad: Path) -> None:
 
 
 def test_an_interrupt_ends_training_at_once(tmp_path: Path) -> None:
-    """The library itself would train on for many seconds."""
+    """The library itself would continue to train for many seconds."""
     draw = random.Random(1)
     kana = [chr(code) for code in range(0x3041, 0x3094)]
     words = ["".join(draw.choices(kana, k=3)) for _ in range(3000)]

@@ -1,11 +1,10 @@
-"""Batches of training and validation sequences out of a token stream.
+"""Batches of training and validation sequences from a token stream.
 
-A batch is a pure function of (seed, step), of which each process takes its slice: evaluation, sampling, resuming and the
-number of processes never disturb the order. The stream is
-cut into windows of context_length tokens, and each epoch takes them in its own random order; a window's target is
-the same window one token on.
+A batch is a pure function of (seed, step), and each process takes its slice of it: evaluation, sampling, resuming and
+the number of processes never disturb the order. The stream is cut into windows of context_length tokens, and each
+epoch takes them in a random order of its own. The targets of a window are its tokens shifted by one.
 
-Shapes: B sequences a batch, T time (context_length).
+Shapes: B sequences per batch, T time (context_length).
 """
 
 import functools
@@ -27,14 +26,14 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T) int
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_windows: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The windows 0 … n_windows - 1 in the random order of one epoch."""
+    """Return the windows 0 … n_windows - 1 in the random order of one epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n_windows)
 
 
 def windows_at(n_windows: int, seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
-    """The windows at some positions (0 … n_windows - 1) of an epoch's random order.
+    """Return the windows at some positions (0 … n_windows - 1) of an epoch's random order.
 
-    Up to MOST_SHUFFLED the order is drawn and kept; of more, it is computed where it is asked for.
+    Up to MAX_SHUFFLED windows the order is drawn and kept in memory; beyond, each position is computed alone.
     """
     if n_windows <= MAX_SHUFFLED:
         return epoch_order(n_windows, seed, epoch)[positions]
@@ -45,10 +44,11 @@ def windows_at(n_windows: int, seed: int, epoch: int, positions: npt.NDArray[np.
 def permute(
     positions: npt.NDArray[np.integer], n: int, keys: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.integer]:  # (B,) -> (B,)
-    """The images of some of 0 … n - 1 under a permutation of them that the keys choose, each found by itself.
+    """Return the images of some of 0 … n - 1 under a permutation chosen by the keys, each computed by itself.
 
-    A Feistel network over an even number of bits, applied again while it leads outside (Black & Rogaway 2002, "Ciphers
-    with Arbitrary Finite Domains", section 3 and 4). Its round function is the mixer of SplitMix64 (Steele et al. 2014).
+    The permutation is a Feistel network over an even number of bits, applied again while the result is n or more
+    (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains", section 3 and 4). Its round function is the mixer
+    of SplitMix64 (Steele et al. 2014).
     """
     half = np.uint64(max((n - 1).bit_length() + 1, 2) // 2)
     mask = np.uint64((1 << int(half)) - 1)
@@ -67,21 +67,21 @@ def permute(
 
 
 def n_windows(tokens: TokenStream, context_length: int) -> int:
-    """How many windows with a target for each token the stream holds."""
+    """Return how many windows the stream holds, with a target for each token."""
     return max(len(tokens) - 1, 0) // context_length
 
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """The training sequences of a run, by step. An epoch drops the windows that do not fill a last step."""
+    """The training batches of a run, by step. An epoch drops the windows that do not fill a last step."""
 
     tokens: TokenStream
-    context_length: int  # tokens a sequence
-    batch_size: int  # sequences a process a micro-step
-    grad_accum_steps: int  # micro-steps a step
+    context_length: int  # tokens per sequence
+    batch_size: int  # sequences per process per micro-step
+    grad_accum_steps: int  # micro-steps per optimizer step
     seed: int
     n_processes: int = 1
-    rank: int = 0  # which of them this is
+    rank: int = 0  # of this process
 
     @property
     def sequences_per_step(self) -> int:
@@ -96,21 +96,21 @@ class TrainingBatches:
         return n_windows(self.tokens, self.context_length) // self.sequences_per_step
 
     def epoch_of(self, step: int) -> int:
-        """The epoch (from 1) of the last of `step` steps."""
+        """Return the epoch (from 1) that the last of the first `step` steps belongs to."""
         return (step - 1) // self.steps_per_epoch + 1
 
     def micro_batch(self, step: int, micro_step: int) -> Batch:
-        """This process's batch of micro-step `micro_step` (0 … grad_accum_steps - 1) of optimizer step `step` (from 0)."""
+        """Return this process's batch of one micro-step (0 … grad_accum_steps - 1) of optimizer step `step` (from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        number = (step_in_epoch * self.grad_accum_steps + micro_step) * self.n_processes + self.rank
-        first = number * self.batch_size
+        index = (step_in_epoch * self.grad_accum_steps + micro_step) * self.n_processes + self.rank
+        first = index * self.batch_size
         positions = np.arange(first, first + self.batch_size)
         n_all = n_windows(self.tokens, self.context_length)
         windows = windows_at(n_all, self.seed, epoch, positions)
         return _batch_of_windows(self.tokens, windows.tolist(), self.context_length)
 
     def iterate_from(self, step: int, device: torch.device) -> Iterator[Batch]:
-        """The micro-batches from the first one of `step` on, without end, on a device."""
+        """Yield the micro-batches on a device without end, beginning with the first one of `step`."""
         for number in itertools.count(step * self.grad_accum_steps):
             batch = self.micro_batch(*divmod(number, self.grad_accum_steps))
             inputs, targets = (ids.to(device, non_blocking=True) for ids in batch)
@@ -122,7 +122,7 @@ def check_data_size(batches: TrainingBatches, n_validation_tokens: int) -> None:
     n_tokens, needed = len(batches.tokens), batches.tokens_per_step + 1
     if n_validation_tokens < 2:
         raise UserError(
-            f"{n_validation_tokens} validation token(s) predict nothing; give more text or a larger --val_fraction"
+            f"{n_validation_tokens} validation token(s) are too few to predict one; give more text or a larger --val_fraction"
         )
     if n_tokens < batches.context_length + 1:
         raise UserError(
@@ -137,7 +137,7 @@ def check_data_size(batches: TrainingBatches, n_validation_tokens: int) -> None:
 
 
 def validation_batches(tokens: TokenStream, context_length: int, batch_size: int, n_batches: int) -> list[Batch]:
-    """At most n_batches batches, always the same, spread evenly over the stream.
+    """Return at most n_batches batches, always the same ones, spread evenly over the stream.
 
     A stream shorter than a window gives one shorter sequence.
     """
@@ -152,6 +152,7 @@ def validation_batches(tokens: TokenStream, context_length: int, batch_size: int
 
 
 def _batch_of_windows(tokens: TokenStream, windows: Sequence[int], context_length: int) -> Batch:
+    """Read windows of context_length tokens, and the token after each, as inputs and targets, each (B, T)."""
     rows = np.stack([tokens.read(window * context_length, context_length + 1) for window in windows])  # (B, T + 1)
     ids = torch.from_numpy(rows)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

@@ -1,7 +1,7 @@
-"""Independent tasks side by side: in processes of this machine, or on the nodes of a Ray cluster.
+"""Executors that run independent tasks in parallel: in processes of this machine, or on the nodes of a Ray cluster.
 
-The order in which results come is the engine's; what a task does must not depend on it. At most two tasks a worker
-are under way or waiting, so that any number of tasks takes the same memory.
+Results come in any order, and what a task does must not depend on it. At most two tasks per worker are submitted at a
+time, so that any number of tasks takes the same memory.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ TASKS_PER_WORKER = 2
 
 
 class ExecutorError(Exception):
-    """The engine, not a task, failed. The message names the remedy."""
+    """An error of the executor, not of a task. The message names the remedy."""
 
 
 def available_cores() -> int:
-    """The processors this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def open_executor(engine: ExecutorName, num_workers: int) -> Iterator[RunTasks]:
-    """A function run(task, numbers) that yields (number, task(number)) as they end; its workers serve many calls.
+    """Provide run(task, numbers), which yields (number, task(number)) as tasks end; its workers serve many calls.
 
-    `task` is pickled; Ray's nodes see its files at the same paths, and num_workers is then the cluster's affair. Raises
-    what a task raises, and EngineError where a worker was killed or Ray is not to be had.
+    `task` is pickled. With "ray" the nodes must see its files at the same paths, and the cluster decides the number of
+    workers. Raises what a task raises, and ExecutorError where a worker was killed or Ray is not available.
     """
     if engine == "ray":
         with _ray_cluster() as run:
@@ -48,8 +48,8 @@ def open_executor(engine: ExecutorName, num_workers: int) -> Iterator[RunTasks]:
             yield run
 
 
-def _begin_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and end when the parent does: a killed one cannot tell its workers."""
+def _init_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and exit when the parent does: one that is killed cannot stop its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
@@ -60,31 +60,34 @@ def _begin_worker(parent: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _bounded(
-    submit: Callable[[int], Any], wait_for_some: Callable[[list[Any]], Iterable[Any]], numbers: Sequence[int], most: int
+def _run_bounded(
+    submit: Callable[[int], Any],
+    wait_for_some: Callable[[list[Any]], Iterable[Any]],
+    numbers: Sequence[int],
+    max_pending: int,
 ) -> Iterator[tuple[int, Any]]:
-    """(number, what `submit` gave for it) for those that have ended, with at most `most` under way."""
-    waiting, under_way = iter(numbers), dict[Any, int]()
+    """Yield (number, the future that `submit` returned for it) as they end, with at most max_pending submitted."""
+    waiting, pending = iter(numbers), dict[Any, int]()
     while True:
-        while len(under_way) < most and (number := next(waiting, None)) is not None:
-            under_way[submit(number)] = number
-        if not under_way:
+        while len(pending) < max_pending and (number := next(waiting, None)) is not None:
+            pending[submit(number)] = number
+        if not pending:
             return
-        for ended in wait_for_some(list(under_way)):
-            yield under_way.pop(ended), ended
+        for ended in wait_for_some(list(pending)):
+            yield pending.pop(ended), ended
 
 
 @contextlib.contextmanager
 def _process_pool(num_workers: int) -> Iterator[RunTasks]:
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads' locks
-    pool = ProcessPoolExecutor(num_workers, spawn, _begin_worker, (os.getpid(),))
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks held by the parent's threads
+    pool = ProcessPoolExecutor(num_workers, spawn, _init_worker, (os.getpid(),))
 
     def first_ended(futures: list[Any]) -> Iterable[Any]:
         return wait(futures, return_when=FIRST_COMPLETED).done
 
     def run(task: Callable[[int], Any], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
         try:
-            for number, future in _bounded(
+            for number, future in _run_bounded(
                 lambda number: pool.submit(task, number), first_ended, numbers, TASKS_PER_WORKER * num_workers
             ):
                 yield number, future.result()
@@ -95,7 +98,7 @@ def _process_pool(num_workers: int) -> Iterator[RunTasks]:
 
     try:
         yield run
-    except BaseException:  # no one waits for what is still under way
+    except BaseException:  # nobody waits for the tasks that still run
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise
@@ -109,7 +112,7 @@ def _ray_cluster() -> Iterator[RunTasks]:
         import ray
     except ImportError as error:
         raise ExecutorError(f"--engine ray needs Ray ({error}); pip install ray, or leave the flag out")
-    root = str(Path(__file__).resolve().parent.parent)  # the nodes share the file system, this code included
+    root = str(Path(__file__).resolve().parents[2])  # the nodes share the file system, this code included
     try:
         ray.init(runtime_env={"env_vars": {"PYTHONPATH": root}}, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
@@ -120,9 +123,12 @@ def _ray_cluster() -> Iterator[RunTasks]:
 
     def run(task: Callable[[int], Any], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
         shared = ray.put(task)
-        most = TASKS_PER_WORKER * max(int(ray.cluster_resources().get("CPU", 1)), 1)
-        for number, reference in _bounded(
-            lambda number: remote.remote(shared, number), lambda references: ray.wait(references)[0], numbers, most
+        max_pending = TASKS_PER_WORKER * max(int(ray.cluster_resources().get("CPU", 1)), 1)
+        for number, reference in _run_bounded(
+            lambda number: remote.remote(shared, number),
+            lambda references: ray.wait(references)[0],
+            numbers,
+            max_pending,
         ):
             try:
                 result = ray.get(reference)
@@ -137,5 +143,5 @@ def _ray_cluster() -> Iterator[RunTasks]:
 
 
 def run_on_ray(task: Callable[[int], Any], number: int) -> Any:
-    """One task, on some node."""
+    """Run one task, on the node where Ray calls this."""
     return task(number)

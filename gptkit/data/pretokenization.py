@@ -1,11 +1,11 @@
-"""Text shards -> token shards, each work followed by end-of-text, some works kept for validation.
+"""Text shards -> a folder of token shards: making it, reusing what still matches, checking and opening it.
 
-A work belongs to the text shard it begins in, so shards can be done one by one. For shard `combined_0001.txt` there
-are written `train_combined_0001.npy`, `val_combined_0001.npy` and, last, `combined_0001.json`, which says what they
-were made from: where that still holds, they are reused, in a later run or after a kill. manifest.json comes after
+Each document is followed by end-of-text. For the text shard `combined_0001.txt` three files are written:
+`train_combined_0001.npy`, `val_combined_0001.npy` and, last, `combined_0001.json`, a record of what they were made
+from. Where the record still matches, they are reused, in a later run or after a kill. manifest.json is written after
 all of them, and a reader trusts only a folder that has it.
 
-Validation takes the works whose hash is below a threshold: a work stays on its side however the text is resharded.
+Reading documents and choosing those for validation is left to text_shards.py, the format of a shard to token_shards.py.
 """
 
 import functools
@@ -44,35 +44,39 @@ SPLITS = ("train", "val")
 COUNTS = ("documents", "tokens", "characters", "unknown_tokens")
 MAX_COUNT = 1 << 53  # of one shard: all sums stay exact
 MAX_HASHED_BYTES = 2 << 30  # bytes of token shards that are read at the start of a run, only to check them
-HEADER_BYTES = len(token_shard_bytes(np.empty(0, np.uint16)))  # of a token shard, whatever its length
+HEADER_BYTES = len(token_shard_bytes(np.empty(0, np.uint16)))  # of a token shard of any length
 WRITTEN_HERE = re.compile(rf"(?:{'|'.join(SPLITS)})_.*\.npy|\..*\.(?:npy|json)(?:\.\d+)?\.partial")
 
 
-def tokenize_shard(
-    text: TextShards, index: int, tokenizer: "Tokenizer", threshold: int, output: Path
+def _tokenize_shard(
+    text: TextShards, tokenizer: "Tokenizer", threshold: int, output: Path, sources: list[dict[str, Any]], index: int
 ) -> dict[str, Any]:
-    """Write the token shards of one text shard to `output`; for each split its file, sha256 and COUNTS."""
+    """Write the token shards of text shard `index`, then their record, and return it.
+
+    The record holds the sources and, for each split, its file, sha256 and COUNTS.
+    """
     parts: dict[str, list[Any]] = {split: [] for split in SPLITS}
     counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
     dtype = token_dtype(tokenizer.vocab_size)
-    for work in documents_of_shard(text, index):
-        split = "val" if hash_document(work.encode()) < threshold else "train"
-        ids = np.array([*tokenizer.encode(work), tokenizer.end_of_text_id], dtype=dtype)
+    for document in documents_of_shard(text, index):
+        split = "val" if hash_document(document.encode()) < threshold else "train"
+        ids = np.array([*tokenizer.encode(document), tokenizer.end_of_text_id], dtype=dtype)
         parts[split].append(ids)
         n_unknown = 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
-        for name, count in zip(COUNTS, (1, len(ids), len(work), n_unknown), strict=True):
+        for name, count in zip(COUNTS, (1, len(ids), len(document), n_unknown), strict=True):
             counts[split][name] += count
-    record: dict[str, Any] = {}
+    record = dict(sources[index])
     for split in SPLITS:
         content = token_shard_bytes(np.concatenate([np.empty(0, dtype), *parts[split]]))
         file = f"{split}_{text.paths[index].stem}.npy"
         write_atomically(output / file, content)
         record[split] = {"file": file, "sha256": hashlib.sha256(content).hexdigest(), **counts[split]}
+    write_json(output / f"{text.paths[index].stem}.json", record)
     return record
 
 
 def _difference(old: dict[str, Any] | None, sources: dict[str, Any], output: Path, vocab_size: int) -> str | None:
-    """Why the record of an earlier run does not serve (None: it does)."""
+    """Return why the record of an earlier run does not match, or None where it does."""
     if old is None:
         return "new"
     if old.get("separator") != sources["separator"] or old.get("text") != sources["text"]:
@@ -80,31 +84,32 @@ def _difference(old: dict[str, Any] | None, sources: dict[str, Any], output: Pat
     if old.get("tokenizer") != sources["tokenizer"]:
         return "the tokenizer changed"
     if old.get("threshold") != sources["threshold"]:
-        return "the choice of validation works changed"
+        return "the choice of validation documents changed"
     return _damage(old, output, vocab_size)
 
 
-def has_size_of(path: Path, n_tokens: int, dtype: str) -> bool:
-    """Whether a file is there and as long as such a token shard."""
+def _has_size_of(path: Path, n_tokens: int, dtype: str) -> bool:
+    """Return whether a file exists and is as long as such a token shard."""
     return path.is_file() and path.stat().st_size == HEADER_BYTES + n_tokens * np.dtype(dtype).itemsize
 
 
 def _damage(record: Any, folder: Path, vocab_size: int, is_read: bool = True) -> str | None:
-    """What is wrong with a record, or with the token shards it names (None: nothing), which is_read or only looked at."""
+    """Return what is wrong with a record or its token shards, or None; without is_read, by their sizes alone."""
     for split in SPLITS:
         try:
             shard = record[split]
             path = folder / shard["file"]
-            if path.name != shard["file"] or not WRITTEN_HERE.fullmatch(path.name):  # no path leads out of the folder
+            if path.name != shard["file"] or not WRITTEN_HERE.fullmatch(
+                path.name
+            ):  # no path may lead out of the folder
                 return f"its record names {shard['file']!a}"
             if not all(type(shard[name]) is int and 0 <= shard[name] < MAX_COUNT for name in COUNTS):
-                return "its record has counts that are none"
-            if not has_size_of(path, shard["tokens"], token_dtype(vocab_size)):
+                return "its record has counts that are not numbers of tokens"
+            has_size = _has_size_of(path, shard["tokens"], token_dtype(vocab_size))
+            if not has_size or (is_read and sha256_of(path) != shard["sha256"]):
                 return f"{path.name} is missing or damaged"
             if not is_read:
                 continue
-            if sha256_of(path) != shard["sha256"]:
-                return f"{path.name} is missing or damaged"
             tokens = open_token_shard(path, token_dtype(vocab_size), shard["tokens"])
             if len(tokens) and int(tokens.max()) >= vocab_size:
                 return f"{path.name} has the id {tokens.max()}, and the tokenizer has {vocab_size} ids"
@@ -123,9 +128,9 @@ def pretokenize(
     engine: ExecutorName = "local",
     num_workers: int = 1,
 ) -> dict[str, Any]:
-    """Make `output` hold the tokens of data_dir's text, redoing only what does not match; return its manifest.
+    """Fill `output` with the tokens of data_dir's text, making only what does not match; return its manifest.
 
-    The bytes do not depend on engine and workers. Says on standard error what was made anew, why, and what was
+    The bytes do not depend on engine and workers. Prints to standard error what was tokenized, why, and what was
     reused. Raises UserError.
     """
     text = find_text_shards(data_dir.resolve())
@@ -142,7 +147,10 @@ def tokenize_missing(
     num_workers: int,
     part: tuple[int, int] = (1, 1),
 ) -> dict[int, dict[str, Any]]:
-    """The records, by shard, that hold now; with part (k, n), of n, only each n-th shard from the k-th on is made."""
+    """Tokenize the shards that lack a matching record; return the matching records, by shard. Raises UserError.
+
+    With part (k, n) only each n-th shard from the k-th on is tokenized.
+    """
     _refuse_foreign_folder(output)
     try:
         with open_executor(engine, min(num_workers, len(text.paths))) as run:
@@ -167,22 +175,20 @@ def _update(
     run: RunTasks,
     part: tuple[int, int],
 ) -> dict[int, dict[str, Any]]:
-    """Tokenize, by `run`, what does not match its sources; the records that hold then."""
+    """Tokenize, with `run`, what does not match its sources; return the records that match then."""
     output.mkdir(parents=True, exist_ok=True)
     old = [_read_record(output / f"{path.stem}.json") for path in text.paths]
-    reasons = {
-        i: why for i, record in enumerate(old) if (why := _difference(record, sources[i], output, tokenizer.vocab_size))
-    }
-    records = {i: record for i, record in enumerate(old) if record is not None and i not in reasons}
-    reasons = {i: why for i, why in reasons.items() if i % part[1] == part[0] - 1}
+    differences = [_difference(*pair, output, tokenizer.vocab_size) for pair in zip(old, sources, strict=True)]
+    records = {i: record for i, record in enumerate(old) if record is not None and differences[i] is None}
+    reasons = {i: why for i, why in enumerate(differences) if why and i % part[1] == part[0] - 1}
     if reasons:
-        (output / "manifest.json").unlink(missing_ok=True)  # from here on the folder is not whole
+        (output / "manifest.json").unlink(missing_ok=True)  # from here on the folder is incomplete
     if records:
         counted = f"{len(records)} of {len(text.paths)} token shards reused"
         print(f"{output}: {counted}, text and tokenizer match", file=sys.stderr)
-    sizes = {i: text.paths[i].stat().st_size for i in reasons}
+    sizes = {i: text.paths[i].stat().st_size for i in reasons}  # bytes
     start, n_done, n_all = time.monotonic(), 0, sum(sizes.values())
-    task = functools.partial(_tokenize_one, text, tokenizer, threshold, output.resolve(), sources)
+    task = functools.partial(_tokenize_shard, text, tokenizer, threshold, output.resolve(), sources)
     with tqdm(total=n_all, unit="B", unit_scale=True, desc="pretokenize", disable=not sys.stderr.isatty()) as bar:
         for index, record in run(task, list(reasons)):
             records[index] = record
@@ -201,7 +207,7 @@ def _update(
 def _sources(
     text: TextShards, index: int, hashes: dict[Path, str], tokenizer: "Tokenizer", threshold: int
 ) -> dict[str, Any]:
-    """What the token shards of text shard `index` are made from."""
+    """Return what the token shards of text shard `index` are made from."""
     starts_inside = index > 0 and text.continues[index - 1]
     return {
         "separator": text.separator,
@@ -211,29 +217,21 @@ def _sources(
     }
 
 
-def _tokenize_one(
-    text: TextShards, tokenizer: "Tokenizer", threshold: int, output: Path, sources: list[dict[str, Any]], index: int
-) -> dict[str, Any]:
-    """Write the token shards of text shard `index`, then their record, and return it."""
-    record = sources[index] | tokenize_shard(text, index, tokenizer, threshold, output)
-    write_json(output / f"{text.paths[index].stem}.json", record)
-    return record
-
-
 def _refuse_foreign_folder(output: Path) -> None:
+    """Raise UserError where `output` is a file, or holds files that were not written here."""
     there = next(path for path in (output, *output.parents) if os.path.lexists(path))
     if not there.is_dir():
         raise UserError(f"{output}: {there} is a file; name a folder for the token shards")
     if there != output:
         return
-    # Other hidden files come from a file browser, and may stay.
+    # Hidden files come from a file browser, and may stay.
     other = sorted(path.name for path in output.iterdir() if not _is_ours(path) and not path.name.startswith("."))
     if other:
         raise UserError(f"{output} holds something else ({other[0]}); name a new or empty folder for the token shards")
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file in a token folder was written here (and may be replaced or removed)."""
+    """Return whether a file in a token folder was written here, and may be replaced or removed."""
     if path.suffix == ".json":
         record = _read_record(path) or {}
         return record.get("format") == TOKEN_FORMAT or {"threshold", *SPLITS} <= record.keys()
@@ -241,7 +239,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`, or None where there is none that can be read."""
+    """Return the JSON object in `path`, or None where there is none or it cannot be read."""
     try:
         value = read_json(path)
     except (OSError, ValueError):
@@ -252,18 +250,12 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 def manifest_of(
     name: str, tokenizer: "Tokenizer", val_fraction: float, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What manifest.json says of such records; `name` is what the tokenizer was called when they were made."""
+    """Return the content of manifest.json for such records, made by `tokenizer` under the name `name`."""
+    attributes = ("fingerprint", "vocab_size", "end_of_text_id", "unknown_id", "newline_id")
     return {
         "format": TOKEN_FORMAT,
         "version": 1,
-        "tokenizer": {
-            "name": name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "end_of_text_id": tokenizer.end_of_text_id,
-            "unknown_id": tokenizer.unknown_id,
-            "newline_id": tokenizer.newline_id,
-        },
+        "tokenizer": {"name": name, **{attribute: getattr(tokenizer, attribute) for attribute in attributes}},
         "dtype": token_dtype(tokenizer.vocab_size),
         "val_fraction": val_fraction,
         **{name: sum(record[split][name] for record in records for split in SPLITS) for name in COUNTS},
@@ -278,7 +270,7 @@ def manifest_of(
 def _write_manifest(
     output: Path, tokenizer: "Tokenizer", text: TextShards, val_fraction: float, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Clear away shards of text that is gone, then write manifest.json and return it."""
+    """Remove token shards whose text is gone, then write manifest.json and return it."""
     named = {"manifest.json", *(f"{path.stem}.json" for path in text.paths)} | {
         record[split]["file"] for record in records for split in SPLITS
     }
@@ -288,15 +280,15 @@ def _write_manifest(
     for path in stale:
         path.unlink()
     manifest = manifest_of(tokenizer.name, tokenizer, val_fraction, records)
-    if _read_record(output / "manifest.json") != manifest:  # a folder that matches may be one that cannot be written
+    if _read_record(output / "manifest.json") != manifest:  # a folder that matches may be read-only
         write_json(output / "manifest.json", manifest)
     return manifest
 
 
-def load_manifest(folder: Path, tokenizer: "Tokenizer", most_hashed: float = MAX_HASHED_BYTES) -> dict[str, Any]:
-    """The manifest of a finished token folder whose text is not at hand. Raises UserError.
+def load_manifest(folder: Path, tokenizer: "Tokenizer", max_hashed: float = MAX_HASHED_BYTES) -> dict[str, Any]:
+    """Return the manifest of a finished token folder, checked without its text. Raises UserError.
 
-    Shards of more than most_hashed bytes in all are not read: their names, sizes and counts are checked.
+    Of shards with more than max_hashed bytes in all only names, sizes and counts are checked.
     """
     manifest = _read_record(folder / "manifest.json")
     if manifest is None or manifest.get("format") != TOKEN_FORMAT or manifest.get("version") != 1:
@@ -306,46 +298,45 @@ def load_manifest(folder: Path, tokenizer: "Tokenizer", most_hashed: float = MAX
         if made_by["fingerprint"] != tokenizer.fingerprint:
             raise UserError(f"{folder} was made by another tokenizer, {made_by['name']}, and not {tokenizer.name}")
         records = manifest["shards"]
-        is_read = manifest["tokens"] * np.dtype(token_dtype(tokenizer.vocab_size)).itemsize <= most_hashed
-        damage = next(
-            filter(None, (_damage(record, folder, tokenizer.vocab_size, is_read) for record in records)), None
-        )
+        is_read = manifest["tokens"] * np.dtype(token_dtype(tokenizer.vocab_size)).itemsize <= max_hashed
+        damages = (_damage(record, folder, tokenizer.vocab_size, is_read) for record in records)
+        damage = next(filter(None, damages), None)
         if not damage and manifest != manifest_of(made_by["name"], tokenizer, manifest["val_fraction"], records):
             damage = "its manifest.json does not agree with its shards"
     except (KeyError, TypeError) as error:
         damage = f"its manifest.json is damaged ({error!r})"
     if damage:
-        raise UserError(f"{folder}: {damage}; run pretokenize.py again, or bring the folder again")
+        raise UserError(f"{folder}: {damage}; run pretokenize.py again, or copy the folder again")
     return manifest
 
 
 def describe_tokens(manifest: dict[str, Any]) -> str:
-    """One line about a token folder, for a person."""
+    """Describe a token folder in one line."""
     unknown = manifest["unknown_tokens"]
     share = f" ({unknown / max(manifest['characters'], 1) * 10_000:.1f} per 10,000 characters)" if unknown else ""
     train, val, by = manifest["train"], manifest["val"], manifest["tokenizer"]
     return (
-        f"{manifest['documents']:,} works, {manifest['tokens']:,} tokens ({train['tokens']:,} to train on, {val['tokens']:,}"
-        f" for validation), {manifest['characters'] / max(manifest['tokens'], 1):.2f} characters a token,"
+        f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({train['tokens']:,} to train on, {val['tokens']:,}"
+        f" for validation), {manifest['characters'] / max(manifest['tokens'], 1):.2f} characters per token,"
         f" {unknown:,} unknown{share}; {by['name']}, {by['vocab_size']:,} ids"
     )
 
 
 def token_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
-    """The manifest and the shards it names."""
+    """Return the paths of the manifest and of the shards it names."""
     shards = [folder / shard[split]["file"] for shard in manifest["shards"] for split in SPLITS]
     return [folder / "manifest.json", *shards]
 
 
 def open_tokens(folder: Path, manifest: dict[str, Any]) -> dict[str, TokenStream]:
-    """The tokens of each split. Raises UserError where a shard is not what the manifest says, its inside when read."""
+    """Open the tokens of each split. Raises UserError for a wrong size, and at the first read for a wrong header."""
     dtype = manifest["dtype"]
 
     def stream(split: str) -> TokenStream:
         paths = [folder / shard[split]["file"] for shard in manifest["shards"]]
         lengths = [shard[split]["tokens"] for shard in manifest["shards"]]
         for path, length in zip(paths, lengths, strict=True):
-            if not has_size_of(path, length, dtype):
+            if not _has_size_of(path, length, dtype):
                 raise UserError(f"{path} is missing or damaged; run pretokenize.py again")
 
         def open_shard(number: int) -> Tokens:

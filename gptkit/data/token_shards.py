@@ -1,8 +1,8 @@
-"""Token shards on disk, and many of them read as one long row of tokens.
+"""Token shards on disk, and many of them read as one long array of tokens.
 
 A shard is a NumPy .npy file (magic, version, dtype and count in its header) of one dimension, uint16 or uint32,
-little-endian. It is memory-mapped when it is first read, so that a corpus of any size costs neither time nor memory
-before.
+little-endian. It is memory-mapped when it is first read, so that opening a corpus of any size costs neither time nor
+memory.
 """
 
 import functools
@@ -14,23 +14,23 @@ import numpy as np
 import numpy.typing as npt
 
 Tokens = npt.NDArray[np.integer]
-MAX_MAPPED = 256  # shards of a stream at a time: each takes one of the files that a process may have open
+MAX_MAPPED = 256  # shards of a stream mapped at a time: each is one of the files that a process may have open
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The smallest of the two types that holds every id below vocab_size: "uint16" or "uint32"."""
+    """Return the smaller type that holds every id below vocab_size: "uint16" or "uint32"."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def token_shard_bytes(tokens: Tokens) -> bytes:
-    """The content of a shard file that holds `tokens` (uint16 or uint32)."""
+    """Return the content of a shard file that holds `tokens` (uint16 or uint32)."""
     file = io.BytesIO()
     np.save(file, tokens.astype(tokens.dtype.newbyteorder("<"), copy=False), allow_pickle=False)
     return file.getvalue()
 
 
 def open_token_shard(path: Path, dtype: str, n_tokens: int) -> Tokens:
-    """The tokens of a shard, memory-mapped: (n_tokens,). Raises ValueError where the file is not what is expected."""
+    """Memory-map the tokens of a shard: (n_tokens,). Raises ValueError where the file is not what is expected."""
     try:
         tokens: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # NumPy's reader of headers raises many kinds for a damaged one
@@ -45,7 +45,7 @@ def open_token_shard(path: Path, dtype: str, n_tokens: int) -> Tokens:
 
 
 class TokenStream:
-    """Shards end to end, read as one array of len(stream) tokens."""
+    """Shards joined end to end, read as one array of len(stream) tokens."""
 
     def __init__(self, shards: Sequence[Tokens]) -> None:
         self._shard: Callable[[int], Tokens] = shards.__getitem__
@@ -53,7 +53,7 @@ class TokenStream:
 
     @classmethod
     def lazy(cls, lengths: Sequence[int], open_shard: Callable[[int], Tokens]) -> "TokenStream":
-        """A stream of shards of known lengths, each of which is opened, by its number, when it is read."""
+        """Return a stream of shards of known lengths, each opened by its number when it is first read."""
         stream = cls([])
         stream._ends = np.cumsum(lengths, dtype=np.int64)
         stream._shard = functools.lru_cache(MAX_MAPPED)(open_shard)
@@ -63,7 +63,7 @@ class TokenStream:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, start: int, length: int, dtype: npt.DTypeLike = np.int64) -> Tokens:
-        """Tokens start … start + length - 1 as a new array; they may lie in several shards."""
+        """Return tokens start … start + length - 1 as a new array; they may lie in several shards."""
         if start < 0 or start + length > len(self):
             raise IndexError(f"tokens {start} to {start + length} of {len(self)}")
         parts = []

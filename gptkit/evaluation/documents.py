@@ -1,3 +1,8 @@
+"""Reading the documents of a JSONL or text file, for evaluation.
+
+Every mistake in the file is a UserError that names the line. How documents are scored is left to scoring.py.
+"""
+
 import gzip
 import json
 import lzma
@@ -8,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 from gptkit.base.cli import UserError
 
-SEPARATOR = "<|endoftext|>"  # between the works of a .txt file
+SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 JSONL_NAMES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 BLOCK_CHARS = 1 << 20
 MAX_LINE_BYTES = 32 << 20  # of JSONL: ten million characters, more than any novel
@@ -17,25 +22,27 @@ MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00
 
 
 def read_documents(path: Path, max_chars: int | None = None) -> Iterator[str]:
-    """The works of a JSONL or .txt file, one at a time; blank ones are skipped.
+    """Yield the documents of a JSONL or .txt file, one at a time; blank ones are skipped.
 
-    In JSONL a work is the `text` of a line; a .txt file is one work, or several with <|endoftext|> between them, and
-    its line ends are read as newlines. With max_chars, as many whole works from the first on as it has room for, and
-    at least one. Raises UserError where the file is something else, or holds no text.
+    In JSONL a document is the `text` of a line; a .txt file is one document, or several with <|endoftext|> between
+    them, and its line ends are read as newlines. With max_chars, only the first documents are read, as many complete
+    ones as so many characters hold, and at least one. Raises UserError where the file is something else, or holds no
+    text.
     """
     n_characters = 0
-    for work in _all_documents(path):
-        if not work.strip():
+    for document in _all_documents(path):
+        if not document.strip():
             continue
-        if max_chars is not None and n_characters and n_characters + len(work) > max_chars:
+        if max_chars is not None and n_characters and n_characters + len(document) > max_chars:
             return
-        n_characters += len(work)
-        yield work
+        n_characters += len(document)
+        yield document
     if not n_characters:
-        raise UserError(f"{path} holds no text, or only blank works; name a file with text")
+        raise UserError(f"{path} holds no text, or only blank documents; name a file with text")
 
 
 def _all_documents(path: Path) -> Iterator[str]:
+    """Return the documents of a file by the format that its name ends in. Raises UserError for another format."""
     if path.name.lower().endswith(".txt"):
         return _documents_of_text(path)
     if path.name.lower().endswith(JSONL_NAMES):
@@ -46,15 +53,15 @@ def _all_documents(path: Path) -> Iterator[str]:
 
 
 def _documents_of_text(path: Path) -> Iterator[str]:
-    begun = ""
+    rest = ""
     try:
         with open(path, encoding="utf-8-sig") as file:
             while block := file.read(BLOCK_CHARS):
-                *ended, begun = (begun + block).split(SEPARATOR)
+                *ended, rest = (rest + block).split(SEPARATOR)
                 yield from ended
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8")
-    yield begun
+    yield rest
 
 
 def _documents_of_jsonl(path: Path) -> Iterator[str]:
@@ -72,13 +79,13 @@ def _documents_of_jsonl(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield _text_of_line(line)
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-            raise UserError(f"{path}: damaged or cut short after line {number} ({error}); bring the file again")
+            raise UserError(f"{path}: damaged or cut short after line {number} ({error}); copy the file again")
         except ValueError as problem:
             raise UserError(f'{path}: line {number}: {problem}; each line must be an object such as {{"text": "雨。"}}')
 
 
 def _text_of_line(line: bytes) -> str:
-    """Raises ValueError where the line is no work."""
+    """Return the `text` of a line. Raises ValueError where the line is not a document."""
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError:

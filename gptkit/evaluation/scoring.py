@@ -1,17 +1,16 @@
-"""How well a model predicts text it is not trained on: the loss during training, and bits per character of works.
+"""Scores of how well a model predicts text: the loss during training, and bits per character of documents.
 
-Bits per character: for each work alone, ids = [end_of_text] + encode(work) + [end_of_text], and every id after the
-first is predicted from those before it in the same work. A work longer than the context is read in windows of
-context_length that begin every `stride` ids (half a context unless told otherwise); each id is scored once, in the
-first window that reaches it, where at least context_length - stride ids stand before it (the first window scores all
-of its ids).
+Bits per character: for each document alone, ids = [end_of_text] + encode(document) + [end_of_text], and every id after
+the first is predicted from those before it in the same document. A document longer than the context is read in windows
+of context_length that begin every `stride` ids (half a context by default). Each id is scored once, in the first window
+that reaches it, where at least context_length - stride ids stand before it (the first window scores all of its ids).
 
     bits_per_char = (sum of -log2 p over all predicted ids + 12.5 bits for each unknown token) / characters
 
-over len(text) of the works, newlines included. The 12.5 bits come on top of what the model pays for predicting
+where characters is len(text) over all documents, newlines included. The 12.5 bits are added to the cost of predicting
 "unknown": log2 of about 6,000 rare characters is needed to spell out which one it is. So models with different
-tokenizers compare, lossy ones too. Loss and perplexity are without the 12.5 bits, and compare only where the
-tokenizer is the same.
+tokenizers can be compared, lossy ones too. Loss and perplexity leave the 12.5 bits out, and can be compared only where
+the tokenizer is the same. Reading the documents is left to documents.py.
 
 Shapes: B batch, T time, V vocabulary (padded).
 """
@@ -42,10 +41,11 @@ def mean_loss(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Nats a token over all batches of (inputs, targets), each (B, T), without dropout; each token counts the same.
+    """Return the mean loss in nats per token over batches of (inputs, targets), each (B, T), without dropout.
 
-    `loss_of_batch` gives the model's mean over one. Draws no random number and leaves training mode as it was. Several
-    processes, which have the same batches, take turns: each batch is computed by one of them.
+    Each token counts the same. `loss_of_batch` returns the model's mean over one batch. Draws no random number and
+    leaves training mode as it was. Several processes, which have the same batches, share them: each batch is computed
+    by one of them.
     """
     was_training = model.training
     model.eval()
@@ -55,7 +55,7 @@ def mean_loss(
             number = first + process_group.rank()
             inputs, targets = batches[min(number, len(batches) - 1)]
             loss = loss_of_batch(inputs.to(device), targets.to(device))
-            if number < len(batches):  # else it is for company: a sharded model is gathered by all processes
+            if number < len(batches):  # else computed only because a sharded model is gathered by all processes
                 nats += loss.cpu().double() * targets.numel()
                 n_tokens += targets.numel()
     model.train(was_training)
@@ -65,17 +65,17 @@ def mean_loss(
 
 @dataclass
 class Score:
-    """What was counted and paid over some works."""
+    """Counts and costs summed over documents."""
 
-    works: int = 0
+    documents: int = 0
     characters: int = 0
-    tokens: int = 0  # predicted ids: those of the works, and an end-of-text after each
+    tokens: int = 0  # predicted ids: those of the documents, and an end-of-text after each
     unknown_tokens: int = 0
     nats: float = 0.0  # sum of -ln p over the tokens
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.nats / self.tokens
 
     @property
@@ -90,13 +90,13 @@ class Score:
 @dataclass(frozen=True)
 class _Window:
     ids: torch.Tensor  # (T + 1,): each but the first is predicted
-    n_scored: int  # the last so many of them
+    n_scored: int  # only the last n_scored of them count
 
 
 def score_documents(
     forward: Callable[[torch.Tensor], torch.Tensor],
     tokenizer: "Tokenizer",
-    works: Iterable[str],
+    documents: Iterable[str],
     context_length: int,
     *,
     stride: int | None = None,
@@ -105,18 +105,18 @@ def score_documents(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int], object] = lambda n_tokens: None,
 ) -> Score:
-    """Bits per character, as defined above, of a model given as a function from ids (B, T) to logits (B, T, V).
+    """Score a model, given as a function from ids (B, T) to logits (B, T, V), as defined at the top of this module.
 
-    The model must be in evaluation mode; device (the CPU if none is given) is where it lives. Windows of equal length
-    are batched, and the logits of one batch are held at a time. `progress` is told after each batch how many tokens
-    were scored in it.
+    The model must be in evaluation mode; `device` is where it is (the CPU by default). Windows of equal length are
+    batched, and the logits of one batch are in memory at a time. After each batch `progress` is called with the number
+    of tokens scored in it.
     """
     if stride is None:
         stride = max(context_length // 2, 1)
-    assert 1 <= stride <= context_length  # or ids between two windows would go unread
+    assert 1 <= stride <= context_length  # or ids between two windows would not be scored
     device = device or torch.device("cpu")
     score = Score()
-    windows = _windows_of_documents(tokenizer, works, context_length, stride, score)
+    windows = _windows_of_documents(tokenizer, documents, context_length, stride, score)
     with torch.no_grad(), autocast(device, dtype):
         for batch in _batches_of_equal_length(windows, batch_size):
             score.nats += _nats(forward, batch, device)
@@ -127,30 +127,31 @@ def score_documents(
 
 
 def _windows_of_documents(
-    tokenizer: "Tokenizer", works: Iterable[str], context_length: int, stride: int, score: Score
+    tokenizer: "Tokenizer", documents: Iterable[str], context_length: int, stride: int, score: Score
 ) -> Iterator[_Window]:
-    """The windows of each work, which is counted in `score` as it is read."""
-    for work in works:
-        encoded = tokenizer.encode(work)
-        score.works += 1
-        score.characters += len(work)
+    """Yield the windows of each document, which is counted in `score` as it is read."""
+    for document in documents:
+        encoded = tokenizer.encode(document)
+        score.documents += 1
+        score.characters += len(document)
         score.unknown_tokens += 0 if tokenizer.unknown_id is None else encoded.count(tokenizer.unknown_id)
         ids = torch.tensor([tokenizer.end_of_text_id, *encoded, tokenizer.end_of_text_id])
         yield from _windows(ids, context_length, stride)
 
 
 def _windows(ids: torch.Tensor, context_length: int, stride: int) -> Iterator[_Window]:
+    """Yield the windows of one document's ids (n,), which together score each id but the first once."""
     n_done, n_all = 0, len(ids) - 1
     for start in range(0, n_all, stride):
         end = min(start + context_length, n_all)
-        yield _Window(ids[start : end + 1].clone(), end - n_done)  # a view would keep the whole work in memory
+        yield _Window(ids[start : end + 1].clone(), end - n_done)  # a view would keep the whole document in memory
         n_done = end
         if n_done == n_all:
             return
 
 
 def _batches_of_equal_length(windows: Iterable[_Window], batch_size: int) -> Iterator[list[_Window]]:
-    """Batches of batch_size windows, and at the end smaller ones of what is left."""
+    """Yield batches of batch_size windows of equal length, and at the end smaller ones with the rest."""
     waiting: dict[int, list[_Window]] = {}
     for window in windows:
         batch = waiting.setdefault(len(window.ids), [])
@@ -161,7 +162,7 @@ def _batches_of_equal_length(windows: Iterable[_Window], batch_size: int) -> Ite
 
 
 def _nats(forward: Callable[[torch.Tensor], torch.Tensor], batch: list[_Window], device: torch.device) -> float:
-    """The sum of -ln p over the scored ids of a batch."""
+    """Return the sum of -ln p over the scored ids of a batch."""
     ids = torch.stack([window.ids for window in batch]).to(device)  # (B, T + 1)
     logits = forward(ids[:, :-1])  # (B, T, V)
     nats = [  # a row at a time: in float32 it may be twice as large

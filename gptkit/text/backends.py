@@ -1,45 +1,52 @@
 """Tokenizer libraries behind one small interface: SentencePiece, Hugging Face's `tokenizers`, tiktoken.
 
 Each backend is made from the bytes of its files alone, so that it can travel with a checkpoint. Special tokens are
-never read out of text. What files to fetch, end-of-text, newlines and lower case are tokenization.py's work.
+never read out of text. Fetching files, end-of-text, newlines and lower case are left to tokenizer.py.
 """
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
 MAX_IDS = 1 << 24  # far above any vocabulary; what a damaged file claims is bounded by it
+ReadFile = Callable[[str], bytes]  # the content of a saved file by its name; raises OSError or KeyError
 
 
 def _require_ids(ids: Iterable[Any], what: str) -> None:
-    """Raise ValueError where one is no id."""
+    """Raise ValueError where one of them is not a valid id."""
     for found in ids:
         if type(found) is not int or not 0 <= found < MAX_IDS:
             raise ValueError(f"{what} has the id {found!r}")
 
 
 class Backend(Protocol):
-    """What a tokenizer library must do for us."""
+    """The interface that a tokenizer library is wrapped in."""
 
-    kind: str
+    kind: str  # its name in a saved tokenizer's description
     vocab_size: int  # ids are below it
     unknown_id: int | None  # None: there is no such token
     special_ids: frozenset[int]  # ids that stand for no text: end-of-text, padding, unknown, …
 
+    @classmethod
+    def from_files(cls, read: ReadFile) -> "Backend":
+        """Return the backend whose files() `read` gives by name. Raises OSError, KeyError or ValueError."""
+
     def id_of(self, piece: str) -> int | None:
-        """The id of a token given by its name, or None."""
+        """Return the id of a token given by its name, or None."""
 
-    def encode_lines(self, lines: Sequence[str]) -> list[list[int]]: ...
+    def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each line, without special tokens."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text that the ids stand for."""
 
     def normalize(self, line: str) -> str:
-        """What its own normaliser makes of a line: what comes back of one that it knows, but for spaces at the ends."""
+        """Apply the library's own normaliser: a line of known characters decodes to this, but for spaces at the ends."""
 
     def files(self) -> dict[str, bytes]:
-        """All that is needed to make it again."""
+        """Return all that from_files needs, by file name."""
 
 
 class SentencePieceBackend:
@@ -51,7 +58,7 @@ class SentencePieceBackend:
     def __init__(self, model: bytes) -> None:
         import sentencepiece
 
-        if not model:  # the library takes it for none given
+        if not model:  # the library would take it as no model given
             raise ValueError("not a SentencePiece model (it is empty)")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -60,23 +67,27 @@ class SentencePieceBackend:
         self._model = model
         sp = self._processor
         self.vocab_size = sp.vocab_size()
-        self.pieces()  # raises UnicodeDecodeError, a ValueError, where one is no text
+        self.pieces()  # raises UnicodeDecodeError, a ValueError, where one is not text
         self.unknown_id: int | None = sp.unk_id()
         self.special_ids = frozenset(
             i for i in range(self.vocab_size) if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
         )
 
-        # Inside the library "▁" stands for a space. A real one is given as its bytes, where both have their pieces.
+        # Inside the library "▁" stands for a space. A real one is encoded as its bytes, where both have their pieces.
         self._space_is_piece = self.id_of("▁") is not None
         mark = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         self._mark = mark if self._space_is_piece and self.unknown_id not in mark else None
 
+    @classmethod
+    def from_files(cls, read: ReadFile) -> "SentencePieceBackend":
+        return cls(read(cls.FILE))
+
     def score(self, ids: Sequence[int]) -> float:
-        """The sum of the scores of pieces: in a unigram model the logarithm of their probability."""
+        """Return the sum of the scores of pieces: in a unigram model the logarithm of their probability."""
         return float(sum(self._processor.get_score(i) for i in ids if i < self.vocab_size))
 
     def proto(self) -> Any:
-        """The model's own message, with its pieces, scores and settings. Raises ImportError without protobuf."""
+        """Return the model's protobuf message: pieces, scores and settings. Raises ImportError without protobuf."""
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[import-untyped]
 
         return ModelProto.FromString(self._model)
@@ -105,7 +116,7 @@ class SentencePieceBackend:
         return text if self._space_is_piece else text.replace("▁", " ")  # a space that had to become bytes
 
     def normalize(self, line: str) -> str:
-        parts = line.split("▁") if self._mark else [line]  # as encode_lines has it
+        parts = line.split("▁") if self._mark else [line]  # as encode_lines does
         return "▁".join(self._processor.normalize(part).replace("▁", " ") for part in parts)
 
     def files(self) -> dict[str, bytes]:
@@ -139,10 +150,14 @@ class TokenizersBackend:
         added = self._tokenizer.get_added_tokens_decoder()
         unknown_ids = frozenset() if self.unknown_id is None else frozenset({self.unknown_id})
         self.special_ids = frozenset(i for i, token in added.items() if token.special) | unknown_ids
-        self._never_read = self.special_ids - unknown_ids
+        self._never_encoded = self.special_ids - unknown_ids
+
+    @classmethod
+    def from_files(cls, read: ReadFile) -> "TokenizersBackend":
+        return cls(read(cls.FILE))
 
     def copy(self) -> Any:
-        """A tokenizers.Tokenizer of one's own."""
+        """Return a new tokenizers.Tokenizer of the same file, which the caller may change."""
         from tokenizers import Tokenizer as HFTokenizer
 
         return HFTokenizer.from_buffer(self._content)
@@ -156,19 +171,19 @@ class TokenizersBackend:
     def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
         encoded = self._tokenizer.encode_batch(list(lines), add_special_tokens=False)
         return [
-            found.ids if self._never_read.isdisjoint(found.ids) else self._encode_apart(line, found)
+            found.ids if self._never_encoded.isdisjoint(found.ids) else self._encode_around_special(line, found)
             for line, found in zip(lines, encoded, strict=True)
         ]
 
-    def _encode_apart(self, line: str, found: Any) -> list[int]:
-        """The ids of a line in which a Unigram model, whose pieces they are too, has read special tokens.
+    def _encode_around_special(self, line: str, found: Any) -> list[int]:
+        """Encode a line in which a Unigram model has found special tokens, which are pieces of it too.
 
-        The line is cut after the first character of each.
+        The line is cut after the first character of each, so that none is found.
         """
-        cuts = [start + 1 for i, (start, _) in zip(found.ids, found.offsets, strict=True) if i in self._never_read]
+        cuts = [start + 1 for i, (start, _) in zip(found.ids, found.offsets, strict=True) if i in self._never_encoded]
         parts = [line[start:end] for start, end in pairwise([0, *cuts, len(line)])]
         encoded = self._tokenizer.encode_batch(parts, add_special_tokens=False)
-        return [i for part in encoded for i in part.ids if i not in self._never_read]
+        return [i for part in encoded for i in part.ids if i not in self._never_encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -185,10 +200,10 @@ class TokenizersBackend:
 
 
 class TiktokenBackend:
-    """An encoding of OpenAI's tiktoken: byte-pair ranks, a pattern that cuts text into words, special tokens."""
+    """An encoding of OpenAI's tiktoken: byte-pair ranks, a pattern that splits text, special tokens."""
 
     kind = "tiktoken"
-    RANKS_FILE = "ranks.tiktoken"  # the library's own form: base64 of the bytes, a space, the rank; a line each
+    RANKS_FILE = "ranks.tiktoken"  # the library's own form: a line per token, base64 of its bytes, a space, its rank
     SETTINGS_FILE = "tiktoken.json"
 
     def __init__(self, ranks: bytes, settings: bytes) -> None:
@@ -202,7 +217,7 @@ class TiktokenBackend:
             ids = (*mergeable_ranks.values(), *self.special_tokens.values())
             _require_ids(ids, "it")
             if len(set(ids)) != len(ids):
-                raise ValueError("two tokens have one id")
+                raise ValueError("two tokens have the same id")
             self.pattern: str = options["pattern"]
             self._encoding = tiktoken.Encoding(
                 "saved", pat_str=self.pattern, mergeable_ranks=mergeable_ranks, special_tokens=self.special_tokens
@@ -216,8 +231,12 @@ class TiktokenBackend:
         self.special_ids = frozenset(unused)
 
     @classmethod
-    def of_encoding(cls, encoding: Any) -> "TiktokenBackend":
-        """From a tiktoken.Encoding."""
+    def from_files(cls, read: ReadFile) -> "TiktokenBackend":
+        return cls(read(cls.RANKS_FILE), read(cls.SETTINGS_FILE))
+
+    @classmethod
+    def from_encoding(cls, encoding: Any) -> "TiktokenBackend":
+        """Return the backend of a tiktoken.Encoding."""
         ranks = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in encoding._mergeable_ranks.items())
         settings = {"pattern": encoding._pat_str, "special_tokens": encoding._special_tokens}
         return cls(ranks, json.dumps(settings, ensure_ascii=False).encode())
@@ -226,7 +245,7 @@ class TiktokenBackend:
         return self.special_tokens.get(piece)
 
     def ranks(self) -> dict[bytes, int]:
-        """The id of each token that text is made of."""
+        """Return the id of each token, by its bytes, special tokens aside."""
         return dict(self._encoding._mergeable_ranks)
 
     def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:

@@ -1,7 +1,7 @@
-"""What a tokenizer does to a text: measured on sample works before tokens are written, and said in words.
+"""Checks of what a tokenizer does to a text, measured on sample documents before tokens are written.
 
-A tokenizer may change text as its own normaliser says (rinna's makes full-width letters half-width) and may lack rare
-characters. Anything else that does not come back is damage.
+A tokenizer may change text as its own normaliser does (rinna's makes full-width letters half-width) and may lack rare
+characters. Any other difference after encoding and decoding is damage.
 """
 
 import sys
@@ -23,17 +23,17 @@ EXAMPLE_LENGTH = 24
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """What was measured on sample works."""
+    """What was measured on sample documents."""
 
     characters: int
     tokens: int
     unknown_tokens: int
     unknown_characters: int  # more than the tokens: SentencePiece makes one token of a run of unknown characters
-    lossless: bool  # each work came back as it was
+    lossless: bool  # each document came back unchanged
     newlines_kept: bool
-    end_of_text_inside: int  # end-of-text ids that encode gave
-    damaged_lines: int  # nothing unknown in them, and they came back neither as they were nor as normalised
-    example: tuple[str, str] | None  # a piece of text, and what came back: of a damaged line, if there is one
+    end_of_text_inside: int  # end-of-text ids that encode returned
+    damaged_lines: int  # nothing in them is unknown, and they came back neither unchanged nor as normalised
+    example: tuple[str, str] | None  # an excerpt and what came back: from a damaged line, if there is one
 
     @property
     def characters_per_token(self) -> float:
@@ -41,43 +41,43 @@ class TokenizerReport:
 
     @property
     def unknown_per_10000(self) -> float:
-        """Unknown characters, of 10,000."""
+        """Unknown characters per 10,000."""
         return self.unknown_characters / max(self.characters, 1) * 10_000
 
 
 @dataclass(frozen=True)
 class _Line:
-    """What became of one line."""
+    """The result of encoding and decoding one line."""
 
     unknown_characters: int
     damaged: bool
     example: tuple[str, str] | None
 
 
-def check_tokenizer(tokenizer: "Tokenizer", works: Iterable[str]) -> TokenizerReport:
-    """Encode and decode each work; one work is held at a time."""
+def check_tokenizer(tokenizer: "Tokenizer", documents: Iterable[str]) -> TokenizerReport:
+    """Encode and decode each document, and count what changes. One document is in memory at a time."""
     characters = tokens = unknown_tokens = unknown_characters = end_of_text_inside = damaged_lines = 0
     lossless = newlines_kept = True
     example: tuple[str, str] | None = None
-    for work in works:
-        ids = tokenizer.encode(work)
+    for document in documents:
+        ids = tokenizer.encode(document)
         back = tokenizer.decode(ids)
-        characters += len(work)
+        characters += len(document)
         tokens += len(ids)
         unknown_tokens += _count_unknown(tokenizer, ids)
         end_of_text_inside += ids.count(tokenizer.end_of_text_id)
-        if back == work:
+        if back == document:
             continue
         lossless = False
-        newlines_kept = newlines_kept and back.count("\n") == work.count("\n")
-        for text in work.split("\n"):
+        newlines_kept = newlines_kept and back.count("\n") == document.count("\n")
+        for text in document.split("\n"):
             line = _check_line(tokenizer, text)
             unknown_characters += line.unknown_characters
             if line.damaged and not damaged_lines:
                 example = line.example
             damaged_lines += line.damaged
             example = example or line.example
-        example = example or _excerpts(work, back)
+        example = example or _excerpts(document, back)
     return TokenizerReport(
         characters,
         tokens,
@@ -92,12 +92,12 @@ def check_tokenizer(tokenizer: "Tokenizer", works: Iterable[str]) -> TokenizerRe
 
 
 def _check_line(tokenizer: "Tokenizer", text: str) -> _Line:
-    """Encode and decode a line alone, so that it is known which line an unknown token is of."""
+    """Encode and decode a line alone, so that unknown tokens are counted on the line they come from."""
     ids = tokenizer.encode(text)
     back = tokenizer.decode(ids)
     if back == text:
         return _Line(0, False, None)
-    # Tokens that begin with a space lose or gain one at a line's ends, which no normaliser says.
+    # Tokens that begin with a space lose or gain one at a line's ends, which is no normaliser's doing.
     declared = tokenizer.backend.normalize(text.lower() if tokenizer.lower_case else text).strip(" ")
     returned = back.strip(" ")
     n_unknown = _count_unknown(tokenizer, ids)
@@ -112,7 +112,7 @@ def _count_unknown(tokenizer: "Tokenizer", ids: list[int]) -> int:
 
 
 def _excerpts(text: str, back: str) -> tuple[str, str]:
-    """Both texts around their first difference."""
+    """Return an excerpt of each text around their first difference."""
     pairs = enumerate(zip(text, back, strict=False))
     first = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
     start = max(0, first - EXAMPLE_LENGTH // 4)
@@ -120,28 +120,30 @@ def _excerpts(text: str, back: str) -> tuple[str, str]:
 
 
 def find_problems(report: TokenizerReport) -> list[str]:
-    """Why the tokens should not be trained on, a sentence each."""
+    """Return the reasons not to train on the tokens, one sentence each."""
     found = []
     if report.end_of_text_inside:
-        found.append(f"End-of-text stands {report.end_of_text_inside:,} times inside works; it may only end one.")
+        found.append(
+            f"End-of-text stands {report.end_of_text_inside:,} times inside documents; it may only end a document."
+        )
     if not report.newlines_kept:
         found.append("Newlines do not come back, so a model could not write a paragraph.")
     if report.unknown_per_10000 > MAX_UNKNOWN_PER_10000:
         found.append(
             f"It does not know {report.unknown_per_10000:,.0f} of 10,000 characters (at most {MAX_UNKNOWN_PER_10000}"
-            " may be); its vocabulary is for another language."
+            " may be unknown); its vocabulary is for another language."
         )
     if report.damaged_lines:
         text, back = report.example or ("", "")
         found.append(
-            f"{report.damaged_lines:,} lines come back neither as they were nor as its own normaliser makes them:"
+            f"{report.damaged_lines:,} lines come back neither unchanged nor as its own normaliser makes them:"
             f" {text!r} as {back!r}."
         )
     return found
 
 
 def describe_tokenizer(tokenizer: "Tokenizer", report: TokenizerReport | None) -> str:
-    """What a tokenizer is and, with a report, what it does to a text: a fact a line."""
+    """Describe a tokenizer and, with a report, what it does to a text: one fact per line."""
     special = sorted(tokenizer.backend.special_ids)
     shown = ", ".join(map(str, special[:8])) + (", …" if len(special) > 8 else "")
     if tokenizer.newline_id is None:
@@ -164,14 +166,14 @@ def describe_tokenizer(tokenizer: "Tokenizer", report: TokenizerReport | None) -
         facts |= {
             "lossless": "yes" if report.lossless else f"no: {text!r} comes back as {back!r}",
             "unknown characters": f"{report.unknown_per_10000:.1f} per 10,000 ({report.unknown_tokens:,} tokens)",
-            "characters a token": f"{report.characters_per_token:.2f}",
+            "characters per token": f"{report.characters_per_token:.2f}",
         }
-    return "\n".join(f"{label + ':':<20}{fact}" for label, fact in facts.items())
+    return "\n".join(f"{label + ':':<22}{fact}" for label, fact in facts.items())
 
 
-def raise_on_damage(tokenizer: "Tokenizer", works: Iterable[str], accept: bool) -> None:
-    """Raise UserError where the tokenizer damages these works; with `accept`, only say so on standard error."""
-    found = " ".join(find_problems(check_tokenizer(tokenizer, works)))
+def raise_on_damage(tokenizer: "Tokenizer", documents: Iterable[str], accept: bool) -> None:
+    """Raise UserError where the tokenizer damages these documents; with `accept`, only warn on standard error."""
+    found = " ".join(find_problems(check_tokenizer(tokenizer, documents)))
     if found and not accept:
         raise UserError(
             f"{tokenizer.name} damages this text. {found} Choose another tokenizer, or add --accept_problems"

@@ -1,14 +1,17 @@
-"""Text <-> token ids, by tokenizers that others trained: SentencePiece, Hugging Face's `tokenizers`, tiktoken.
+"""Text <-> token ids, with trained tokenizers: SentencePiece, Hugging Face's `tokenizers`, tiktoken.
 
-Three things that tokenizers silently get wrong on Japanese are put right here, once for all of them:
+Three things that tokenizers silently get wrong on Japanese are corrected here, once for all of them:
 
-- A SentencePiece model goes through sentencepiece itself. transformers' T5Tokenizer, which rinna's Japanese GPT-2
-  asks for, turns unknown pieces into `</s>`; here unknown stays unknown, and end-of-text stands only after a work.
+- A SentencePiece model is run by sentencepiece itself. transformers' T5Tokenizer, which rinna's Japanese GPT-2 asks
+  for, turns unknown pieces into `</s>`; here unknown stays unknown, and end-of-text stands only after a document.
 - Where a tokenizer cannot write a newline (rinna's turns it into a space), one token is added for it, after the
   last id, and each line is encoded alone.
 - `do_lower_case` of a Hugging Face folder is obeyed: rinna's vocabulary has no capital Latin letters.
 
-Special tokens are never read out of text: a work that contains "</s>" is only characters.
+Special tokens are never read out of text: in a document, "</s>" is only characters.
+
+TOKENIZERS, at the end, holds the kinds of tokenizers by the name that --tokenizer takes. What a library does with
+text is left to backends.py.
 """
 
 import dataclasses
@@ -19,44 +22,58 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from gptkit.base.cli import UserError, first_line, setting
 from gptkit.base.files import read_json
 from gptkit.base.paths import hub_folder, likely_path
-from gptkit.text.backends import Backend, SentencePieceBackend, TiktokenBackend, TokenizersBackend
+from gptkit.text.backends import Backend, ReadFile, SentencePieceBackend, TiktokenBackend, TokenizersBackend
 
 FORMAT = "gptkit-tokenizer"
 DESCRIPTION_FILE = "gptkit_tokenizer.json"
-# Encoded into the fingerprint, so that a library whose new version gives other ids is noticed.
+# Encoded into the fingerprint, so that a new version of a library that gives other ids is noticed.
 PROBE = "　吾輩は猫である。\n「ABC 𠮟る」と、Ａｂｃ１２３…… ﾊﾝｶｸ ゟ が が\tend </s><|endoftext|>\n"
+# By the name that --tokenizer takes. Filled below, where the loaders are defined: their settings need its names.
+TOKENIZERS: dict[str, "TokenizerKind"] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
-    """Which tokenizer: the flags that pretokenize.py and pretraining.py share."""
+    """Which tokenizer to use: the flags that pretokenize.py and pretraining.py share."""
 
-    tokenizer: Literal["hf", "tiktoken", "sentencepiece"] = setting("hf", "where the tokenizer comes from")
-    hf_name: str = setting("rinna/japanese-gpt2-small", "with hf: a folder, or a repository of the Hugging Face hub")
-    tiktoken_name: str = setting("gpt2", "with tiktoken: the encoding, such as gpt2 or o200k_base")
-    tokenizer_path: str | None = setting(None, "with sentencepiece: a .model file or its folder")
-    accept_problems: bool = setting(False, "go on although the tokenizer damages this text")
+    tokenizer: str = setting("hf", "where the tokenizer comes from", choices=TOKENIZERS, group="tokenizer")
+    hf_name: str = setting(
+        "rinna/japanese-gpt2-small", "with hf: a folder, or a repository of the Hugging Face hub", group="tokenizer"
+    )
+    tiktoken_name: str = setting("gpt2", "with tiktoken: the encoding, such as gpt2 or o200k_base", group="tokenizer")
+    tokenizer_path: str | None = setting(None, "with sentencepiece: a .model file or its folder", group="tokenizer")
+    accept_problems: bool = setting(False, "continue although the tokenizer damages this text", group="tokenizer")
+
+
+@dataclass(frozen=True)
+class TokenizerKind:
+    """A kind of tokenizer: how it is loaded, and the backends that its saved form may name."""
+
+    load: Callable[[TokenizerSettings], "Tokenizer"]  # raises UserError
+    backends: tuple[type[Backend], ...]
+    takes_path: bool = False  # whether it reads --tokenizer_path
 
 
 Settings = TypeVar("Settings", bound=TokenizerSettings)
 
 
 def with_model_tokenizer(settings: Settings, model: str | None) -> Settings:
-    """The settings with the tokenizer of a folder or repository, where they name none of their own."""
+    """Return the settings with the tokenizer of a folder or repository, where they name none of their own."""
     plain = TokenizerSettings()
     chosen = any(getattr(settings, name) != getattr(plain, name) for name in ("tokenizer", "hf_name", "tokenizer_path"))
     return settings if model is None or chosen else dataclasses.replace(settings, hf_name=model)
 
 
 class Tokenizer:
-    """Text <-> ids for a GPT. Ids are 0 … vocab_size - 1, the added newline token included.
+    """A tokenizer that turns text into ids for a GPT and back.
 
-    end_of_text_id stands after each work, and before a prompt; encode never gives it.
+    Ids are 0 … vocab_size - 1, the added newline token included. end_of_text_id stands after each document, and
+    before a prompt; encode never returns it.
     """
 
     def __init__(self, backend: Backend, name: str, end_of_text: str, lower_case: bool = False) -> None:
@@ -79,17 +96,17 @@ class Tokenizer:
 
     @property
     def never_generated(self) -> frozenset[int]:
-        """Ids a model must not write: they stand for no text (unknown, padding, …). End-of-text is not among them."""
+        """Ids that a model must not generate: they stand for no text (unknown, padding, …). End-of-text may be."""
         return self.backend.special_ids - {self.end_of_text_id}
 
     @cached_property
     def byte_ids(self) -> tuple[int, ...]:
-        """The ids that stand for the bytes 0 … 255 of characters without a piece of their own; () where none do."""
+        """The ids of the bytes 0 … 255, for characters without a token of their own; () where there are none."""
         found = [self.backend.id_of(f"<0x{byte:02X}>") for byte in range(256)]
         return () if None in found else tuple(i for i in found if i is not None)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, which UTF-8 must be able to hold, with no special token added."""
+        """Return the ids of a text, without special tokens. The text must be encodable as UTF-8."""
         if self.lower_case:
             text = text.lower()
         if self.newline_id is None:
@@ -102,7 +119,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; end-of-text and other special tokens stand for nothing."""
+        """Return the text of ids, without end-of-text and other special tokens."""
         hidden = self.backend.special_ids | {self.end_of_text_id}
         shown = [i for i in ids if i not in hidden]
         if self.newline_id is None:
@@ -116,12 +133,12 @@ class Tokenizer:
         return "\n".join(self.backend.decode(line) for line in lines)
 
     def decode_continuation(self, before: list[int], ids: list[int]) -> str:
-        """The text of `ids` as they stand after `before`: what a byte or a space means depends on its left."""
+        """Return the text of `ids` after `before`: what a byte or a space stands for depends on the ids before it."""
         return self.decode(before + ids)[len(self.decode(before)) :]
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits that are the same just where the tokenizer gives the same ids: its files, settings, and ids."""
+        """64 hex digits, equal for tokenizers that give the same ids: a hash of files, settings and the ids of PROBE."""
         digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
         for name, content in sorted(self.backend.files().items()):
             digest.update(f"\n{name} {hashlib.sha256(content).hexdigest()}".encode())
@@ -135,7 +152,7 @@ class Tokenizer:
         return _unpickle, (tuple(sorted(self.files().items())),)
 
     def files(self) -> dict[str, bytes]:
-        """What a folder must hold for load_saved to give this tokenizer back, without a network."""
+        """Return the files that load_saved_tokenizer needs to load this tokenizer again, without a network."""
         description = {"format": FORMAT, "version": 1, "name": self.name} | self._settings()
         return self.backend.files() | {DESCRIPTION_FILE: json.dumps(description, ensure_ascii=False, indent=1).encode()}
 
@@ -146,7 +163,7 @@ def _unpickle(files: tuple[tuple[str, bytes], ...]) -> Tokenizer:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """End-of-text, which stood before each work in training, and the prompt's ids. Raises UserError."""
+    """Return end-of-text, which stood before each document in training, and the prompt's ids. Raises UserError."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -158,50 +175,48 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def load_saved_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer whose files() were written to `folder`. Raises UserError."""
+    """Return the tokenizer whose files() were written to `folder`. Raises UserError."""
     try:
         tokenizer = _from_files(lambda name: (folder / name).read_bytes())
         tokenizer.decode([*tokenizer.encode(PROBE), *range(tokenizer.vocab_size)])
         return tokenizer
-    except BaseException as error:  # a library written in Rust ends a mistake by a class of its own
+    except BaseException as error:  # a library written in Rust raises a class of its own
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: no usable tokenizer ({reason})")
 
 
-def _from_files(read: Callable[[str], bytes]) -> Tokenizer:
-    """The tokenizer whose files() `read` gives by name. Raises OSError, ValueError, KeyError or TypeError."""
+def _from_files(read: ReadFile) -> Tokenizer:
+    """Return the tokenizer whose files() `read` gives by name. Raises OSError, ValueError, KeyError or TypeError."""
     description = json.loads(read(DESCRIPTION_FILE))
     if not isinstance(description, dict) or description.get("format") != FORMAT or description.get("version") != 1:
         raise ValueError(f"{DESCRIPTION_FILE} is not one that this version reads")
-    backend: Backend
-    if description["backend"] == TiktokenBackend.kind:
-        backend = TiktokenBackend(read(TiktokenBackend.RANKS_FILE), read(TiktokenBackend.SETTINGS_FILE))
-    elif description["backend"] == TokenizersBackend.kind:
-        backend = TokenizersBackend(read(TokenizersBackend.FILE))
-    else:
-        backend = SentencePieceBackend(read(SentencePieceBackend.FILE))
+    known = {backend.kind: backend for kind in TOKENIZERS.values() for backend in kind.backends}
+    name = description["backend"]
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{DESCRIPTION_FILE} names the backend {name!r}; this version knows {', '.join(known)}")
+    backend = known[name].from_files(read)
     return Tokenizer(backend, description["name"], description["end_of_text"], bool(description["lower_case"]))
 
 
 def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
-    """The tokenizer that the settings name. Raises UserError."""
-    if settings.tokenizer_path is not None and settings.tokenizer != "sentencepiece":
-        raise UserError(f"--tokenizer_path {settings.tokenizer_path} needs --tokenizer sentencepiece beside it")
-    if settings.tokenizer == "hf":
-        return load_hf(settings.hf_name)
-    if settings.tokenizer == "tiktoken":
-        return load_tiktoken(settings.tiktoken_name)
-    if settings.tokenizer_path is None:
+    """Return the tokenizer that the settings name. Raises UserError."""
+    kind = TOKENIZERS.get(settings.tokenizer)
+    if kind is None:
+        raise UserError(f"--tokenizer {settings.tokenizer} is unknown; choose one of {', '.join(TOKENIZERS)}")
+    if settings.tokenizer_path is not None and not kind.takes_path:
+        takers = " or ".join(name for name, each in TOKENIZERS.items() if each.takes_path)
+        raise UserError(f"--tokenizer_path {settings.tokenizer_path} needs --tokenizer {takers} beside it")
+    return kind.load(settings)
+
+
+def load_sentencepiece(path: str | None) -> Tokenizer:
+    """Load --tokenizer_path: a .model file of SentencePiece, or a folder with one. Raises UserError."""
+    if path is None:
         raise UserError(
             "--tokenizer sentencepiece needs --tokenizer_path, a .model file (dataset/train_tokenizer.py makes one)"
         )
-    return load_sentencepiece(settings.tokenizer_path)
-
-
-def load_sentencepiece(path: str) -> Tokenizer:
-    """--tokenizer_path: a .model file, or a folder with one, of SentencePiece. Raises UserError."""
     found = Path(path)
     if found.is_dir():
         models = sorted(found.glob("*.model"))
@@ -224,20 +239,21 @@ def load_sentencepiece(path: str) -> Tokenizer:
 
 
 def load_tiktoken(name: str) -> Tokenizer:
-    """--tiktoken_name: an encoding that tiktoken knows, such as gpt2; it fetches it once. Raises UserError."""
+    """Load --tiktoken_name: an encoding of tiktoken, such as gpt2, which it downloads once. Raises UserError."""
     import tiktoken
 
     try:
         encoding = tiktoken.get_encoding(name)
     except ValueError:
-        raise UserError(f"--tiktoken_name {name} is no encoding; there are {', '.join(tiktoken.list_encoding_names())}")
+        names = ", ".join(tiktoken.list_encoding_names())
+        raise UserError(f"--tiktoken_name {name} is not an encoding of tiktoken; there are {names}")
     except OSError as error:  # requests' errors are OSErrors
         reason = type(error).__name__
         raise UserError(f"--tiktoken_name {name} could not be fetched ({reason}); connect to the network once")
-    return Tokenizer(TiktokenBackend.of_encoding(encoding), name, "<|endoftext|>")
+    return Tokenizer(TiktokenBackend.from_encoding(encoding), name, "<|endoftext|>")
 
 
-# Files of a hub repository that say how to tokenize; weights are not fetched.
+# The files of a hub repository that a tokenizer needs; weights are not fetched.
 HF_PATTERNS = [
     "*.model",
     "tokenizer*.json",
@@ -247,15 +263,15 @@ HF_PATTERNS = [
     "merges.txt",
     "vocab.txt",
 ]
-# Without a tokenizer.json, the ids of these classes are not those of their SentencePiece model: fairseq's order is
-# laid over it.
+# Without a tokenizer.json, the ids of these classes are not those of their SentencePiece model: they are shifted to
+# fairseq's order.
 SHIFTED_CLASSES = re.compile(
     "Camembert|XLMRoberta|MBart|BarthezTok|NllbTok|XGLM|PLBart|M2M100|BigBirdPeg|Pegasus|DebertaV2"
 )
 
 
 def load_hf(name: str, flag: str = "--hf_name") -> Tokenizer:
-    """`flag` names a folder, or a repository of the Hugging Face hub (fetched once, then kept by huggingface_hub)."""
+    """Load the tokenizer that `flag` names: a folder, or a repository of the hub (fetched once). Raises UserError."""
     folder = hub_folder(name, flag, HF_PATTERNS)
     settings = _merged_settings(folder)
     backend = _hf_backend(f"{flag} {name}", folder, settings)
@@ -270,7 +286,7 @@ def load_hf(name: str, flag: str = "--hf_name") -> Tokenizer:
 
 
 def _merged_settings(folder: Path) -> dict[str, Any]:
-    """special_tokens_map.json and tokenizer_config.json, the second over the first."""
+    """Merge special_tokens_map.json and tokenizer_config.json, whose values win. Raises UserError."""
     merged: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
@@ -283,7 +299,7 @@ def _merged_settings(folder: Path) -> dict[str, Any]:
 
 
 def _hf_backend(what: str, folder: Path, settings: dict[str, Any]) -> Backend:
-    """SentencePiece where it alone decides the ids, else tokenizer.json, else what transformers makes of it."""
+    """Choose SentencePiece where it alone decides the ids, else tokenizer.json, else what transformers converts."""
     models, fast = sorted(folder.glob("*.model")), folder / TokenizersBackend.FILE
     by_tokenizers = by_sentencepiece = None
     try:
@@ -294,7 +310,7 @@ def _hf_backend(what: str, folder: Path, settings: dict[str, Any]) -> Backend:
     except ValueError as error:
         raise UserError(f"{what}: {error}")
     if by_sentencepiece and by_tokenizers and by_sentencepiece.pieces() != by_tokenizers.pieces():
-        return by_tokenizers  # it has added tokens, or another order
+        return by_tokenizers  # it has added tokens, or another order of pieces
     if by_sentencepiece and not by_tokenizers and SHIFTED_CLASSES.search(str(settings.get("tokenizer_class"))):
         raise UserError(
             f"{what}: the ids of {settings['tokenizer_class']} differ from its SentencePiece model's;"
@@ -305,6 +321,7 @@ def _hf_backend(what: str, folder: Path, settings: dict[str, Any]) -> Backend:
 
 
 def _converted_by_transformers(what: str, folder: Path) -> Backend:
+    """Return the backend of the tokenizer that transformers converts from the folder's files. Raises UserError."""
     from transformers import AutoTokenizer
 
     try:
@@ -314,3 +331,12 @@ def _converted_by_transformers(what: str, folder: Path) -> Backend:
         raise UserError(
             f"{what} holds no SentencePiece model and no tokenizer.json that can be used ({first_line(error)})"
         )
+
+
+TOKENIZERS |= {
+    "hf": TokenizerKind(lambda settings: load_hf(settings.hf_name), (SentencePieceBackend, TokenizersBackend)),
+    "tiktoken": TokenizerKind(lambda settings: load_tiktoken(settings.tiktoken_name), (TiktokenBackend,)),
+    "sentencepiece": TokenizerKind(
+        lambda settings: load_sentencepiece(settings.tokenizer_path), (SentencePieceBackend,), takes_path=True
+    ),
+}

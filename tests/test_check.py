@@ -1,4 +1,4 @@
-"""gptkit/tokenizer_check.py: what a tokenizer does to a text is measured rightly, and damage is said in words."""
+"""gptkit/text/check.py: what a tokenizer does to a text is measured, and damage is described."""
 
 import io
 import re
@@ -16,7 +16,7 @@ from gptkit.text.tokenizer import Tokenizer, load_hf, load_sentencepiece, load_t
 
 RINNA = SHARED / "rinna-japanese-gpt2-small"
 END, UNKNOWN = 0x110000, 0x110001  # after the last code point
-WORK = "港の灯が、ひとつ消えた。\n\n　夜である。"
+DOCUMENT = "港の灯が、ひとつ消えた。\n\n　夜である。"
 
 
 def same(text: str) -> str:
@@ -24,7 +24,7 @@ def same(text: str) -> str:
 
 
 class CodePoints:
-    """A backend whose ids are code points, and which may do harm: `encoded` is done to text before it is encoded."""
+    """A backend whose ids are code points, and that may damage text: `encoded` is applied before text is encoded."""
 
     kind = "code points"
     vocab_size = UNKNOWN + 1
@@ -58,7 +58,7 @@ def made_up(
 
 
 def foreign(vocabulary: str, byte_fallback: bool = False) -> Tokenizer:
-    """SentencePiece with these characters alone."""
+    """Return a SentencePiece tokenizer that has only these characters."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([vocabulary] * 20),
@@ -72,21 +72,21 @@ def foreign(vocabulary: str, byte_fallback: bool = False) -> Tokenizer:
     return Tokenizer(SentencePieceBackend(model.getvalue()), "foreign", "</s>")
 
 
-# Tokenizers that are right
+# Correct tokenizers
 
 
-def test_rinna_changes_text_only_as_it_says(sample_works: list[str]) -> None:
+def test_rinna_changes_text_only_as_its_normaliser_does(sample_works: list[str]) -> None:
     if not RINNA.is_dir():
         pytest.skip(f"{RINNA} is not here: rinna's tokenizer is tested only where it is")
     tokenizer = load_hf(str(RINNA))
-    works = [*sample_works[:10], "ＡＢＣ、ABC、①㍿\n　二  つの 空白 \n\t表▁……\n𠮟る"]
-    report = check_tokenizer(tokenizer, iter(works))
+    documents = [*sample_works[:10], "ＡＢＣ、ABC、①㍿\n　二  つの 空白 \n\t表▁……\n𠮟る"]
+    report = check_tokenizer(tokenizer, iter(documents))
     assert (report.lossless, report.newlines_kept, report.damaged_lines) == (False, True, 0)
     assert report.example is not None
     assert find_problems(report) == []
-    ids = [i for work in works for i in tokenizer.encode(work)]
+    ids = [i for document in documents for i in tokenizer.encode(document)]
     assert (report.tokens, report.unknown_tokens) == (len(ids), ids.count(0))
-    assert report.characters == sum(map(len, works))
+    assert report.characters == sum(map(len, documents))
     assert report.unknown_tokens <= report.unknown_characters < report.characters / 100
 
 
@@ -103,12 +103,12 @@ def test_a_lossless_tokenizer(load: Callable[[], Tokenizer], sample_works: list[
     assert find_problems(report) == []
 
 
-def test_no_work_at_all() -> None:
+def test_no_document_at_all() -> None:
     report = check_tokenizer(made_up(), [])
     assert (report.characters_per_token, report.unknown_per_10000, find_problems(report)) == (0, 0, [])
 
 
-def test_works_are_taken_one_at_a_time() -> None:
+def test_documents_are_taken_one_at_a_time() -> None:
     taken: list[int] = []
 
     def encoded(text: str) -> str:
@@ -124,28 +124,28 @@ def test_works_are_taken_one_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("lower_case", [False, True])
-def test_a_change_is_damage_unless_the_normaliser_says_it(lower_case: bool) -> None:
+def test_a_change_is_damage_unless_the_normaliser_makes_it(lower_case: bool) -> None:
     def full_width(text: str) -> str:
         return text.replace("a", "ａ").replace("A", "Ａ")
 
-    work = "同じ行\nABCの" + "行" * 50 + "\n同じ行"
-    declared = check_tokenizer(made_up(full_width, full_width, lower_case), [work])
+    document = "同じ行\nABCの" + "行" * 50 + "\n同じ行"
+    declared = check_tokenizer(made_up(full_width, full_width, lower_case), [document])
     assert (declared.lossless, declared.damaged_lines, find_problems(declared)) == (False, 0, [])
-    silent = check_tokenizer(made_up(full_width, same, lower_case), [work])
-    assert silent.damaged_lines == 1
+    undeclared = check_tokenizer(made_up(full_width, same, lower_case), [document])
+    assert undeclared.damaged_lines == 1
     capital = "ａbcの" if lower_case else "ＡBCの"
-    assert silent.example == (("ABCの" + "行" * 50)[:EXAMPLE_LENGTH], (capital + "行" * 50)[:EXAMPLE_LENGTH])
-    [problem] = find_problems(silent)
+    assert undeclared.example == (("ABCの" + "行" * 50)[:EXAMPLE_LENGTH], (capital + "行" * 50)[:EXAMPLE_LENGTH])
+    [problem] = find_problems(undeclared)
     assert "neither" in problem
     assert capital in problem
 
 
-def test_the_example_is_of_damage_and_shows_the_place() -> None:
+def test_the_example_shows_the_place_of_damage() -> None:
     def encoded(text: str) -> str:
         return text.replace("ｱ", "ア").replace("、", "")
 
-    works = ["ｱ", "長い" * 30 + "、" + "行" * 60, "別、"]
-    report = check_tokenizer(made_up(encoded, lambda line: line.replace("ｱ", "ア")), works)
+    documents = ["ｱ", "長い" * 30 + "、" + "行" * 60, "別、"]
+    report = check_tokenizer(made_up(encoded, lambda line: line.replace("ｱ", "ア")), documents)
     assert report.damaged_lines == 2
     assert report.example is not None
     assert "、" in report.example[0]
@@ -158,9 +158,9 @@ def test_lost_newlines_are_a_problem() -> None:
         return re.sub("\n+", "\n", text).replace("Ａ", "A")
 
     tokenizer = made_up(encoded, lambda line: line.replace("Ａ", "A"))
-    report = check_tokenizer(tokenizer, ["無事", WORK, "Ａ"])
+    report = check_tokenizer(tokenizer, ["無事", DOCUMENT, "Ａ"])
     assert (report.newlines_kept, report.damaged_lines) == (False, 0)
-    assert check_tokenizer(tokenizer, [WORK]).example == ("つ消えた。\n\n　夜である。", "つ消えた。\n　夜である。")
+    assert check_tokenizer(tokenizer, [DOCUMENT]).example == ("つ消えた。\n\n　夜である。", "つ消えた。\n　夜である。")
     [problem] = find_problems(report)
     assert "Newlines" in problem
 
@@ -183,20 +183,20 @@ def test_many_unknown_characters_are_a_problem(n_unknown: int, n_problems: int) 
 
 
 def test_one_unknown_token_for_many_characters_is_counted_as_many() -> None:
-    """SentencePiece makes one of a run, so a vocabulary without Japanese has few unknown tokens."""
-    report = check_tokenizer(foreign("the quick brown fox jumps over the lazy dog"), [WORK])
-    assert report.unknown_tokens == 2  # one a line
-    assert report.unknown_characters == len(WORK) - 3  # two newlines; the indent is normalised away
+    """SentencePiece makes one token of a run, so a vocabulary without Japanese has few unknown tokens."""
+    report = check_tokenizer(foreign("the quick brown fox jumps over the lazy dog"), [DOCUMENT])
+    assert report.unknown_tokens == 2  # one per line
+    assert report.unknown_characters == len(DOCUMENT) - 3  # two newlines; the indent is normalised away
     [problem] = find_problems(report)
     assert "another language" in problem
 
 
-# What a normaliser says
+# Normalisers
 
 
 @pytest.mark.parametrize("mark", ["▁", "_"])
-def test_a_normaliser_of_tokenizers_is_heard(mark: str) -> None:
-    """One that makes a space a mark, as Llama's, and one that does not."""
+def test_the_normaliser_of_tokenizers_is_applied(mark: str) -> None:
+    """One that turns a space into a mark, as Llama's does, and one that does not."""
     inner = HFTokenizer(models.BPE({"A": 0}, []))
     assert TokenizersBackend(inner.to_str().encode()).normalize("Ａ ▁") == "Ａ ▁"
     inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", mark)])
@@ -204,8 +204,8 @@ def test_a_normaliser_of_tokenizers_is_heard(mark: str) -> None:
     assert TokenizersBackend(inner.to_str().encode()).normalize("Ａ ▁い") == expected
 
 
-def test_a_normaliser_of_sentencepiece_is_heard() -> None:
-    """With byte fallback "▁" is a character like others, and without it is a space."""
+def test_the_normaliser_of_sentencepiece_is_applied() -> None:
+    """With byte fallback "▁" is a character like others, and without it a space."""
     line = "Ａ▁ｂ  ｃ"
     backend = foreign("A b c", byte_fallback=True).backend
     assert backend.normalize(line).count("▁") == 1
@@ -213,10 +213,10 @@ def test_a_normaliser_of_sentencepiece_is_heard() -> None:
     assert foreign("A b c").backend.normalize(line) == " A b c"
 
 
-# Words
+# Descriptions
 
 
-def test_describe_says_what_it_is() -> None:
+def test_a_description_without_a_text() -> None:
     tokenizer = load_sentencepiece(str(SAMPLE_TOKENIZER))
     text = describe_tokenizer(tokenizer, None)
     facts = dict(re.split(r":\s+", line, maxsplit=1) for line in text.splitlines())
@@ -226,11 +226,11 @@ def test_describe_says_what_it_is() -> None:
     assert facts["newline"].endswith("(its own)")
     assert facts["fingerprint"] == tokenizer.fingerprint[:16]
     assert "lossless" not in facts
-    report = check_tokenizer(tokenizer, [WORK])
+    report = check_tokenizer(tokenizer, [DOCUMENT])
     assert re.search(r"^lossless: +yes$", describe_tokenizer(tokenizer, report), re.MULTILINE)
 
 
-def test_describe_says_what_is_lost() -> None:
+def test_a_description_names_what_is_lost() -> None:
     tokenizer = foreign("an English text only")
     text = describe_tokenizer(tokenizer, check_tokenizer(tokenizer, ["夜 only"]))
     assert re.search(r"^lossless: +no: '夜 only' comes back as ' ?only'$", text, re.MULTILINE), text
