@@ -62,7 +62,7 @@ from gptkit.training.optimizers import (
     set_learning_rate,
 )
 from gptkit.training.planning import Plan
-from gptkit.training.run_log import RunLog, draw_loss_curve
+from gptkit.training.run_log import RUN_FILE, RUN_FORMAT, RunLog, draw_loss_curve
 from gptkit.training.sessions import environment, record_session
 from gptkit.training.settings import (
     MAX_ROLLBACKS,
@@ -77,7 +77,6 @@ from gptkit.training.settings import (
 from gptkit.training.signals import STOPPED, StopSignals
 
 DIMENSIONS = ("arch", "context_length", "emb_dim", "n_layers", "n_heads", "n_kv_heads", "qkv_bias")
-RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from conftest import SAMPLE, SAMPLE_TOKENIZER, SHARED, assert_user_error, run_command, save_experiment
 from safetensors.torch import load_file, save_file
 from test_strangers import small_tokenizer
-from test_tokenization import OFFLINE
+from test_tokenizer import OFFLINE
 
 from gpt_model import GPTConfig, GPTModel
 from gptkit.base.cli import UserError
