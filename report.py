@@ -17,9 +17,7 @@ from gptkit.base.paths import existing_path
 from gptkit.report.charts import N_COLOURS
 from gptkit.report.page import render_page
 from gptkit.report.records import RunRecord
-from gptkit.training.run_log import RUN_FILE, RUN_FORMAT, read_jsonl, read_run_config, run_name
-
-METRICS_FILE = "metrics.jsonl"
+from gptkit.training.run_log import METRICS_FILE, RUN_FILE, RUN_FORMAT, read_jsonl, read_run_config, run_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,7 @@ from torch.nn import functional as F
 from gpt_model import GPTConfig, GPTModel
 from gptkit.base import devices
 from gptkit.training.compilation import Loss, make_loss
-from gptkit.training.optimizers import BETAS, build_optimizer
-from gptkit.training.schedules import DEFAULT_LR, OptimizerName
+from gptkit.training.optimizers import BETAS, OPTIMIZERS, build_optimizer
 
 LR, ADAM_LR, WEIGHT_DECAY, GRAD_CLIP = 6e-4, 0.02, 0.1, 1.0
 OURS, MODERN = "ours", "ours_modern_muon"
@@ -113,12 +112,14 @@ def load_nanogpt(folder: Path) -> Any:
     return module
 
 
-def _ours(
-    config: GPTConfig, device: torch.device, dtype: torch.dtype, wrap: Wrap, optimizer: OptimizerName
-) -> Contender:
+def _ours(config: GPTConfig, device: torch.device, dtype: torch.dtype, wrap: Wrap, optimizer: str) -> Contender:
     model = GPTModel(config).to(device)
     loss_of_batch = make_loss(model, wrap(model.hidden_states), config.vocab_size)
-    return model, loss_of_batch, build_optimizer(model, optimizer, DEFAULT_LR[optimizer], ADAM_LR, WEIGHT_DECAY, dtype)
+    return (
+        model,
+        loss_of_batch,
+        build_optimizer(model, optimizer, OPTIMIZERS[optimizer].default_lr, ADAM_LR, WEIGHT_DECAY, dtype),
+    )
 
 
 def _adamw(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:

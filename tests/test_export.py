@@ -125,49 +125,30 @@ def learned(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -> tu
     return folder, arguments
 
 
-def test_training_starts_from_an_export_and_resumes_without_it(learned: tuple[Path, list[object]]) -> None:
+def test_training_starts_from_an_export_and_resumes_without_it(
+    learned: tuple[Path, list[object]], tmp_path: Path
+) -> None:
     folder, arguments = learned
+    start = Path(shutil.copytree(folder / "hf", tmp_path / "hf"))
     before = read_jsonl(folder / "exp" / "metrics.jsonl")
-    line = [
-        *arguments,
-        "--init_from",
-        folder / "hf",
-        "--output_dir",
-        folder / "next",
-        "--lr",
-        0.002,
-        "--adam_lr",
-        0.002,
-    ]
-    result = call_command("pretraining.py", *line, "--max_steps", 100)
+    run = ("pretraining.py", *arguments, "--output_dir", tmp_path / "exp", "--lr", 0.002, "--adam_lr", 0.002)
+    result = call_command(*run, "--init_from", start, "--max_steps", 100)
     assert result.returncode == 0, result.stderr
-    assert f"start: the weights of {folder / 'hf'}" in result.stdout
-    after = read_jsonl(folder / "next" / "metrics.jsonl")
+    assert f"start: the weights of {start}" in result.stdout
+    after = read_jsonl(tmp_path / "exp" / "metrics.jsonl")
     assert after[-1]["step"] == 100
     assert before[0]["train_loss"] > before[-1]["train_loss"] + 0.2
     assert after[0]["train_loss"] < before[-1]["train_loss"] + 0.05  # it starts where the other run ended
-    card = (folder / "hf" / "README.md").read_text("utf-8")
-    assert f"{before[-1]['val_loss']:.4f} nats/token" in card
-    assert "datasets:" not in card  # the text is not from there
-    run = json.loads((folder / "exp" / "config.json").read_text("utf-8"))
-    assert run["text"] == "sample.jsonl"
-    (folder / "exp" / "config.json").write_text(json.dumps(run | {"text": "aozorabunko-dedupe-clean.jsonl"}))
-    result = call_command("export_hf.py", "--exp_dir", folder / "exp", "--output_dir", folder / "hf")
-    assert result.returncode == 0, result.stderr
-    card = (folder / "hf" / "README.md").read_text("utf-8")
-    assert "license: cc-by-4.0" in card
-    assert "globis-university/aozorabunko-clean" in card
 
-    (folder / "hf").rename(folder / "moved")  # a resumed run does not need it, and does not start from it again
-    result = call_command("pretraining.py", *line, "--max_steps", 102)
+    start.rename(tmp_path / "moved")  # a resumed run does not need it, and does not start from it again
+    result = call_command(*run, "--init_from", start, "--max_steps", 102)
     assert result.returncode == 0, result.stderr
-    assert "going on from" in result.stdout
+    assert "resuming from" in result.stdout
     assert "start: the weights" not in result.stdout
-    (folder / "moved").rename(folder / "hf")
-    other = ["moved" if part == folder / "hf" else part for part in line]
-    assert_user_error(call_command("pretraining.py", *other, "--max_steps", 104), "--init_from")
+    (tmp_path / "moved").rename(start)
+    assert_user_error(call_command(*run, "--init_from", "moved", "--max_steps", 104), "--init_from")
 
-    models = ("--exp_dir", folder / "exp", folder / "next", "--hf_model", folder / "hf")
+    models = ("--exp_dir", folder / "exp", tmp_path / "exp", "--hf_model", folder / "hf")
     result = call_command("evaluate_model.py", *models, "--text_path", SAMPLE, "--max_chars", 3000)
     assert result.returncode == 0, result.stderr
     first, second, exported = json.loads(result.stdout)
@@ -176,6 +157,23 @@ def test_training_starts_from_an_export_and_resumes_without_it(learned: tuple[Pa
     table = result.stderr.splitlines()[-4:]
     assert table[0].split()[0] == "bits/char"
     assert [row.split()[0] for row in table[1:]] == sorted(row.split()[0] for row in table[1:])
+
+
+def test_the_card_names_the_loss_and_the_dataset(learned: tuple[Path, list[object]], tmp_path: Path) -> None:
+    folder, _ = learned
+    val_loss = read_jsonl(folder / "exp" / "metrics.jsonl")[-1]["val_loss"]
+    card = (folder / "hf" / "README.md").read_text("utf-8")
+    assert f"{val_loss:.4f} nats/token" in card
+    assert "datasets:" not in card  # the text is not from there
+    shutil.copytree(folder / "exp", tmp_path / "exp")
+    run = json.loads((tmp_path / "exp" / "config.json").read_text("utf-8"))
+    assert run["text"] == "sample.jsonl"
+    (tmp_path / "exp" / "config.json").write_text(json.dumps(run | {"text": "aozorabunko-dedupe-clean.jsonl"}))
+    result = call_command("export_hf.py", "--exp_dir", tmp_path / "exp", "--output_dir", tmp_path / "hf")
+    assert result.returncode == 0, result.stderr
+    card = (tmp_path / "hf" / "README.md").read_text("utf-8")
+    assert "license: cc-by-4.0" in card
+    assert "globis-university/aozorabunko-clean" in card
 
 
 def test_an_export_of_an_unchanged_import_is_the_same(learned: tuple[Path, list[object]], tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from conftest import ROOT, SAMPLE_TOKENIZER, assert_user_error, environment, run
 from safetensors.torch import load_file
 from test_resume import curve, newest
 
-from gpt_model import GPTConfig, GPTModel
-from gptkit.training.checkpoints import load_model, verify
+from gpt_model import GPTModel
+from gptkit.training.checkpoints import load_checkpoint, verify
 
 STEPS = 40
 RUN = (
@@ -131,12 +131,8 @@ def test_sharded_in_two_is_one_run(tmp_path: Path, shards: Path, alone: Path) ->
     assert result.returncode == 0, result.stderr
     assert_same_run(output, alone)
     state = json.loads((newest(output) / "state.json").read_bytes())
-    model = load_model(
-        newest(output),
-        lambda d: GPTModel(GPTConfig(**d)),
-        state["identity"]["model"]["vocab_size"],
-        torch.device("cpu"),
-    )
+    model, tokenizer = load_checkpoint(newest(output), GPTModel.from_dimensions, torch.device("cpu"))
+    assert tokenizer.vocab_size == state["identity"]["model"]["vocab_size"]
     assert isinstance(model, GPTModel)
 
 
@@ -147,8 +143,8 @@ import torch
 import pretraining
 
 torch.cpu.get_capabilities = lambda: {{"avx512_bf16": os.environ["RANK"] == "0"}}
-pretraining.parallel.only_main_speaks()
-pretraining.run_command(pretraining.PretrainingConfig, pretraining.run)
+pretraining.process_group.silence_other_ranks()
+pretraining.run_command(pretraining.PretrainingConfig, pretraining.launch)
 """
 
 
@@ -164,7 +160,7 @@ def test_processes_on_unlike_machines_round_alike(tmp_path: Path, shards: Path, 
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=0.02)
 
 
-def test_a_run_changes_its_processes_where_it_goes_on(tmp_path: Path, shards: Path) -> None:
+def test_a_run_resumes_with_another_number_of_processes(tmp_path: Path, shards: Path) -> None:
     """Two, stopped by a signal to torchrun; four, sharded, stopped by the clock; then one alone: by one command line."""
     output, alone = tmp_path / "out", tmp_path / "alone"
     result = run_command("pretraining.py", *arguments(shards, alone, 4, "--optimizer", "adamw"))
@@ -175,7 +171,7 @@ def test_a_run_changes_its_processes_where_it_goes_on(tmp_path: Path, shards: Pa
     agent.send_signal(signal.SIGTERM)
     stopped = finish(agent)
     assert "stopped by SIGTERM" in stopped.stderr
-    assert stopped.stderr.count("the same command goes on") == 1
+    assert stopped.stderr.count("run the same command to resume") == 1
     verify(newest(output))
     assert 10 <= int(newest(output).name[-8:]) < STEPS
 
@@ -191,7 +187,7 @@ def test_a_run_changes_its_processes_where_it_goes_on(tmp_path: Path, shards: Pa
     assert_same_run(output, alone)
 
     refused = run_command("pretraining.py", *arguments(shards, output, 3, "--optimizer", "adamw"))
-    assert_user_error(refused, "number of sequences a step", "16, now 12")
+    assert_user_error(refused, "number of sequences per step", "16, now 12")
 
 
 def test_a_killed_process_is_started_again_and_nothing_is_lost(tmp_path: Path, shards: Path, pair: Path) -> None:
@@ -201,7 +197,7 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(tmp_path: Path, s
     os.kill(workers_of(agent)[1], signal.SIGKILL)
     result = finish(agent)
     assert result.returncode == 0, result.stderr
-    assert "going on from" in result.stdout
+    assert "resuming from" in result.stdout
     assert result.stderr.count("error: another process of the run ended or hangs (rank 1 of 2)") == 1
     assert curve(output) == curve(pair)
     for name in ("model.safetensors", "training.safetensors"):
@@ -219,7 +215,7 @@ def test_two_machines(tmp_path: Path, shards: Path, pair: Path) -> None:
     os.kill(second, signal.SIGKILL)
     results = [finish(agent) for agent in agents]
     assert [result.returncode for result in results] == [0, 0], results[0].stderr + results[1].stderr
-    assert "going on from" in results[0].stdout + results[1].stdout
+    assert "resuming from" in results[0].stdout + results[1].stdout
     assert curve(output) == curve(pair)
     assert (newest(output) / "model.safetensors").read_bytes() == (newest(pair) / "model.safetensors").read_bytes()
 
@@ -234,7 +230,7 @@ HANGS = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import pretraining
-from gptkit import batches
+from gptkit.data import batches
 
 read = batches.TrainingBatches.micro_batch
 
@@ -245,8 +241,8 @@ def waits_for_ever(self, step, micro_step):
     return read(self, step, micro_step)
 
 batches.TrainingBatches.micro_batch = waits_for_ever
-pretraining.parallel.only_main_speaks()
-pretraining.run_command(pretraining.PretrainingConfig, pretraining.run)
+pretraining.process_group.silence_other_ranks()
+pretraining.run_command(pretraining.PretrainingConfig, pretraining.launch)
 """
 
 
@@ -263,7 +259,63 @@ def test_a_process_that_hangs_is_noticed_with_its_stack(tmp_path: Path, shards: 
     assert newest(tmp_path / "out").name == "step_00000010"
 
 
-def test_an_error_is_told_once(tmp_path: Path, shards: Path) -> None:
+NESTS = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from gptkit.distributed import process_group
+from gptkit.distributed.process_group import main_process
+
+@main_process
+def inner(value):
+    return value + 1
+
+@main_process
+def outer(value):
+    ones = torch.ones(2)
+    alone = (process_group.sync_flags(False, 7.0), process_group.all_reduce_mean(ones), process_group.all_reduce_sum(ones))
+    process_group.broadcast_parameters([ones])
+    return inner(value) + inner(value), alone[0], alone[1].tolist(), alone[2].tolist(), process_group.world_size()
+
+with process_group.process_group("ddp", 20):
+    rank = process_group.rank()
+    found = outer(rank + 1)  # the main process's argument counts
+    assert found == (4, (False, (7.0,)), [1.0, 1.0], [1.0, 1.0], 2), found
+    assert process_group.all_reduce_sum(torch.tensor([1.0 + rank])).item() == 3
+    assert process_group.sync_flags(rank == 1, 3.0 + rank, 0.0) == (True, (3.0, 0.0))
+    try:
+        main_process(lambda: 1 / 0)()
+    except ZeroDivisionError:
+        assert rank == 0
+        raise
+"""
+
+
+def test_functions_of_the_main_process_nest(tmp_path: Path) -> None:
+    """Within one the main process acts alone: what it calls must not ask the others, which wait for it."""
+    script = tmp_path / "nests.py"
+    script.write_text(NESTS.format(root=str(ROOT)), "utf-8")
+    result = finish(start(torchrun(2, script=script)), timeout=60)
+    assert "ZeroDivisionError" in result.stderr  # only after all that stands before it held
+    assert "AssertionError" not in result.stderr
+
+
+def test_a_budget_of_time_ends_by_itself(tmp_path: Path, shards: Path) -> None:
+    """The main process measures the machine while the others wait, and all end on time."""
+    output = tmp_path / "out"
+    more = ("--model_size", "nano", "--budget_minutes", 0.4, "--data_dir", shards, "--output_dir", output)
+    began = time.monotonic()
+    result = finish(start(torchrun(2, *RUN[:9], "--eval_iter", 2, *more)))
+    elapsed_s = time.monotonic() - began
+    assert result.returncode == 0, result.stderr
+    assert "chosen: nano, as asked for" in result.stdout
+    assert "2 processes (ddp)" in result.stdout
+    assert 12 < elapsed_s < 50  # asked for were 24, and the start of Python comes on top
+    rates = [report["lr"] for report in curve(output)]
+    assert rates[-1] < 0.1 * max(rates)  # the schedule ended with it
+
+
+def test_an_error_is_reported_once(tmp_path: Path, shards: Path) -> None:
     """One that all meet, and one that the main process meets alone; off rank 0 nothing is said."""
     output = tmp_path / "out"
     for more, named in ((("--emb_dim", 33), "emb_dim 33"), (("--device", "mps"), "mps")):

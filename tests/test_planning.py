@@ -1,12 +1,15 @@
-"""gptkit/planning.py: how the sequences of a step are shared by another number of processes."""
+"""training/planning.py: sharing the sequences of a step, runs of a known length by a fake clock, batches by hand."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import Clock
 
 from gptkit.base.cli import UserError
-from gptkit.training.planning import Plan, resume_plan
+from gptkit.training import planning
+from gptkit.training.planning import Plan, resume_plan, sequences_per_step, steps_within
 
 MODEL = object()
 
@@ -32,7 +35,7 @@ def test_the_sequences_of_a_step_stay(
 
 
 def test_what_cannot_be_shared_equally_is_refused() -> None:
-    with pytest.raises(UserError, match=r"32 sequences a step, which 3 processes cannot share"):
+    with pytest.raises(UserError, match=r"32 sequences per step, which 3 processes cannot share"):
         Plan(MODEL, 8, 4, 1).shared_by(3)
 
 
@@ -54,3 +57,80 @@ def test_the_same_command_keeps_the_sequences_of_a_step_and_another_one_is_taken
         {"plan": old["plan"]},
     ):
         assert resume_plan(now, config, damaged) == now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(planning, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+def run(total_steps: Callable[[int], int], clock: Clock, first_step: int, step_s: Callable[[int], float]) -> list[int]:
+    """Return what total_steps returns at the start and after each step (step n takes step_s(n)), until they are done."""
+    totals = [total_steps(first_step)]
+    while first_step + len(totals) - 1 < totals[-1]:
+        clock.now += step_s(first_step + len(totals))
+        totals.append(total_steps(first_step + len(totals)))
+        assert len(totals) < 10_000
+    return totals
+
+
+@pytest.mark.parametrize("first_step", [0, 700])
+def test_even_steps_are_counted_once(first_step: int, clock: Clock) -> None:
+    totals = run(steps_within(100.0, first_step, 0.5), clock, first_step, lambda n: 0.5)
+    assert totals == [first_step + 200] * 201
+    assert clock.now == 1100.0
+
+
+@pytest.mark.parametrize("first_step", [0, 700])
+@pytest.mark.parametrize("guess_s", [0.05, 0.5, 5.0])
+def test_a_wrong_guess_is_soon_corrected(guess_s: float, first_step: int, clock: Clock) -> None:
+    totals = run(steps_within(100.0, first_step, guess_s), clock, first_step, lambda n: 0.5)
+    assert totals[0] == first_step + round(100 / guess_s)
+    errors = [abs(total - first_step - 200) for total in totals]
+    assert errors[50] <= 0.2 * errors[0]
+    assert errors[150] <= 4
+    assert errors[-1] <= 1
+    assert abs(clock.now - 1100) <= 0.5
+
+
+@pytest.mark.parametrize("slow", [0.25, 1.0, 2.0])
+def test_a_change_of_pace_on_the_way(slow: float, clock: Clock) -> None:
+    """After 100 of 200 steps others take half of the machine, or leave it: the run ends in time all the same."""
+    totals = run(steps_within(100.0, 0, 0.5), clock, 0, lambda n: 0.5 if n <= 100 else slow)
+    assert totals[100] == 200
+    assert abs(totals[-1] - (100 + 50 / slow)) <= 1
+    assert abs(clock.now - 1100) <= slow
+    assert totals[-1] == len(totals) - 1  # the last step knows that it is the last
+
+
+def test_twice_as_slow_is_half_of_what_was_left(clock: Clock) -> None:
+    """Time counts that passed between two steps, as in a report."""
+    total_steps = steps_within(100.0, 40, 1.0)
+    assert total_steps(40) == 140
+    clock.now += 19
+    assert total_steps(49) == 49 + round(81 / 2)  # 19 and the guess of 1 for ten steps
+    clock.now += 61
+    assert total_steps(79) == 79 + round(20 / (81 / 40))
+
+
+@pytest.mark.parametrize("seconds", [-5.0, 0.0, 0.4])
+def test_without_time_no_step_is_left(seconds: float, clock: Clock) -> None:
+    assert steps_within(seconds, 30, 1.0)(30) == 30
+
+
+def test_after_the_end_no_step_is_taken_back(clock: Clock) -> None:
+    total_steps = steps_within(10.0, 0, 1.0)
+    clock.now += 50
+    assert total_steps(3) == 3
+
+
+@pytest.mark.parametrize(
+    ("total_tokens", "expected"),  # 1,000 steps for a million tokens, twice as many for eight times the tokens
+    [(100, 1), (4e4, 1), (1e6, 8), (8e6, 32), (64e6, 128), (1e9, 1024)],
+)
+def test_a_batch_is_the_nearest_power_of_two(total_tokens: float, expected: int) -> None:
+    n = sequences_per_step(total_tokens, 128)
+    assert n == expected
+    assert isinstance(n, int)

@@ -1,4 +1,4 @@
-"""Command lines from dataclasses, and mistakes told in one line.
+"""Command lines from dataclasses, messages of one line for a user's mistakes, progress bars.
 
 A command's settings are the fields of one dataclass; each field becomes one flag, so that help text,
 saved config and code cannot drift apart. A user's mistake is a UserError: one line, exit code 2.
@@ -25,11 +25,11 @@ Config = TypeVar("Config")
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message names the value and the remedy."""
+    """A mistake that the user can correct. The message names the value and the remedy."""
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says, for a message of one line."""
+    """Return the first line of an error's message."""
     return str(error).strip().partition("\n")[0]
 
 
@@ -70,7 +70,7 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def parse(config_class: type[Config], arguments: Sequence[str] | None = None) -> Config:
-    """The settings that `arguments` (default: the command line) ask for.
+    """Parse `arguments` (default: the command line) into the settings.
 
     Fields may be bool, int, float, str, a Literal of strings, or one of these `| None`; or tuple[str, ...].
     Raises UserError for an unknown flag, a value of the wrong type or one out of its bounds.
@@ -115,9 +115,9 @@ def check_bounds(config: Any) -> None:
 
 
 def replace_setting(config: Config, name: str, value: str) -> Config:
-    """The settings, of which none is required, with one given anew as its flag would be; "none" where it may be left out.
+    """Return a copy of the settings with one replaced, from the text that its flag would take.
 
-    Raises UserError.
+    "none" stands for None where the flag may be left out. No field may be required. Raises UserError.
     """
     hints = typing.get_type_hints(type(config))
     if name not in hints:
@@ -149,17 +149,19 @@ def _check_bounds(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def run_command(config_class: type[Config], main: Callable[[Config], int | None]) -> NoReturn:
-    """Parse the command line, call main, and leave: with main's code, or with one line and code 2."""
+    """Parse the command line, call main, and exit: with main's code, or with one line and code 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # where the locale cannot show Japanese, a run goes on
+            stream.reconfigure(errors="backslashreplace")  # where the locale cannot show Japanese, a run continues
     try:
         code = main(parse(config_class)) or 0
-        print(end="", flush=True)  # a full disk shows here, where it can be told, and not while the interpreter ends
+        print(
+            end="", flush=True
+        )  # a full disk shows here, where it can be reported, and not while the interpreter exits
         sys.exit(code)
     except UserError as error:
         message = str(error)
-    except BrokenPipeError:  # whoever read our output has left, as `head` does
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
         _flush_or_drop_output()
         sys.exit(1)
     except OSError as error:
@@ -176,7 +178,7 @@ def run_command(config_class: type[Config], main: Callable[[Config], int | None]
 
 
 def _flush_or_drop_output() -> None:
-    """Write what standard output still holds; what cannot be written is dropped, or the interpreter's end trips on it."""
+    """Write what standard output still holds; drop what cannot be written, or the interpreter fails on it at exit."""
     try:
         print(end="", flush=True)
     except OSError:
@@ -199,29 +201,35 @@ QUIET_S = 60  # without a terminal, no silence is longer than this (or than a st
 
 
 def format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds, such as 1:02:03."""
+    """Format seconds as hours, minutes and seconds, such as 1:02:03."""
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 @contextlib.contextmanager
 def progress_bar(total: int, unit: str, what: str) -> Iterator[Callable[[int], None]]:
-    """How far something has come, on standard error: a bar on a terminal, elsewhere a line every QUIET_S and at the end.
+    """Show progress on standard error: a bar on a terminal, elsewhere a line every QUIET_S seconds and at the end.
 
-    Gives what is to be told of each number of units just done.
+    Yields a function to call with each number of units just done.
     """
-    start = said = time.monotonic()
+    start = printed_at = time.monotonic()
     n_done = 0
 
     def update(n_new: int) -> None:
-        nonlocal n_done, said
+        nonlocal n_done, printed_at
         n_done += n_new
         bar.update(n_new)
-        if bar.disable and (n_done == total or time.monotonic() - said > QUIET_S):
-            said = time.monotonic()
-            rate = n_done / max(said - start, 1e-9)
+        if bar.disable and (n_done == total or time.monotonic() - printed_at > QUIET_S):
+            printed_at = time.monotonic()
+            rate = n_done / max(printed_at - start, 1e-9)
             eta = format_duration((total - n_done) / rate)
             print(f"{n_done:,} of {total:,} {unit}s, {rate:,.1f} {unit}s/s, ETA {eta}", file=sys.stderr, flush=True)
 
     with tqdm(total=total, unit=unit, unit_scale=True, desc=what, disable=not sys.stderr.isatty()) as bar:
         yield update
+
+
+def print_line(text: str) -> None:
+    """Print a line (or several) on standard output, clear of a progress bar."""
+    tqdm.write(text, sys.stdout)
+    sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Which device to run on, in what precision, and how much memory that took."""
+"""The device to run on, the precision of its products, its memory and its random streams."""
 
 import contextlib
 import ctypes
@@ -36,7 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA, then MPS, then the CPU. Raises UserError where it is not there."""
+    """Return the device called `name`; "auto" is CUDA, then MPS, then the CPU. Raises UserError where it is missing."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -55,7 +55,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device is known to multiply bfloat16 itself; emulated it is slower than float32.
+    """Return whether the device is known to multiply bfloat16 itself; emulated it is slower than float32.
 
     NVIDIA's do from compute capability 8.0 on (Ampere; CUDA C++ Programming Guide, "Compute Capabilities"), and AMD's
     count higher. Untried and so left out: ARM's CPUs, and MPS.
@@ -63,13 +63,13 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        can: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # old versions of torch do not tell
+        can: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # old versions of torch lack it
         return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
     return False
 
 
 def choose_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
-    """The type of the matrix products; "auto" is bfloat16 where the device multiplies it, and float32 elsewhere.
+    """Return the type of the matrix products; "auto" is bfloat16 where the device multiplies it, else float32.
 
     On a CPU only in training, with what a run itself validates, whose rounding the float32 weights average out.
     inference.py and evaluate_model.py are exact there: a text must not depend on the CPU's kind.
@@ -81,18 +81,20 @@ def choose_dtype(name: str, device: torch.device, training: bool = False) -> tor
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As --dtype calls it."""
+    """Return what --dtype calls a type."""
     return str(dtype).removeprefix("torch.")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """Matrix products in `dtype`; weights and sums stay in float32. Does nothing for float32."""
+    """Compute matrix products in `dtype`; weights and sums stay in float32. Does nothing for float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def describe_device(device: torch.device) -> str:
+    """Return the device's name with its memory, or with its threads."""
+    """Return the device's name with its memory, or with its threads."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
@@ -100,7 +102,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def format_mfu(flops_per_s: float, device: torch.device, dtype: torch.dtype) -> str:
-    """The share of the device's peak, such as "45.1%" (MFU: PaLM, appendix B); n/a where its peak is not known."""
+    """Return the share of the device's peak, such as "45.1%" (MFU: PaLM, appendix B); n/a where its peak is unknown."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, tflops in BFLOAT16_TFLOPS.items():
@@ -123,7 +125,7 @@ def keep_freed_memory(device: torch.device, trim_threshold: int = NEVER) -> None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that was held so far: by tensors on a CUDA device, elsewhere by this whole process."""
+    """Return the peak memory so far: of tensors on a CUDA device, elsewhere of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux, bytes on macOS
@@ -139,14 +141,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that device or host memory ran out (the CPU allocator raises a plain RuntimeError)."""
+    """Return whether an error means that device or host memory ran out (the CPU allocator raises a RuntimeError)."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def get_rng_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of the random streams that training draws from (dropout), as uint8 tensors called random.<kind>."""
+    """Return the states of the random streams that training draws from (dropout), as uint8 tensors random.<kind>."""
     states = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -156,7 +158,7 @@ def get_rng_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_states(tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what random_states returned; others of `tensors` and states of other devices are passed over."""
+    """Set the states that get_rng_states returned; other tensors and states of other devices are ignored."""
     torch.set_rng_state(tensors["random.cpu"].cpu())
     if device.type == "cuda" and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"].cpu(), device)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, synced, then renamed."""
+"""Files and folders that are complete or not there (written under a temporary name, synced, renamed), and locks."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ LOCK_FILE = ".lock"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path` so that a reader, or a crash, sees the old file or the new one, never a part."""
+    """Write `content` to `path` so that a reader, or a crash, finds the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # of this process: another may write it too
     try:
         with open(temporary, "wb") as file:
@@ -32,23 +32,23 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as UTF-8 JSON with one trailing newline, written atomically."""
+    """Write `value` as UTF-8 JSON with one trailing newline, atomically."""
     write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which then takes the place of `folder`, whole; not where an error is raised."""
+    """Yield a new folder to write into, which then replaces `folder`; on an error, `folder` stays as it was."""
     folder = folder.resolve()
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
 
-    def clear_away() -> None:
+    def clear_leftovers() -> None:
         if old.exists() and not folder.exists():  # broken off between two renames
             os.replace(old, folder)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    clear_away()
+    clear_leftovers()
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -59,7 +59,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         os.replace(partial, folder)
         sync_folder(folder.parent)
     finally:
-        clear_away()
+        clear_leftovers()
 
 
 def sync_file(path: Path) -> None:
@@ -80,14 +80,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def signature(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
-    """What changes when a file does: path, size, time of the last change (ns), inode. Raises OSError."""
+    """Return what changes when a file does: path, size, time of the last change (ns), inode. Raises OSError."""
     found = [(path, path.stat()) for path in paths]
     return [(str(path), status.st_size, status.st_mtime_ns, status.st_ino) for path, status in found]
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Make `folder` and keep other processes out of it; a folder that was made here and stayed empty is removed.
+    """Make `folder` and lock it against other processes; one that was made here and stayed empty is removed.
 
     Raises BlockingIOError, with what the holder wrote there, where another process holds it.
     """
@@ -105,7 +105,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def acquire_lock(folder: Path) -> int:
-    """Hold `folder` by an advisory lock on its file .lock until the descriptor that is returned is closed.
+    """Lock `folder`, by an advisory lock on its file .lock, until the returned descriptor is closed.
 
     Raises BlockingIOError, with what the holder wrote there, where another process holds it.
     """
@@ -122,7 +122,7 @@ def acquire_lock(folder: Path) -> int:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds `folder`."""
+    """Return whether a process has locked `folder`."""
     try:
         with open(folder / LOCK_FILE, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -134,7 +134,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hex digits."""
+    """Return the SHA-256 of a file, as 64 hex digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -143,7 +143,7 @@ def sha256_of(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`. Raises ValueError (of which JSONDecodeError and UnicodeDecodeError are kinds)."""
+    """Return the JSON value in `path`. Raises ValueError, also as JSONDecodeError and UnicodeDecodeError."""
     try:
         return json.loads(path.read_bytes())
     except RecursionError as error:
@@ -151,4 +151,5 @@ def read_json(path: Path) -> Any:
 
 
 def as_dict(value: Any) -> dict[str, Any]:
+    """Return a value that was read from a file if it is a dict, else {}."""
     return value if isinstance(value, dict) else {}

@@ -6,7 +6,7 @@ from gptkit.base.cli import UserError
 
 
 def existing_path(path: str, flag: str) -> Path:
-    """`path`, which must exist. Raises UserError naming the path that was probably meant."""
+    """Return `path`, which must exist. Raises UserError, which names the path that was probably meant."""
     found = Path(path)
     if found.exists():
         return found
@@ -16,7 +16,7 @@ def existing_path(path: str, flag: str) -> Path:
 
 
 def hub_folder(name: str, flag: str, patterns: list[str]) -> Path:
-    """The folder that `flag` names, or where huggingface_hub keeps those files of a repository. Raises UserError."""
+    """Return the folder that a flag names, or huggingface_hub's copy of those files of a repository. Raises UserError."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
@@ -42,7 +42,7 @@ def hub_folder(name: str, flag: str, patterns: list[str]) -> Path:
 
 
 def likely_path(path: Path) -> Path | None:
-    """The existing path that differs from `path` only by leading `..`, or by a small slip in its last name."""
+    """Return the existing path that differs from `path` only by leading `..`, or by a typo in its last name."""
     if path.is_absolute():
         candidates = []
     else:

@@ -1,8 +1,8 @@
-"""A model of which each process holds a part: FSDP2 (torch.distributed.fsdp.fully_shard), and its tensors (DTensor).
+"""A model sharded over the processes: FSDP2 (torch.distributed.fsdp.fully_shard), and its tensors (DTensor).
 
-Zhao et al. 2023, "PyTorch FSDP" (arXiv 2304.11277). Parameters, gradients and the optimizer's state are cut along their
-first dimension; a block is gathered while it computes. For a model that is whole, and its tensors, each function hands
-back what it was given.
+Zhao et al. 2023, "PyTorch FSDP" (arXiv 2304.11277). Parameters, gradients and the optimizer's state are sharded along
+their first dimension; a block is gathered while it computes. For a model that is not sharded, and its tensors, each
+function returns what it was given.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from torch import distributed, nn
 
 
 def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """Leave a part of each parameter in each process of the group: gathered block by block, the rest in one go.
+    """Shard a model's parameters over the processes of the group: block by block, and the rest as one.
 
     Blocks are gathered in `dtype`, which is autocast's, and gradients are averaged in float32. The rest (embedding,
-    head, last norm) stays float32, so that the numbers are those of autocast on a whole model.
+    head, last norm) stays float32, so that the numbers are those of autocast on a full model.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -32,6 +32,7 @@ def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.dev
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP2 has sharded the model."""
     if not distributed.is_available() or not distributed.is_initialized():
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -40,7 +41,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def register_forward(model: nn.Module, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The loss by a model, on the way to which a sharded one is gathered as for its forward."""
+    """Return `loss`, which calls the model; a sharded model is gathered for it as for its own forward."""
     if not is_sharded(model):
         return loss
     from torch.distributed.fsdp import register_fsdp_forward_method
@@ -52,7 +53,7 @@ def register_forward(model: nn.Module, loss: Callable[..., torch.Tensor]) -> Cal
 
 @contextlib.contextmanager
 def unsharded(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """A sharded model whole in each process for a while, so that any of its methods may be called.
+    """Gather a sharded model in each process for a while, so that any of its methods may be called.
 
     dtype is what it was sharded with: its blocks are in it, and the products must be too.
     """
@@ -71,6 +72,7 @@ def unsharded(model: Any, dtype: torch.dtype) -> Iterator[None]:
 
 
 def is_shard(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a DTensor, of which each process holds a shard."""
     if not distributed.is_available() or not distributed.is_initialized():
         return False
     from torch.distributed.tensor import DTensor
@@ -79,12 +81,12 @@ def is_shard(tensor: torch.Tensor) -> bool:
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor; it shares its memory."""
+    """Return what this process holds of a tensor; it shares its memory."""
     return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def full_tensor(part: torch.Tensor, like: Any) -> torch.Tensor:
-    """The tensor whose parts the processes give, cut as `like` is. All processes must ask."""
+    """Return the full tensor of the processes' shards, sharded as `like` is. All processes must call this."""
     if not is_shard(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -96,12 +98,12 @@ def full_tensor(part: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def full_norm(norm: torch.Tensor) -> torch.Tensor:
-    """The norm of all parts, as clip_grad_norm_ gives it, as a plain tensor."""
+    """Return the norm over all shards, which clip_grad_norm_ returned, as a plain tensor."""
     return norm.full_tensor() if is_shard(norm) else norm  # type: ignore[attr-defined]
 
 
 def shard_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """Of a whole tensor the part that this process holds, cut as `like` is. No process asks another."""
+    """Return this process's shard of a full tensor, sharded as `like` is, without communication."""
     if not is_shard(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -110,12 +112,12 @@ def shard_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def shard_tensors(tensors: Mapping[str, torch.Tensor], like: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """part_of each tensor, by name; one that nothing is named as stays whole."""
+    """Shard each tensor as its namesake in `like` is; one without a namesake stays full."""
     return {name: shard_like(tensor, like.get(name)) for name, tensor in tensors.items()}
 
 
 def full_tensors(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """The tensors, whole; those that were parts on the CPU. None without `keep`: the process only gave its parts."""
+    """Gather sharded tensors to the CPU, and return all; {} without `keep`, where a process only gives its shards."""
     found = {}
     for name, tensor in tensors.items():
         if is_shard(tensor):  # one at a time: a device may not hold them all

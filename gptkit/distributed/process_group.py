@@ -1,15 +1,18 @@
 """Several processes as one run: torch.distributed's parts, applied to a model and its loop from outside.
 
 torchrun starts the processes and names each in RANK, LOCAL_RANK and WORLD_SIZE. Rank 0 is the main process: it alone
-touches the output folder, looks at the clock and speaks. "ddp" (Li et al. 2020, arXiv 2006.15704) keeps the whole model
-in each process; "fsdp" (FSDP2, torch.distributed.fsdp.fully_shard; Zhao et al. 2023, arXiv 2304.11277) a part of each
-matrix (gptkit/sharding.py). What steers the run goes by gloo between the CPUs, gradients and weights by NCCL where there is CUDA.
+touches the output folder, reads the clock and prints. "ddp" (Li et al. 2020, arXiv 2006.15704) keeps the full model in
+each process; "fsdp" (FSDP2, torch.distributed.fsdp.fully_shard; Zhao et al. 2023, arXiv 2304.11277) a shard of each
+matrix (gptkit/distributed/fsdp.py). Control messages go by gloo between the CPUs, gradients and weights by NCCL where
+there is CUDA.
 
-Outside of `together`, and in a single process, each function here hands back what it was given.
+Outside of `process_group`, in a single process, and within a function of the main process, each function here returns
+what it was given.
 """
 
 import contextlib
 import faulthandler
+import functools
 import itertools
 import os
 import sys
@@ -18,7 +21,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import distributed, nn
@@ -26,47 +29,52 @@ from torch import distributed, nn
 from gptkit.base.cli import UserError, first_line
 
 Kind = Literal["ddp", "fsdp"]
+P = ParamSpec("P")
 T = TypeVar("T")
 FAILED = "failed"  # in the store: how many processes met an error
-ENDED = 1  # the exit code of a process whose error another one tells
+ENDED = 1  # the exit code of a process whose error another one reports
 STACK_DUMP_SHARE = 0.9  # of the timeout: a process that hangs writes its stack before the others give up on it
 
-_store: Any = None  # what the processes tell each other outside of collectives; None outside of `together`
+_store: Any = None  # for messages outside of collectives; None outside of `process_group`
 _timeout_s = 0.0
-_turns = itertools.count()  # in which the main process acts alone
+_turns = itertools.count()  # the calls of main_process functions, numbered alike in every process
+_is_in_main_process_call = False
 
 
 class ProcessLost(Exception):
-    """Another process of the run ended without a word, or did not answer in time."""
+    """Another process of the run ended without an error message, or did not answer in time."""
 
 
-# Being together
+# Joining and leaving
 
 
 def rank() -> int:
+    """Return the number of this process, from 0."""
     return distributed.get_rank() if _store is not None else 0
 
 
 def world_size() -> int:
+    """Return the number of processes of the run."""
     return distributed.get_world_size() if _store is not None else 1
 
 
 def is_main_process() -> bool:
+    """Return whether this is rank 0."""
     return rank() == 0
 
 
 def silence_other_ranks() -> None:
-    """Off rank 0, nothing that is printed from here on comes out; errors are told by `together`."""
+    """Drop what is printed from here on, off rank 0; `process_group` reports errors all the same."""
     if int(os.environ.get("RANK", "0")):
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def process_group(kind: Kind, timeout_s: float) -> Iterator[None]:
-    """Join the processes that torchrun started, and leave them at the end; for fsdp also a process alone is a group.
+    """Join the processes that torchrun started, and leave them at the end; with fsdp a single process is a group too.
 
-    An error is told once, by the process that met it first; the others end in silence. Raises LostProcess where one
-    ended without a word, or did not answer for timeout_s; by then it has written its stack, if it still could.
+    An error is reported once, by the process that met it first; the others end silently. Raises ProcessLost where one
+    ended without an error, or did not answer for timeout_s seconds; by then it has written its stack, if it still could.
     """
     global _store, _timeout_s
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,7 +96,7 @@ def process_group(kind: Kind, timeout_s: float) -> Iterator[None]:
     _store, _timeout_s = PrefixStore("gptkit", store), timeout_s
     try:
         yield
-        on_main(lambda: None)  # a connection must not close under a process that is still at work
+        _wait_for_main()  # a connection must not close under a process that is still at work
         distributed.destroy_process_group()
     except Exception as error:
         _raise_once(error)
@@ -98,9 +106,9 @@ def process_group(kind: Kind, timeout_s: float) -> Iterator[None]:
 
 
 def _name_of_start(store: Any, own_rank: int, n_processes: int) -> str:
-    """A name that rank 0 makes up, for all processes of this start and no others.
+    """Return a name that rank 0 makes up, for all processes of this start and no others.
 
-    torchrun keeps its store when it starts processes again: what those before left there would lead the new ones astray.
+    torchrun keeps its store when it restarts processes: entries of the earlier ones would mislead the new ones.
     """
     name = uuid.uuid4().hex
     if own_rank:
@@ -112,14 +120,14 @@ def _name_of_start(store: Any, own_rank: int, n_processes: int) -> str:
         return answer
     while store.add(f"here_{name}", 0) < n_processes - 1:
         for other in range(1, n_processes):
-            if store.check([f"asked_by_{other}"]):  # perhaps by one that is no more, and later by its successor
+            if store.check([f"asked_by_{other}"]):  # perhaps by one that has ended, and later by its successor
                 store.set(f"answer_to_{store.get(f'asked_by_{other}').decode()}", name)
         time.sleep(0.01)
     return name
 
 
 def _raise_once(error: Exception) -> None:
-    """Raise what the error means if no other process told one before; else end in silence."""
+    """Raise what the error means if no other process reported one before; else exit silently."""
     texts = ("gloo", "Connection", "Timed out")  # of gloo's errors, which have no class of their own
     is_lost = isinstance(error, distributed.DistError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
@@ -137,13 +145,13 @@ def _raise_once(error: Exception) -> None:
         raise SystemExit(ENDED)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     if is_lost:
-        named = f"rank {', '.join(gone)}" if gone else "one that could not be told"
+        named = f"rank {', '.join(gone)}" if gone else "which one is unknown"
         raise ProcessLost(f"another process of the run ended or hangs ({named} of {world_size()}): {first_line(error)}")
     raise error
 
 
 def device_of_rank(name: str) -> str:
-    """What --device means here: each of several processes on a machine has a GPU of its own.
+    """Return what --device means in this process: each of several on a machine has a GPU of its own.
 
     Raises UserError where they cannot share the device that is named.
     """
@@ -157,19 +165,48 @@ def device_of_rank(name: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and has_cuda else name
 
 
-# What all must know
+# Control: what one process decides and all must know
 
 
-def on_main(function: Callable[[], T]) -> T:
-    """The result of `function`, which the main process alone calls, in every process. It may take any time."""
-    if world_size() == 1:
-        return function()
+def main_process(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that the main process alone runs: every process calls it and gets its result.
+
+    It may take any time. Such functions nest: within one the main process acts alone, so that what it calls asks no other
+    process, which waits.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _is_alone():
+            return function(*args, **kwargs)
+        return _run_on_main(functools.partial(function, *args, **kwargs))
+
+    return call
+
+
+@main_process
+def _wait_for_main() -> None:
+    """Return when the main process has come here."""
+
+
+def _is_alone() -> bool:
+    """Return whether this process has no other to ask."""
+    return world_size() == 1 or _is_in_main_process_call
+
+
+def _run_on_main(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 and return its result, which must be picklable, on all."""
+    global _is_in_main_process_call
     turn = f"turn_{next(_turns)}"
     result: list[Any] = [None]
     if is_main_process():
-        result[0] = function()
+        _is_in_main_process_call = True
+        try:
+            result[0] = function()
+        finally:
+            _is_in_main_process_call = False
         _store.set(turn, "")
-    while not _store.check([turn]):  # a collective would give up, and hear no signal
+    while not _store.check([turn]):  # a collective would time out, and hear no signal
         if _store.check([FAILED]):
             raise SystemExit(ENDED)
         time.sleep(0.02)
@@ -177,66 +214,71 @@ def on_main(function: Callable[[], T]) -> T:
     return result[0]
 
 
-def sync_flags(is_signalled: bool, n_steps: int, is_over: bool, is_late: bool) -> tuple[bool, int, bool, bool]:
-    """Once a step: whether any process was told to stop, and what else the main process says, by its clock.
+def sync_flags(is_set: bool, *values_of_main: float) -> tuple[bool, tuple[float, ...]]:
+    """Return whether `is_set` holds in any process, and the main process's values (not negative), by one collective.
 
-    From here on a process has the timeout for its next step.
+    To be called once per step: from here on a process has the timeout for its next step.
     """
-    if world_size() == 1:
-        return is_signalled, n_steps, is_over, is_late
+    if _is_alone():
+        return is_set, values_of_main
     faulthandler.dump_traceback_later(STACK_DUMP_SHARE * _timeout_s, file=2)
-    of_main = (n_steps, is_over, is_late) if is_main_process() else (0, 0, 0)
-    most = torch.tensor([is_signalled, *of_main], dtype=torch.float64)
-    distributed.all_reduce(most, distributed.ReduceOp.MAX)
-    return bool(most[0]), int(most[1]), bool(most[2]), bool(most[3])
+    values = values_of_main if is_main_process() else [0.0] * len(values_of_main)
+    highest = torch.tensor([is_set, *values], dtype=torch.float64)
+    distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+    return bool(highest[0]), tuple(highest[1:].tolist())
+
+
+# Tensors
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """The sum over the processes, in each of them."""
-    if world_size() > 1:
+    """Return the sum over the processes, in each of them."""
+    if not _is_alone():
         distributed.all_reduce(values)
     return values
 
 
 def all_reduce_mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean over the processes, in each of them."""
-    return all_reduce_sum(values) / world_size() if world_size() > 1 else values
+    """Return the mean over the processes, in each of them."""
+    return values if _is_alone() else all_reduce_sum(values) / world_size()
 
 
 def broadcast_tensors(read: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors that the main process reads, on the CPU of each process."""
-    if world_size() == 1:
+    """Return the tensors that `read` returns in the main process, on the CPU of each process."""
+    if _is_alone():
         return read()
     tensors: dict[str, torch.Tensor] = {}
 
+    @main_process
     def read_and_describe() -> dict[str, tuple[torch.Size, torch.dtype]]:
         tensors.update(read())
         return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
-    for name, (shape, dtype) in on_main(read_and_describe).items():
+    for name, (shape, dtype) in read_and_describe().items():
         tensor = tensors.setdefault(name, torch.empty(0) if is_main_process() else torch.empty(shape, dtype=dtype))
         distributed.broadcast(tensor, src=0)
     return tensors
 
 
 def broadcast_parameters(parameters: Iterable[torch.Tensor]) -> None:
-    """Overwrite parameters, which are whole in each process, by those of the main process."""
-    if world_size() > 1:
+    """Overwrite parameters, which are full in each process, by those of the main process."""
+    if not _is_alone():
         for parameter in parameters:
             distributed.broadcast(parameter.detach(), src=0)
 
 
-# Random streams: rank 0 has the one of a single process, each other its own
+# Random streams: rank 0 has that of a single process, each other rank its own
 
 
 def seed_rank(seed: int, step: int) -> None:
+    """Seed torch's random stream of a rank other than 0, for a run that begins or resumes at `step`."""
     if rank():
         torch.manual_seed(hash((seed, step, rank())) % 2**63)
 
 
 def gather_rng_states(states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """In the main process its own, and those of each rank r as NAME.r; elsewhere the process's own."""
-    if world_size() == 1:
+    """Return, in the main process, its own states and those of each rank r as NAME.r; elsewhere the process's own."""
+    if _is_alone():
         return states
     found = dict(states)
     for name, state in states.items():
@@ -247,7 +289,7 @@ def gather_rng_states(states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def select_rng_states(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of tensors that hold gathered_random_states those of this process; none where there were fewer processes."""
+    """Select this process's states from what gather_rng_states returned; {} where there were fewer processes."""
     names = ("random.cpu", "random.cuda", "random.mps")
     suffix = f".{rank()}" if rank() else ""
     return {name: tensors[name + suffix] for name in names if name + suffix in tensors}
@@ -257,7 +299,7 @@ def select_rng_states(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def wrap_ddp(model: nn.Module, loss: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
-    """ddp: the loss by a model that is whole in each process, with gradients that are means over the processes."""
+    """Wrap a loss in DistributedDataParallel, which averages gradients over the processes; each has the full model."""
     if world_size() == 1:
         return loss
     from torch.nn.parallel import DistributedDataParallel
@@ -274,7 +316,7 @@ def wrap_ddp(model: nn.Module, loss: Callable[..., torch.Tensor], device: torch.
 
 
 class _LossModule(nn.Module):
-    """A loss as DistributedDataParallel wants it: a module's forward."""
+    """A loss as the forward of a module, which DistributedDataParallel needs."""
 
     def __init__(self, model: nn.Module, loss: Callable[..., torch.Tensor]) -> None:
         super().__init__()
@@ -285,9 +327,9 @@ class _LossModule(nn.Module):
 
 
 def set_gradient_sync(loss: Callable[..., torch.Tensor], is_last: bool) -> None:
-    """Whether the next backward pass exchanges gradients. ddp's do with the last micro-step of a step only.
+    """Have the next backward pass exchange gradients, with ddp, only where it is the last micro-step of a step.
 
-    fsdp's always do: a sum of whole gradients would take the memory that sharding saves.
+    With fsdp each does: a sum of full gradients would take the memory that sharding saves.
     """
     if world_size() > 1 and isinstance(loss, nn.parallel.DistributedDataParallel):
         loss.require_backward_grad_sync = is_last

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptkit.base.files import as_dict
-from gptkit.training.run_log import as_number, read_jsonl, read_run_config
+from gptkit.training.run_log import METRICS_FILE, as_number, read_jsonl, read_run_config
 
 if TYPE_CHECKING:
     from gptkit.text.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ What it writes need not be true, and may use the offensive words of old texts.
 
 def _key_figures(run_folder: Path, step: int, model: Any, tokenizer: "Tokenizer") -> dict[str, str | None]:
     """Return the size of the model, and how long and how well it was trained up to `step`; None for unknown values."""
-    metrics = [record for record in read_jsonl(run_folder / "metrics.jsonl") if record["step"] <= step]
+    metrics = [record for record in read_jsonl(run_folder / METRICS_FILE) if record["step"] <= step]
     last = metrics[-1] if metrics else {}
     n_tokens, loss = as_number(last.get("tokens")), as_number(last.get("val_loss"))
     return {

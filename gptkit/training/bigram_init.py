@@ -1,34 +1,55 @@
-"""A start for the embedding and the head from counts of which token follows which.
+"""Initialization of the embedding and the head from the counts of token pairs (bigrams).
 
 The first thing a language model learns is the table of bigrams, and a run of an hour spends a good part of its steps
 on it. The table can be counted in a second from far more text than those steps see; here embedding and head are fitted
 to it before the first step, as the model without its blocks: logits = head · norm(embedding of the last token). Its
-blocks, which begin by adding nothing, then start where it ends. Counts are smoothed, or a small text would be learnt by
-heart: a token with n kinds of followers is taken to have been followed n times more, by any token as often as that
-token stands in the text (Witten & Bell 1991, method C).
+blocks, which begin by adding nothing, then start where this ends. Counts are smoothed, or a small text would be learnt
+by heart: a token with n kinds of followers counts as if it had been followed n times more, by each token in proportion
+to that token's share of the text (Witten & Bell 1991, method C).
 
 Shapes: R rows (tokens that others follow), V vocabulary, C channels.
 """
+
+import time
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from gptkit.data.token_shards import TokenStream
+from gptkit.distributed.process_group import main_process
 
 MAX_TOKENS = 1 << 24  # counted; more of them change frequent pairs little
 MAX_PER_ROW = 1 << 16  # followers looked at for one token
-MIN_TOKENS_PER_WORD = 100  # of text for each token of the vocabulary; of less, pairs would be learnt by heart
+MIN_TOKENS_PER_ID = 100  # of text for each id of the vocabulary; with less, pairs would be learnt by heart
+DEFAULT_STEPS = 50
 LR = 0.02
-BATCH = 1024  # tokens drawn a step, by frequency; each stands for all that is known to follow it
+BATCH = 1024  # tokens drawn per step, by frequency; each stands for all that is known to follow it
+
+
+@main_process
+def initialize_from_bigrams(model: Any, tokens: TokenStream, n_steps: int | None, seed: int) -> None:
+    """Fit embedding and head of a new model to the bigrams of `tokens`, where the head has weights of its own.
+
+    n_steps None: DEFAULT_STEPS, or none where there is too little text.
+    """
+    vocab_size = model.config.vocab_size
+    if n_steps is None:
+        n_steps = DEFAULT_STEPS if len(tokens) >= MIN_TOKENS_PER_ID * vocab_size else 0
+    if model.config.is_tied or not n_steps:
+        return
+    start = time.monotonic()
+    loss = fit_to_bigrams(tokens, model.tok_emb.weight, model.head_weight, vocab_size, n_steps, seed)
+    print(f"start: fitted to token pairs, {loss:.3f} nats per token, {time.monotonic() - start:.1f} s", flush=True)
 
 
 def fit_to_bigrams(
     tokens: TokenStream, embedding: torch.Tensor, head: torch.Tensor, vocab_size: int, n_steps: int, seed: int
 ) -> float:
-    """Fit embedding and head, each (V, C) parameters, by n_steps of Adam; the last loss in nats a token.
+    """Fit embedding and head, each (V, C) parameters, by n_steps of Adam, and return the last loss in nats per token.
 
-    Rows from vocab_size on are left alone. Draws from no random stream but its own.
+    Rows from vocab_size on are left alone. Draws only from a random stream of its own.
     """
     device = head.device
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32  # sorted by radix, in no time
@@ -55,8 +76,8 @@ def fit_to_bigrams(
             smoothed = (times + n_kinds * alone) / (len(known) + n_kinds)
             following[i] = smoothed * n_drawn[i] / BATCH
         target = torch.from_numpy(following).to(device)
-        features = F.rms_norm(embedding[torch.from_numpy(rows).to(device)], (embedding.shape[1],))  # (R, C)
-        loss = -(target * F.log_softmax(features @ head[:vocab_size].T, dim=-1)).sum()
+        hidden = F.rms_norm(embedding[torch.from_numpy(rows).to(device)], (embedding.shape[1],))  # (R, C)
+        loss = -(target * F.log_softmax(hidden @ head[:vocab_size].T, dim=-1)).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

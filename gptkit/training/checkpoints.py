@@ -1,4 +1,4 @@
-"""Checkpoints: folders `step_00000300` that hold all a run needs to go on, and all that inference needs.
+"""Checkpoints: folders `step_00000300` that hold all that a run needs to resume, and all that inference needs.
 
     model.safetensors      the weights
     training.safetensors   the optimizer's state and the random states
@@ -18,7 +18,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from gptkit.base.cli import UserError, first_line
 from gptkit.base.files import read_json, sha256_of, sync_file, sync_folder, write_atomically, write_json
 from gptkit.base.paths import existing_path
+from gptkit.distributed.process_group import main_process
 from gptkit.text.tokenizer import Tokenizer, load_saved_tokenizer
 
 FORMAT, VERSION = "gptkit-checkpoint", 2
@@ -45,7 +45,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint that must not be trusted, and why."""
+    """A checkpoint that must not be used, and why."""
 
 
 # Writing
@@ -102,63 +102,8 @@ def write_sums(folder: Path, files: list[Path]) -> None:
     write_atomically(folder / SUMS_FILE, sums.encode())
 
 
-class BackgroundSaver:
-    """Writes checkpoints beside the training, one at a time.
-
-    A save that fails leaves the ones before as they are and is a warning; `failure` then holds what went wrong, until
-    one succeeds.
-    """
-
-    def __init__(self, output_dir: Path, keep: int, say: Callable[[str], None]) -> None:
-        self.output_dir, self.keep, self.say = output_dir, keep, say
-        self.failure: str | None = None
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
-        self._future: Future[None] | None = None
-
-    def save(
-        self,
-        state: dict[str, Any],
-        model: Mapping[str, torch.Tensor],
-        training: Mapping[str, torch.Tensor],
-        tokenizer: Mapping[str, bytes],
-        then: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Copy the tensors to host memory, and return; they are written, and `then` is called, in another thread."""
-        self.wait()
-        needed = sum(tensor.nbytes for tensor in (*model.values(), *training.values())) + (1 << 20)
-        free = shutil.disk_usage(self.output_dir).free
-        if free < needed:
-            self._fail(state["step"], f"it takes {needed / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} MiB")
-            return
-        weights, rest = (
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            for tensors in (model, training)
-        )
-        write = functools.partial(save_checkpoint, self.output_dir, state, weights, rest, tokenizer, self.keep)
-        self._future = self._pool.submit(self._write, state["step"], write, then)
-
-    def _write(self, step: int, write: Callable[[], Path], then: Callable[[], None]) -> None:
-        try:
-            write()
-        except (UserError, OSError) as error:
-            self._fail(step, str(error))
-        else:
-            self.failure = None
-            then()
-
-    def _fail(self, step: int, reason: str) -> None:
-        self.failure = f"the checkpoint of step {step} could not be saved: {reason}"
-        self.say(f"warning: {self.failure}; the ones before are as they were")
-
-    def wait(self) -> None:
-        """Return when nothing is being written any more."""
-        if self._future:
-            self._future.result()
-            self._future = None
-
-
 def without_prefixes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors by the names that the bare model gives them."""
+    """Return the tensors by the names that the bare model gives them."""
     return {functools.reduce(str.removeprefix, PREFIXES * 2, name): tensor for name, tensor in tensors.items()}
 
 
@@ -172,7 +117,7 @@ def _prune(output_dir: Path, keep: int) -> None:
 
 
 def _link(link: Path, folder: Path) -> None:
-    """Point `link` at a folder beside it, where the file system has links and the name is free."""
+    """Make `link` point to a folder beside it, where the file system has links and the name is free."""
     if link.exists() and not link.is_symlink():
         return
     temporary = link.with_name(f".{link.name}.partial")
@@ -195,7 +140,7 @@ def _remove(folder: Path) -> None:
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints in a folder, verified or not, oldest step first."""
+    """Return the checkpoints in a folder, verified or not, oldest step first."""
     found = output_dir.glob("step_*") if output_dir.is_dir() else iter(())
     named = [path for path in found if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir()]
     return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
@@ -238,7 +183,7 @@ def verify(folder: Path, training: bool = True) -> None:
 
 
 def first_valid(candidates: list[Path], training: bool = True) -> Path:
-    """The first that can be trusted, with a warning for each one before it. Raises UserError where there is none."""
+    """Return the first valid one, after a warning for each one before it. Raises UserError where there is none."""
     damage = {}
     for folder in candidates:
         try:
@@ -253,14 +198,16 @@ def first_valid(candidates: list[Path], training: bool = True) -> Path:
     raise UserError(f"no checkpoint is whole ({reasons}); restore one, or remove them to begin anew")
 
 
+@main_process
 def newest_valid(output_dir: Path) -> Path | None:
-    """The newest checkpoint that can be trusted; None where there are none. Raises UserError where all are damaged."""
+    """Return the newest valid checkpoint; None where there are none. Raises UserError where all are damaged."""
     found = find_checkpoints(output_dir)
     return first_valid(found[::-1]) if found else None
 
 
+@main_process
 def set_aside_newer(checkpoint: Path) -> None:
-    """Rename the damaged ones that are newer, so that they do not count among those that are kept."""
+    """Rename the damaged ones that are newer, so that they do not count among those to keep."""
     for folder in find_checkpoints(checkpoint.parent):
         if int(folder.name.removeprefix("step_")) > int(checkpoint.name.removeprefix("step_")):
             aside = folder.with_name(f"{folder.name}.damaged")
@@ -269,7 +216,7 @@ def set_aside_newer(checkpoint: Path) -> None:
 
 
 def sort_by_val_loss(checkpoints: list[Path]) -> list[Path]:
-    """By validation loss; those of equal loss, or without one that can be read, newest first."""
+    """Sort by validation loss; those of equal loss, or without a readable one, newest first."""
 
     def val_loss(folder: Path) -> float:
         try:
@@ -282,7 +229,7 @@ def sort_by_val_loss(checkpoints: list[Path]) -> list[Path]:
 
 
 def choose_checkpoint(exp_dir: str, choice: Choice) -> Path:
-    """The checkpoint that --exp_dir means, verified: that folder itself, one in it, or one in a folder below.
+    """Return the checkpoint that --exp_dir means, verified: that folder itself, one in it, or one in a folder below.
 
     Raises UserError.
     """
@@ -325,15 +272,16 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_state_or_empty(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint that may be damaged; empty where it cannot be read."""
+    """Return state.json of a checkpoint that may be damaged; {} where it cannot be read."""
     try:
         return _read_state(folder)
     except (OSError, ValueError):
         return {}
 
 
+@main_process
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises UserError."""
+    """Return state.json of a checkpoint. Raises UserError."""
     try:
         return _read_state(folder)
     except (OSError, ValueError) as error:
@@ -341,7 +289,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, file: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """The tensors of MODEL_FILE or TRAINING_FILE. Raises UserError."""
+    """Return the tensors of MODEL_FILE or TRAINING_FILE, by name. Raises UserError."""
     try:
         return without_prefixes(load_file(folder / file, device=str(device)))
     except (OSError, SafetensorError) as error:
@@ -349,7 +297,7 @@ def read_tensors(folder: Path, file: str, device: torch.device) -> dict[str, tor
 
 
 class SkipInitialization(TorchFunctionMode):
-    """Parameters are made without first values, which would be overwritten, and cost seconds on the meta device too."""
+    """Skips the initialization of parameters that are then loaded; it takes seconds, on the meta device too."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

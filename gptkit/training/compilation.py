@@ -1,4 +1,4 @@
-"""Compile a model where that is asked for and possible, and find out what a step costs before a run starts.
+"""Compile a model where that is asked for and possible, and measure what a step costs before a run starts.
 
 Shapes: B batch, T time, C channels.
 """
@@ -16,36 +16,38 @@ from torch.utils.checkpoint import checkpoint
 
 from gptkit.base import devices
 from gptkit.base.cli import UserError, first_line
-from gptkit.distributed import fsdp, process_group
+from gptkit.distributed import fsdp
+from gptkit.distributed.process_group import main_process
 from gptkit.training.loss import linear_cross_entropy
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, each (B, T) -> mean, nats a token
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, each (B, T) -> mean, nats per token
 PARTS = ("forward", "backward")
 
 
 class BatchTooLarge(UserError):
-    """Memory ran out. smaller_batch is the micro-step to try at the same tokens a step, None where one is least."""
+    """Memory ran out. smaller_batch is the micro-step to try, None where there is none, and `flags` ask for it."""
 
     def __init__(self, batch_size: int, grad_accum_steps: int, smaller_batch: int | None, fits: bool = False) -> None:
-        self.batch_size, self.grad_accum_steps, self.smaller_batch = batch_size, grad_accum_steps, smaller_batch
+        self.smaller_batch, self.flags = smaller_batch, list[str]()
         remedy = "give a smaller --model_size or --context_length"
         if smaller_batch:
-            accum = batch_size * grad_accum_steps // smaller_batch
+            accum = batch_size * grad_accum_steps // smaller_batch  # the same tokens per step
+            self.flags = ["--batch_size", f"{smaller_batch}", "--grad_accum_steps", f"{accum}"]
             remedy = (
-                f"--batch_size {smaller_batch} --grad_accum_steps {accum} {'fits' if fits else 'takes less'}, at the same"
-                f" tokens a step (--auto_batch tries that by itself); or {remedy}"
+                f"{' '.join(self.flags)} {'fits' if fits else 'takes less'}, at the same"
+                f" tokens per step (--auto_batch tries that by itself); or {remedy}"
             )
         super().__init__(f"out of memory with --batch_size {batch_size}: {remedy}")
 
 
 def next_smaller_batch(batch_size: int) -> int | None:
-    """The largest divisor that is at most half of it."""
+    """Return the largest divisor that is at most half of batch_size."""
     return next((n for n in range(batch_size // 2, 0, -1) if batch_size % n == 0), None)
 
 
 @contextlib.contextmanager
 def oom_as_user_error(batch_size: int, grad_accum_steps: int) -> Iterator[None]:
-    """Turn an out-of-memory error of device or host into TooLarge."""
+    """Turn an out-of-memory error of device or host into BatchTooLarge."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -55,7 +57,7 @@ def oom_as_user_error(batch_size: int, grad_accum_steps: int) -> Iterator[None]:
 
 
 def find_batch_size(try_rows: Callable[[int], object], batch_size: int) -> int | None:
-    """The first of the smaller batches that does not run out of memory in try_rows(batch); None where none does."""
+    """Return the first of the smaller batches with which try_rows does not run out of memory; None where there is none."""
     smaller = next_smaller_batch(batch_size)
     while smaller:
         try:
@@ -68,18 +70,18 @@ def find_batch_size(try_rows: Callable[[int], object], batch_size: int) -> int |
     return None
 
 
-def make_loss(model: Any, features: Callable[[torch.Tensor], torch.Tensor], vocab_size: int) -> Loss:
-    """The loss of a model whose `features`, (B, T) -> (B, T, C), may be compiled, by its head_weight."""
+def make_loss(model: Any, hidden_states: Callable[[torch.Tensor], torch.Tensor], vocab_size: int) -> Loss:
+    """Return the loss of a model; its `hidden_states`, (B, T) -> (B, T, C), may be compiled."""
     return fsdp.register_forward(
         model,
-        lambda inputs, targets: linear_cross_entropy(features(inputs), model.head_weight, targets, vocab_size),
+        lambda inputs, targets: linear_cross_entropy(hidden_states(inputs), model.head_weight, targets, vocab_size),
     )
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
-    """Have each block keep its input alone, and compute the rest again in the backward pass (Chen et al. 2016).
+    """Have each block keep only its input, and compute the rest again in the backward pass (Chen et al. 2016).
 
-    It costs a third of the arithmetic of a step. Random numbers of dropout are drawn again as they were.
+    It costs a third more arithmetic per step. The random numbers of dropout are drawn again as they were.
     """
     for block in blocks:
         block.forward = functools.partial(_checkpointed, block.forward)  # type: ignore[method-assign]
@@ -99,7 +101,7 @@ def compile_and_time(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Loss, dict[str, float]]:
-    """The loss by the model, compiled by torch.compile or as it is, and the seconds of each of PARTS of a micro-step.
+    """Return the model's loss, compiled or not, and the seconds of each of PARTS of a micro-step.
 
     A failure to compile is a warning. Changes neither weights nor random streams.
     """
@@ -127,21 +129,25 @@ def compile_and_time(
             if devices.is_out_of_memory(error):
                 raise
             print(
-                f"warning: --compile failed ({type(error).__name__}: {first_line(error)}); going on without",
+                f"warning: --compile failed ({type(error).__name__}: {first_line(error)}); continuing without",
                 file=sys.stderr,
             )
     parts_s = micro_step_s(chosen)
-    if process_group.on_main(lambda: sum(parts_s) < 5):  # the first one also warms up; a long one is measure enough
+    if _is_short(sum(parts_s)):  # the first one also warms up; a long one is measured well enough
         parts_s = min((micro_step_s(chosen) for _ in range(3)), key=sum)
     devices.set_rng_states(states, device)
     return chosen, dict(zip(PARTS, parts_s, strict=True))
 
 
-def time_optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    """The seconds one step of a new optimizer takes; the weights are put back, and its state is cleared.
+@main_process
+def _is_short(seconds: float) -> bool:
+    """Decide for all processes, whose clocks differ, whether a micro-step is quick enough to be timed again."""
+    return seconds < 5
 
-    For an optimizer that has made no step yet.
-    """
+
+def time_optimizer_step(model: nn.Module, build: Callable[[], torch.optim.Optimizer], device: torch.device) -> float:
+    """Return the seconds of one step of a new optimizer, which is thrown away; the weights are put back."""
+    optimizer = build()
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     for _ in range(2):  # the first one also makes the state
         for parameter in model.parameters():
@@ -152,7 +158,6 @@ def time_optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, devi
         devices.synchronize(device)
         seconds = time.monotonic() - start
     optimizer.zero_grad(set_to_none=True)
-    optimizer.state.clear()
     with torch.no_grad():
         for parameter, weight in zip(model.parameters(), weights, strict=True):
             parameter.copy_(weight)

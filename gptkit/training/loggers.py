@@ -1,7 +1,7 @@
-"""Loggers: where reports and samples are shown beside the output folder's own files. None of them is required.
+"""Loggers: where reports and samples are shown beside the output folder's own files. None is required.
 
 TensorBoard, Weights & Biases and trackio, each imported only when it is asked for. They show what metrics.jsonl and
-samples.jsonl keep anyway, so a logger that fails is a warning, and the run goes on without it.
+samples.jsonl keep anyway, so a logger that fails is a warning, and continuing without it.
 """
 
 import html
@@ -20,11 +20,11 @@ PROJECT = "gptkit"  # of wandb and trackio, unless WANDB_PROJECT or TRACKIO_PROJ
 WANDB_TIMEOUTS_S = {
     "WANDB_INIT_TIMEOUT": "30",
     "WANDB_FINISH_TIMEOUT": "600",
-}  # without a network it would try on and on
+}  # without a network it would retry without end
 
 
 def import_logger(name: str, output_dir: Path) -> None:
-    """Raises UserError where the package of that logger is missing."""
+    """Import the package of a logger. Raises UserError where it is missing."""
     if name == "none":
         return
     os.environ.setdefault("TRACKIO_DIR", str(output_dir.resolve() / "trackio"))  # read when trackio is imported
@@ -35,10 +35,10 @@ def import_logger(name: str, output_dir: Path) -> None:
 
 
 def open_logger(name: str, output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Logger:
-    """The logger of that name, to be told of the steps after first_step.
+    """Open the logger of that name for the steps after first_step.
 
-    Where that is not 0, it goes on with what an earlier session showed. To be opened before the files of the output
-    folder are cut to first_step: they tell what that was.
+    Where that is not 0, it continues what an earlier session showed. To be opened before the files of the output folder
+    are truncated to first_step: they hold what that was.
     """
     if name == "none":
         return Logger()
@@ -51,7 +51,7 @@ def open_logger(name: str, output_dir: Path, first_step: int, settings: Mapping[
 
 
 def ignore_failures(name: str, logger: Logger) -> Logger:
-    """The logger until it fails, which is one warning; then nothing."""
+    """Wrap a logger: when it fails there is one warning, and it is not called again."""
     failed = False
 
     def guard(call: Callable[..., None]) -> Callable[..., None]:
@@ -71,25 +71,25 @@ def ignore_failures(name: str, logger: Logger) -> Logger:
 
 def _warn(name: str, error: Exception) -> None:
     reason = " ".join(str(error).split()) or type(error).__name__
-    print(f"warning: --logger {name} failed ({reason}); the run goes on without it", file=sys.stderr, flush=True)
+    print(f"warning: --logger {name} failed ({reason}); continuing without it", file=sys.stderr, flush=True)
 
 
 def skip_repeated_steps(logger: Logger, output_dir: Path, first_step: int) -> Logger:
-    """The logger, for one that takes nothing back: what is done again, from first_step or after a divergence, is left out.
+    """Wrap a logger that cannot take anything back: steps done again, after a resume or a rollback, are skipped.
 
-    It shows those steps as they were first.
+    It shows those steps as they were the first time.
     """
 
     def once(call: Callable[[int, Any], None], file: str) -> Callable[[int, Any], None]:
         shown = max((line["step"] for line in read_jsonl(output_dir / file)), default=0) if first_step else 0
 
-        def told(step: int, what: Any) -> None:
+        def call_once(step: int, what: Any) -> None:
             nonlocal shown
             if step > shown:
                 shown = step
                 call(step, what)
 
-        return told
+        return call_once
 
     return Logger(
         report=once(logger.report, "metrics.jsonl"),
@@ -102,7 +102,7 @@ def _tensorboard(output_dir: Path, first_step: int, settings: Mapping[str, Any])
     from torch.utils.tensorboard import SummaryWriter
 
     def open_after(step: int) -> Any:
-        """A writer that takes back what was shown of later steps; TensorBoard obeys no first one, so each says it."""
+        """Open a writer that drops what was shown of later steps; TensorBoard ignores a purge_step of None."""
         return SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
 
     writer = open_after(first_step)
@@ -116,7 +116,7 @@ def _tensorboard(output_dir: Path, first_step: int, settings: Mapping[str, Any])
         writer.add_text("sample", text.replace("\n", "  \n"), step)  # Markdown, where two spaces make a line end
         writer.flush()
 
-    def go_back_to(step: int) -> None:
+    def roll_back(step: int) -> None:
         nonlocal writer
         writer.close()
         writer = open_after(step)
@@ -124,7 +124,7 @@ def _tensorboard(output_dir: Path, first_step: int, settings: Mapping[str, Any])
     def close() -> None:
         writer.close()
 
-    return Logger(report, sample, go_back_to, close)
+    return Logger(report, sample, roll_back, close)
 
 
 def _wandb(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Logger:
@@ -171,7 +171,7 @@ def _wandb(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Lo
 
 
 def _wandb_id(output_dir: Path) -> str | None:
-    """The id of the run that the newest folder there is of: wandb/run-20260102_030405-ID or offline-run-…-ID."""
+    """Return the id of the run in the newest of wandb's folders: wandb/run-20260102_030405-ID or offline-run-…-ID."""
     found = [re.fullmatch(r"(?:offline-)?run-(\d{8}_\d{6})-(.+)", path.name) for path in output_dir.glob("wandb/*")]
     return max(((match[1], match[2]) for match in found if match), default=(None, None))[1]
 
@@ -198,6 +198,6 @@ def _trackio(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> 
 
 
 def _trackio_name(output_dir: Path) -> str:
-    """The run's name and when it began: trackio knows a run by its name alone, and another exp001 may be there."""
+    """Return the run's name and its start time: trackio knows a run by its name, and there may be another exp001."""
     began = [session.get("time") for session in read_jsonl(output_dir / "sessions.jsonl") if session["step"] == 0]
     return " ".join([run_name(output_dir), *map(str, began[-1:])])

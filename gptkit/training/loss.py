@@ -7,26 +7,26 @@ from typing import Any
 
 import torch
 
-# Of logits held at once: what a cache, or a GPU, has room for. More tokens than CHUNK_ROWS gain nothing, and with a
-# small vocabulary fewer bytes stay nearer.
+# The logits in memory at a time: what a cache, or a GPU, has room for. More tokens than CHUNK_ROWS gain nothing, and
+# with a small vocabulary fewer bytes stay in a nearer cache.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**31, "mps": 2**29}
 CHUNK_ROWS = {"cpu": 512}
 
 
 def linear_cross_entropy(
-    features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
-    """Mean cross-entropy in nats a token of the logits features @ weight.T, of which only a chunk is held at a time.
+    """Return the mean cross-entropy, in nats per token, of the logits hidden @ weight.T, computed a chunk at a time.
 
-    features (…, C), weight (V, C), targets (…) int64 -> scalar float32. Columns from vocab_size on are padding. The
+    hidden (…, C), weight (V, C), targets (…) int64 -> scalar float32. Columns from vocab_size on are padding. The
     gradients are computed on the way forward, while a chunk's probabilities are at hand (as in Liger Kernel's fused
     linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989, section 3.2). Under autocast the products are in its type.
     """
-    kind = features.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
         loss: torch.Tensor = _LinearCrossEntropy.apply(
-            features.flatten(0, -2), weight, targets.flatten(), vocab_size, dtype, torch.is_grad_enabled()
+            hidden.flatten(0, -2), weight, targets.flatten(), vocab_size, dtype, torch.is_grad_enabled()
         )
     return loss
 
@@ -35,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        features: torch.Tensor,  # (N, C)
+        hidden: torch.Tensor,  # (N, C)
         weight: torch.Tensor,  # (V, C)
         targets: torch.Tensor,  # (N,)
         vocab_size: int,
@@ -43,15 +43,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with_gradients: bool,
     ) -> torch.Tensor:
         n_tokens, n_words = len(targets), len(weight)
-        kind = features.device.type
+        kind = hidden.device.type
         most = min(CHUNK_ROWS.get(kind, n_tokens), n_tokens)
         n_rows = min(max(CHUNK_BYTES.get(kind, 2**29) // (4 * n_words), 64), most)
-        rows, columns = features.to(dtype), weight.to(dtype)
-        grad_features = torch.empty_like(features) if with_gradients else features.new_empty(0)
+        rows, columns = hidden.to(dtype), weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if with_gradients else hidden.new_empty(0)
         grad_weight = torch.zeros_like(weight) if with_gradients else weight.new_empty(0)
-        total = torch.zeros((), device=features.device)
-        logits = torch.empty(n_rows, n_words, dtype=dtype, device=features.device)
-        log_p = torch.empty(n_rows, n_words, device=features.device)
+        total = torch.zeros((), device=hidden.device)
+        logits = torch.empty(n_rows, n_words, dtype=dtype, device=hidden.device)
+        log_p = torch.empty(n_rows, n_words, device=hidden.device)
         for first in range(0, n_tokens, n_rows):
             part, wanted = rows[first : first + n_rows], targets[first : first + n_rows, None]
             n = len(part)
@@ -64,15 +64,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = log_p[:n].exp_()  # of the summed loss by the logits: the probabilities, less 1 at the target
             grad.scatter_add_(1, wanted, grad.new_full((n, 1), -1.0))
             grad = grad.to(dtype)
-            grad_features[first : first + n_rows] = grad @ columns
+            grad_hidden[first : first + n_rows] = grad @ columns
             if dtype == weight.dtype:
                 grad_weight.addmm_(grad.T, part)
             else:
                 grad_weight += grad.T @ part
-        ctx.save_for_backward(grad_features.div_(n_tokens), grad_weight.div_(n_tokens))
+        ctx.save_for_backward(grad_hidden.div_(n_tokens), grad_weight.div_(n_tokens))
         return total / n_tokens
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        grad_features, grad_weight = ctx.saved_tensors
-        return grad_features.mul_(grad_outputs[0]), grad_weight.mul_(grad_outputs[0]), None, None, None, None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden.mul_(grad_outputs[0]), grad_weight.mul_(grad_outputs[0]), None, None, None, None

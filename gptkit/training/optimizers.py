@@ -1,29 +1,32 @@
-"""Optimizers over the parameters of a GPT, and their state as plain tensors.
+"""Optimizers over the parameters of a GPT, in a registry, and their state as plain tensors.
 
 AdamW: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization". Muon: Jordan et al. 2024, "Muon: An optimizer
 for hidden layers in neural networks" (kellerjordan.github.io/posts/muon). GaLore: Zhao et al. 2024, "GaLore:
 Memory-Efficient LLM Training by Gradient Low-Rank Projection" (arXiv 2403.03507), by its authors' galore-torch.
 
-A model is a module with the property head_weight, the matrix of its last product. Its block matrices are the weights
-of its other linear layers.
+To add one, add an entry to OPTIMIZERS: nothing else names an optimizer. A model is a module with the property
+head_weight, the matrix of its output head. Its block matrices are the weights of its other linear layers.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from gptkit.base.cli import UserError
 from gptkit.distributed.fsdp import full_tensor, local_shard, shard_like
-from gptkit.training.schedules import OptimizerName
+
+Optimizer = torch.optim.Optimizer
+Group = dict[str, Any]  # one of Optimizer.param_groups
 
 BETAS = (0.9, 0.95)  # GPT-3 (Brown et al. 2020), appendix B
 EPS = 1e-8
 MUON_MOMENTUM = 0.95
 HEAD_SHARE, VECTOR_SHARE = 0.2, 0.25  # of --adam_lr: the best tried (benchmarks/README.md)
-# What each of Muon's steps multiplies singular values by, p + q s^2 + r s^4, step by step: Amsel et al. 2025, "The Polar
+# The factors p + q s^2 + r s^4 by which Muon's steps multiply a singular value s, step by step: Amsel et al. 2025, "The Polar
 # Express" (arXiv 2505.16932), algorithm 1's table for singular values from 1e-3 to 1.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -35,72 +38,119 @@ POLAR_EXPRESS = (
 SAFETY = 1.01
 # GaLore's setting for 60M to 130M parameters (table 2 and appendix C; its README's scale).
 GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-def import_galore() -> Any:
-    """The optional package galore_torch. Raises UserError where it is not installed."""
-    try:
-        import galore_torch
-    except ImportError as error:
-        raise UserError(f"--optimizer galore_adamw needs galore-torch ({error}); pip install galore-torch")
-    return galore_torch
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What a run has to know about an optimizer."""
+
+    build: Callable[["Parameters", "Rates", torch.dtype], Optimizer]  # dtype: of the matrix products of its step
+    default_lr: float  # peak learning rate
+    warmup_share: float  # of the steps of a run
+    n_moments: int  # tensors of a parameter's size in its state, at least: for the estimate of memory
+    state_keys: Callable[[Group], tuple[str, ...]]  # the names of a parameter's state tensors, by its group
+    needs_full_matrices: bool = False  # its step cannot be computed on shards of them
+    require_package: Callable[[], object] = lambda: None  # raises UserError where its package is missing
+    to_tensor: Callable[[str, Any], torch.Tensor] = lambda key, value: torch.as_tensor(value)
+    from_tensor: Callable[[str, torch.Tensor, Group], Any] = lambda key, tensor, group: tensor
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A model's parameters by their role; each is in exactly one of these."""
+
+    blocks: list[nn.Parameter]  # the matrices of the blocks
+    embeddings: list[nn.Parameter]  # embeddings and head
+    head: nn.Parameter  # which is an embedding too where it is tied
+    vectors: list[nn.Parameter]  # biases and norms
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Parameters":
+        """Sort the parameters of a model."""
+        head = cast(nn.Parameter, model.head_weight)
+        linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - {id(head)}
+        blocks = [parameter for parameter in model.parameters() if id(parameter) in linear]
+        embeddings = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in linear]
+        return cls(blocks, embeddings, head, [p for p in model.parameters() if p.dim() < 2])
+
+    @property
+    def may_fuse(self) -> bool:
+        """Return whether torch has a fused AdamW for their device."""
+        return self.blocks[0].device.type in ("cuda", "cpu")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The hyperparameters of a run's optimizer."""
+
+    lr: float  # peak
+    adam_lr: float  # peak of the embedding, for an optimizer of matrices alone
+    weight_decay: float
 
 
 def build_optimizer(
     model: nn.Module,
-    name: OptimizerName,
+    name: str,
     lr: float,
     adam_lr: float,
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
-) -> torch.optim.Optimizer:
-    """An optimizer each of whose groups has its "peak_lr"; every parameter is in exactly one of them.
+) -> Optimizer:
+    """Build the optimizer called `name` over a model; each of its groups has its "peak_lr".
 
-    adamw: all parameters at `lr`; matrices decay, biases and norms do not. muon: block matrices take Muon's steps at
-    `lr`, by matrix products in `dtype`, and decay; the rest takes AdamW's, embeddings at `adam_lr`, head, biases and
-    norms at shares of it, and does not decay. galore_adamw: block matrices take their steps in a subspace, the rest
-    plain AdamW steps, all at `lr`, and nothing decays, as in the paper. Raises UserError where galore-torch is not
-    installed.
+    lr and adam_lr are peak rates. Raises UserError where its package is not installed.
     """
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - {id(model.head_weight)}
-    blocks = [parameter for parameter in model.parameters() if id(parameter) in linear]
-    embeddings = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in linear]
-    head, other = model.head_weight, [p for p in embeddings if p is not model.head_weight]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    decayed, plain = {"weight_decay": weight_decay, "peak_lr": lr}, {"weight_decay": 0.0, "peak_lr": lr}
-    fused = blocks[0].device.type in ("cuda", "cpu")
-    optimizer: torch.optim.Optimizer
-    if name == "adamw":
-        groups: list[dict[str, Any]] = [{"params": blocks + embeddings, **decayed}, {"params": vectors, **plain}]
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=fused)
-    elif name == "muon":
-        groups = [{"params": blocks, **decayed, "muon": True}]
-        for share, parameters in ((HEAD_SHARE, [head]), (1.0, other), (VECTOR_SHARE, vectors)):
-            groups += [{"params": parameters, **plain, "peak_lr": share * adam_lr, "muon": False}]
-        optimizer = MuonAdamW(groups, dtype, lr=lr, betas=BETAS, eps=EPS, fused=fused)
-    else:
-        groups = [{"params": blocks, **plain, **GALORE}, {"params": embeddings + vectors, **plain}]
-        optimizer = import_galore().GaLoreAdamW(groups, lr=lr, betas=BETAS, eps=EPS, no_deprecation_warning=True)
-        for parameter in blocks:
-            optimizer.state[parameter]["projector"] = _projector(optimizer.param_groups[0])
+    spec = OPTIMIZERS[name]
+    optimizer = spec.build(Parameters.of(model), Rates(lr, adam_lr, weight_decay), dtype)
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    cast(Any, optimizer).spec = spec
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Set each group's rate to `share` (0 … 1) of its peak."""
+def set_learning_rate(optimizer: Optimizer, multiplier: float) -> None:
+    """Set each group's learning rate to `multiplier` (0 … 1) times its peak."""
     for group in optimizer.param_groups:
-        group["lr"] = share * group["peak_lr"]
+        group["lr"] = multiplier * group["peak_lr"]
+
+
+# AdamW
+
+
+def _build_adamw(parameters: Parameters, rates: Rates, dtype: torch.dtype) -> Optimizer:
+    """Build AdamW for all parameters: matrices decay, biases and norms do not."""
+    groups = [
+        {"params": parameters.blocks + parameters.embeddings, "weight_decay": rates.weight_decay, "peak_lr": rates.lr},
+        {"params": parameters.vectors, "weight_decay": 0.0, "peak_lr": rates.lr},
+    ]
+    return torch.optim.AdamW(groups, lr=rates.lr, betas=BETAS, eps=EPS, fused=parameters.may_fuse)
+
+
+# Muon
+
+
+def _build_muon(parameters: Parameters, rates: Rates, dtype: torch.dtype) -> Optimizer:
+    """Build Muon for the block matrices, which decay, beside AdamW for the rest, which does not.
+
+    Embeddings have the peak rate adam_lr; head, biases and norms have shares of it.
+    """
+    groups: list[Group] = [
+        {"params": parameters.blocks, "weight_decay": rates.weight_decay, "peak_lr": rates.lr, "muon": True}
+    ]
+    embeddings = [p for p in parameters.embeddings if p is not parameters.head]
+    for share, members in ((HEAD_SHARE, [parameters.head]), (1.0, embeddings), (VECTOR_SHARE, parameters.vectors)):
+        groups += [{"params": members, "weight_decay": 0.0, "peak_lr": share * rates.adam_lr, "muon": False}]
+    return MuonAdamW(groups, dtype, lr=rates.lr, betas=BETAS, eps=EPS, fused=parameters.may_fuse)
 
 
 class MuonAdamW(torch.optim.AdamW):
     """Muon for the groups with muon=True, AdamW for the others.
 
-    Muon's step is the momentum's nearest orthogonal matrix, so that each direction moves as far as any other. Its size
-    is sqrt(max(1, rows / columns)), as in the authors' code: the same change of each output's root mean square.
+    Muon's step is the orthogonal matrix nearest to the momentum, so that each direction moves as far as any other. Its
+    size is sqrt(max(1, rows / columns)), as in the authors' code: the same change of each output's root mean square.
     torch.optim.Muon is not used because it iterates in bfloat16, also where the hardware only emulates it; here it is
-    `dtype`. Of a sharded matrix each process keeps its part of the momentum, and computes the step of the whole matrix.
+    `dtype`. Of a sharded matrix each process keeps its shard of the momentum, and computes the step of the full matrix.
     """
 
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **options: Any) -> None:
@@ -109,12 +159,13 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all parameters; those of Muon's groups lose their gradient."""
         for group in self.param_groups:
             if group["muon"]:
                 self._muon_step(group)
         super().step()  # passes over parameters without a gradient
 
-    def _muon_step(self, group: dict[str, Any]) -> None:
+    def _muon_step(self, group: Group) -> None:
         by_shape = defaultdict(list)
         for parameter in group["params"]:
             by_shape[parameter.shape].append(parameter)
@@ -136,9 +187,10 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """For each matrix U S V^T of (n, rows, columns) about U V^T: singular values from 1/1000 of the norm up come near 1.
+    """Return about U V^T for each matrix U S V^T: (n, rows, columns) -> (n, rows, columns).
 
-    Newton-Schulz steps, their products in `dtype`; in bfloat16 values below 1/100 drown in its rounding.
+    Singular values from 1/1000 of the norm up come near 1, by Newton-Schulz steps with products in `dtype`; in bfloat16
+    those below 1/100 are lost in its rounding.
     """
     x = matrices.to(dtype)
     tall = x.size(-2) > x.size(-1)
@@ -153,11 +205,38 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def _projector(group: Mapping[str, Any]) -> Any:
-    """GaLore's projector with its basis laid out row by row, as a file gives it back.
+# GaLore
 
-    The SVD's result is laid out by columns, and a product over another layout rounds otherwise: a resumed run would
-    drift from one that was never stopped.
+
+def import_galore() -> Any:
+    """Import the optional package galore_torch. Raises UserError where it is not installed."""
+    try:
+        import galore_torch
+    except ImportError as error:
+        raise UserError(f"--optimizer galore_adamw needs galore-torch ({error}); pip install galore-torch")
+    return galore_torch
+
+
+def _build_galore(parameters: Parameters, rates: Rates, dtype: torch.dtype) -> Optimizer:
+    """Build GaLore for the block matrices beside plain AdamW for the rest; nothing decays, as in the paper."""
+    plain = {"weight_decay": 0.0, "peak_lr": rates.lr}
+    groups = [
+        {"params": parameters.blocks, **plain, **GALORE},
+        {"params": parameters.embeddings + parameters.vectors, **plain},
+    ]
+    optimizer: Optimizer = import_galore().GaLoreAdamW(
+        groups, lr=rates.lr, betas=BETAS, eps=EPS, no_deprecation_warning=True
+    )
+    for parameter in parameters.blocks:
+        optimizer.state[parameter]["projector"] = _projector(optimizer.param_groups[0])
+    return optimizer
+
+
+def _projector(group: Group) -> Any:
+    """Make GaLore's projector, but with a row-major basis, as it comes back from a file.
+
+    The SVD's result is column-major, and a product over another layout rounds differently: a resumed run would drift
+    from one that was never stopped.
     """
     from galore_torch.galore_projector import GaLoreProjector
 
@@ -171,36 +250,76 @@ def _projector(group: Mapping[str, Any]) -> Any:
     return RowMajorProjector(**{key: group[key] for key in GALORE})
 
 
-def _parameters_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[nn.Parameter, dict]]:
+def _galore_to_tensor(key: str, value: Any) -> torch.Tensor:
+    """Return an entry of GaLore's state as a tensor: a projector's settings stand in the group, its basis is the state."""
+    return value.ortho_matrix.contiguous() if key == "projector" else torch.as_tensor(value)
+
+
+def _galore_from_tensor(key: str, tensor: torch.Tensor, group: Group) -> Any:
+    """Return what _galore_to_tensor made a tensor of."""
+    if key == "step":
+        return int(tensor)
+    if key != "projector":
+        return tensor
+    projector = _projector(group)
+    projector.ortho_matrix = tensor
+    return projector
+
+
+# The registry, by the name that --optimizer takes
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "muon": OptimizerSpec(
+        _build_muon,
+        default_lr=0.02,
+        warmup_share=0.02,
+        n_moments=1,
+        state_keys=lambda group: ("momentum",) if group["muon"] else ADAM_STATE,
+    ),
+    "adamw": OptimizerSpec(
+        _build_adamw, default_lr=6e-4, warmup_share=0.05, n_moments=2, state_keys=lambda group: ADAM_STATE
+    ),
+    "galore_adamw": OptimizerSpec(
+        _build_galore,
+        default_lr=5e-3,
+        warmup_share=0.05,
+        n_moments=2,
+        state_keys=lambda group: (*ADAM_STATE, "projector") if "rank" in group else ADAM_STATE,
+        needs_full_matrices=True,
+        require_package=import_galore,
+        to_tensor=_galore_to_tensor,
+        from_tensor=_galore_from_tensor,
+    ),
+}
+
+
+# State as tensors
+
+
+def _named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, tuple[nn.Parameter, Group]]:
+    """Return each parameter of the optimizer, with its group, by its name in the model."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as tensors named `exp_avg.<parameter>` and the like; its settings are not part of it."""
-    tensors = {}
-    for name, (parameter, _) in _parameters_by_name(model, optimizer).items():
-        for key, value in optimizer.state[parameter].items():
-            if key == "projector":  # a GaLoreProjector: its settings stand in the group, its basis is the state
-                value = value.ortho_matrix
-            tensors[f"{key}.{name}"] = value.contiguous() if isinstance(value, torch.Tensor) else torch.tensor(value)
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Return the optimizer's state as tensors named `exp_avg.<parameter>` and the like, without its settings."""
+    spec: OptimizerSpec = cast(Any, optimizer).spec
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (parameter, group) in _named_parameters(model, optimizer).items():
+        state = optimizer.state[parameter]
+        assert state.keys() <= set(spec.state_keys(group)), f"{sorted(state)} are not the optimizer's state_keys"
+        tensors |= {f"{key}.{name}": spec.to_tensor(key, value).contiguous() for key, value in state.items()}
     return tensors
 
 
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Put back what optimizer_tensors returned, onto the devices of the parameters. Raises KeyError."""
-    galore = "rank" in optimizer.param_groups[0]
-    for name, (parameter, group) in _parameters_by_name(model, optimizer).items():
-        keys = ("momentum",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
-        state: dict[str, Any] = {
-            key: shard_like(tensors[f"{key}.{name}"].to(parameter.device), like=parameter) for key in keys
-        }
-        if not group.get("muon"):
-            step = tensors[f"step.{name}"]
-            state["step"] = int(step) if galore else step.to(parameter.device)
-        if "rank" in group:
-            state["projector"] = _projector(group)
-            state["projector"].ortho_matrix = tensors[f"projector.{name}"].to(parameter.device)
+def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Load what optimizer_tensors returned, onto the devices of the parameters. Raises KeyError where one is missing."""
+    spec: OptimizerSpec = cast(Any, optimizer).spec
+    for name, (parameter, group) in _named_parameters(model, optimizer).items():
+        state = {}
+        for key in spec.state_keys(group):
+            tensor = tensors[f"{key}.{name}"].to(parameter.device)
+            tensor = shard_like(tensor, like=parameter) if tensor.shape == parameter.shape else tensor
+            state[key] = spec.from_tensor(key, tensor, group)
         optimizer.state[parameter] = state

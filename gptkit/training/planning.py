@@ -1,16 +1,26 @@
-"""What to train for how long: the model, the batch and the number of steps that fit a time.
+"""What a run trains: its model and its batch, as asked for or, with a budget of time, as this machine allows.
 
-Leaves to others the measuring; what stands here is arithmetic.
+A model is known here by its dimensions (a dataclass) and by a factory that builds it of them.
 """
 
 import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from gptkit.base import devices
 from gptkit.base.cli import UserError, format_duration
+from gptkit.base.files import as_dict
+from gptkit.distributed.process_group import main_process, world_size
+from gptkit.text.tokenizer import Tokenizer
+from gptkit.training.compilation import compile_and_time, time_optimizer_step
+from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, configure_optimizer
 
 # Of the models tried on one core of a CPU for 2.5 minutes, the best ones saw 1.5 to 2.7 tokens for each parameter of
 # their blocks (benchmarks/README.md). Hoffmann et al. 2022 found 20 where the whole model counts and the
@@ -20,12 +30,196 @@ TOKENS_PER_PARAMETER = 2.0
 # cube root of the tokens grows, so that batch and steps both grow. Only the first was measured (benchmarks/README.md).
 STEPS, STEPS_TOKENS, STEPS_POWER = 1000, 1e6, 1 / 3
 CLOSING_S = 3.0  # of a budget: the last evaluation, sample, checkpoint and curve
+MIN_TRAINING_S = 5.0  # of a budget that must be left when training begins
+MICRO_STEP_TOKENS = {"cpu": 4096, "cuda": 32_768}  # with a budget: the most tokens in one pass through the model
+# What a checkpoint's run must share with the one that resumes it, and what a message calls it.
+IDENTITY = {
+    "model": "model (--model_size and the dimensions)",
+    "tokenizer": "tokenizer (--tokenizer and its name or path)",
+    "tokens": "text (--data_dir)",
+    "sequences_per_step": "number of sequences per step (--batch_size times --grad_accum_steps times processes)",
+    "optimizer": "--optimizer",
+    "seed": "--seed",
+    "val_fraction": "--val_fraction",
+    "init_from": "--init_from",
+}
+UNPRINTED = ("model", "tokenizer", "tokens")  # too long to print
+# What may change within a run, and changes its result.
+RECIPE = ("lr", "adam_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "dtype")
+LENGTH = ("n_epochs", "max_tokens", "max_steps", "budget_minutes")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The model of a run, by its dimensions (a dataclass), and its batch."""
+
+    model: Any
+    batch_size: int  # sequences per process per micro-step
+    grad_accum_steps: int
+    n_processes: int = 1
+
+    @property
+    def batch(self) -> dict[str, int]:
+        """Return how a step's sequences are split, as a checkpoint keeps it."""
+        names = ("batch_size", "grad_accum_steps", "n_processes")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Return the sequences of one optimizer step."""
+        return self.batch_size * self.grad_accum_steps * self.n_processes
+
+    def identity(self) -> dict[str, Any]:
+        """Return what stays the same within a run: the number of sequences per step, but not how they are split."""
+        return {"model": asdict(self.model), "sequences_per_step": self.sequences_per_step}
+
+    def shared_by(self, n_processes: int) -> "Plan":
+        """Return the plan for another number of processes: the same sequences per step, micro-steps no larger.
+
+        Raises UserError where that number does not divide them.
+        """
+        per_process, rest = divmod(self.sequences_per_step, n_processes)
+        if rest:
+            raise UserError(
+                f"the run has {self.sequences_per_step} sequences per step, which {n_processes} processes cannot share"
+                " equally; start a number of processes that divides it"
+            )
+        batch_size = next(n for n in range(min(self.batch_size, per_process), 0, -1) if per_process % n == 0)
+        return Plan(self.model, batch_size, per_process // batch_size, n_processes)
+
+
+# Choosing
+
+
+@main_process
+def choose_plan(
+    settings: TrainingSettings,
+    sizes: Mapping[str, Any],
+    build: Callable[[Any], nn.Module],
+    state: Mapping[str, Any],
+    n_training_tokens: int,
+    started_at: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Plan:
+    """Return the plan that the settings ask for; what they leave to the budget is chosen by measuring this machine.
+
+    `sizes` are the models to choose from, from small to large; a single one is taken. `build` makes a model of its
+    dimensions. A run that resumes, whose `state` is given, keeps what it chose at its start. Raises UserError.
+    """
+    n_processes = world_size()
+    if settings.budget_minutes is None:
+        (model,) = sizes.values()
+        plan = Plan(model, settings.batch_size or BATCH_SIZE, settings.grad_accum_steps or 1, n_processes)
+        return resume_plan(plan, settings, state)
+    if state:
+        (model,) = sizes.values()
+        try:
+            before = Plan(model, **state["plan"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the newest checkpoint is damaged ({error!r}); remove it to resume from an older one")
+        batch = settings.batch_size or before.batch_size, settings.grad_accum_steps or before.grad_accum_steps
+        return resume_plan(Plan(model, *batch, n_processes), settings, state)
+    left_s = budget_s(settings) - (time.monotonic() - started_at)
+    if left_s < MIN_TRAINING_S:
+        raise UserError(
+            f"--budget_minutes {settings.budget_minutes} are over before training begins; give more, or make the tokens"
+            " before (pretokenize.py)"
+        )
+    return plan_for_budget(
+        left_s,
+        sizes,
+        lambda model: measure_tokens_per_s(settings, model, build, device, dtype),
+        n_training_tokens,
+        device.type,
+        settings.batch_size,
+        settings.grad_accum_steps,
+        n_processes,
+    )
+
+
+def plan_for_budget(
+    left_s: float,
+    sizes: Mapping[str, Any],
+    tokens_per_s: Callable[[Any], float],
+    n_training_tokens: int,
+    device_type: str,
+    batch_size: int | None,
+    grad_accum_steps: int | None,
+    n_processes: int = 1,
+) -> Plan:
+    """Return the largest model that still sees enough tokens in left_s seconds, and a batch that suits so many tokens.
+
+    `sizes` lead from small to large by name; a single one is taken. tokens_per_s is the speed of one process; n_processes
+    are taken to be as many times as fast. Prints what was measured and chosen.
+    """
+    chosen = None
+    for size, model in sizes.items():
+        speed = n_processes * tokens_per_s(model)
+        total_tokens = left_s * speed
+        n_passes, per_parameter = total_tokens / n_training_tokens, total_tokens / model.n_block_parameters
+        print(
+            f"{size}: {speed:,.0f} tokens/s, so {total_tokens:,.0f} tokens in {format_duration(left_s)}:"
+            f" {n_passes:.2f} passes over the text, {per_parameter:.1f} for each parameter of the blocks",
+            flush=True,
+        )
+        if chosen and per_parameter < TOKENS_PER_PARAMETER:
+            break  # larger ones see still fewer
+        chosen = size, model, total_tokens
+    assert chosen
+    size, model, total_tokens = chosen
+    n_sequences = sequences_per_step(total_tokens, model.context_length)
+    max_batch_size = max(MICRO_STEP_TOKENS["cuda" if device_type == "cuda" else "cpu"] // model.context_length, 1)
+    per_process = max(n_sequences // n_processes, 1)
+    batch_size = batch_size or min(per_process, max_batch_size)
+    plan = Plan(model, batch_size, grad_accum_steps or max(per_process // batch_size, 1), n_processes)
+    n_steps = total_tokens / (plan.sequences_per_step * model.context_length)
+    processes = f" x {n_processes}" if n_processes > 1 else ""
+    why = "as asked for"
+    if len(sizes) > 1:
+        why = f"the largest with {TOKENS_PER_PARAMETER:g} tokens per parameter"
+    print(
+        f"chosen: {size}, {why}; {plan.batch_size} x {plan.grad_accum_steps}{processes} sequences per step, for about"
+        f" {n_steps:,.0f} steps",
+        flush=True,
+    )
+    return plan
+
+
+def sequences_per_step(total_tokens: float, context_length: int) -> int:
+    """Return the batch for a run of total_tokens: a power of two of sequences, for about the steps that suit it."""
+    n_steps = STEPS * (total_tokens / STEPS_TOKENS) ** STEPS_POWER
+    return int(2 ** round(math.log2(max(total_tokens / n_steps / context_length, 1))))
+
+
+def measure_tokens_per_s(
+    settings: TrainingSettings,
+    dimensions: Any,
+    build: Callable[[Any], nn.Module],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Return the speed of training on this machine, by a few steps of a new model on random tokens.
+
+    Changes no random stream.
+    """
+    states = devices.get_rng_states(device)
+    model = build(dimensions).to(device)
+    n_sequences = max((1024 if device.type == "cpu" else 16_384) // dimensions.context_length, 1)
+    ids = torch.randint(dimensions.vocab_size, (n_sequences, dimensions.context_length + 1))
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    _, parts_s = compile_and_time(model, dimensions.vocab_size, False, batch, device, dtype)
+    seconds = sum(parts_s.values()) + time_optimizer_step(
+        model, lambda: configure_optimizer(settings, model, dtype), device
+    )
+    devices.set_rng_states(states, device)
+    return batch[0].numel() / seconds
 
 
 def steps_within(seconds: float, first_step: int, step_s: float) -> Callable[[int], int]:
-    """A function: steps done -> how many a run will have that is to end `seconds` from now.
+    """Return a function from the steps done to the total steps of a run that is to end `seconds` from now.
 
-    step_s is a first guess at the seconds of a step; from then on it is measured, reports included.
+    step_s is a first guess at the seconds per step; from then on it is measured, reports included.
     """
     start = time.monotonic()
 
@@ -37,145 +231,60 @@ def steps_within(seconds: float, first_step: int, step_s: float) -> Callable[[in
     return total_steps
 
 
-def sequences_per_step(total_tokens: float, context_length: int) -> int:
-    """The batch for a run of so many tokens: a power of two of sequences, for about the steps that suit it."""
-    n_steps = STEPS * (total_tokens / STEPS_TOKENS) ** STEPS_POWER
-    return int(2 ** round(math.log2(max(total_tokens / n_steps / context_length, 1))))
+# Resuming
 
 
-MICRO_STEP_TOKENS = {"cpu": 4096, "cuda": 32_768}  # with a budget: the most tokens in one pass through the model
-# What a checkpoint's run must share with the one that goes on from it, and how a person says it.
-IDENTITY = {
-    "model": "model (--model_size and the dimensions)",
-    "tokenizer": "tokenizer (--tokenizer and its name or path)",
-    "tokens": "text (--data_dir)",
-    "sequences_per_step": "number of sequences a step (--batch_size times --grad_accum_steps times processes)",
-    "optimizer": "--optimizer",
-    "seed": "--seed",
-    "val_fraction": "--val_fraction",
-    "init_from": "--init_from",
-}
-UNPRINTED = ("model", "tokenizer", "tokens")  # too long to print
-# What may change within a run, and changes what comes out of it.
-RECIPE = ("lr", "adam_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "dtype")
-LENGTH = ("n_epochs", "max_tokens", "max_steps", "budget_minutes")
+def resume_plan(plan: Plan, settings: TrainingSettings, state: Mapping[str, Any]) -> Plan:
+    """Return the plan of a command line for the run whose state is given, if there is one.
 
-
-@dataclass(frozen=True)
-class Plan:
-    """The model of a run, by its dimensions (a dataclass), and its batch."""
-
-    model: Any
-    batch_size: int  # sequences a process a micro-step
-    grad_accum_steps: int
-    n_processes: int = 1
-
-    @property
-    def batch(self) -> dict[str, int]:
-        names = ("batch_size", "grad_accum_steps", "n_processes")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def sequences_per_step(self) -> int:
-        return self.batch_size * self.grad_accum_steps * self.n_processes
-
-    def identity(self) -> dict[str, Any]:
-        """How the sequences of a step are split into micro-steps and processes may change; their number may not."""
-        return {"model": asdict(self.model), "sequences_per_step": self.sequences_per_step}
-
-    def shared_by(self, n_processes: int) -> "Plan":
-        """The same sequences a step by another number of processes, in micro-steps of at most the same size.
-
-        Raises UserError where that number does not divide them.
-        """
-        each, rest = divmod(self.sequences_per_step, n_processes)
-        if rest:
-            raise UserError(
-                f"the run has {self.sequences_per_step} sequences a step, which {n_processes} processes cannot share"
-                " equally; start a number of processes that divides it"
-            )
-        batch_size = next(n for n in range(min(self.batch_size, each), 0, -1) if each % n == 0)
-        return Plan(self.model, batch_size, each // batch_size, n_processes)
-
-
-def plan_for_budget(
-    left_s: float,
-    ladder: Mapping[str, Any],
-    tokens_per_s: Callable[[Any], float],
-    n_training_tokens: int,
-    device_type: str,
-    batch_size: int | None,
-    grad_accum_steps: int | None,
-    n_processes: int = 1,
-) -> Plan:
-    """The largest model of the ladder that still sees enough tokens in left_s, and a batch that suits so many tokens.
-
-    The ladder leads from small to large by name; one model alone is taken as it is. tokens_per_s is that of one process,
-    of which n_processes are taken to be as many times as fast. Says what was measured and chosen.
-    """
-    chosen = None
-    for size, model in ladder.items():
-        speed = n_processes * tokens_per_s(model)
-        total_tokens = left_s * speed
-        n_passes, per_parameter = total_tokens / n_training_tokens, total_tokens / model.n_block_parameters
-        print(
-            f"{size}: {speed:,.0f} tokens/s, so {total_tokens:,.0f} tokens in {format_duration(left_s)}:"
-            f" {n_passes:.2f} passes over the text, {per_parameter:.1f} for each parameter of the blocks",
-            flush=True,
-        )
-        if chosen and per_parameter < TOKENS_PER_PARAMETER:
-            break  # larger ones see still less
-        chosen = size, model, total_tokens
-    assert chosen
-    size, model, total_tokens = chosen
-    n_sequences = sequences_per_step(total_tokens, model.context_length)
-    at_once = max(MICRO_STEP_TOKENS["cuda" if device_type == "cuda" else "cpu"] // model.context_length, 1)
-    each = max(n_sequences // n_processes, 1)
-    batch_size = batch_size or min(each, at_once)
-    plan = Plan(model, batch_size, grad_accum_steps or max(each // batch_size, 1), n_processes)
-    n_steps = total_tokens / (plan.sequences_per_step * model.context_length)
-    processes = f" x {n_processes}" if n_processes > 1 else ""
-    why = "as asked for"
-    if len(ladder) > 1:
-        why = f"the largest with {TOKENS_PER_PARAMETER:g} tokens a parameter"
-    print(
-        f"chosen: {size}, {why}; {plan.batch_size} x {plan.grad_accum_steps}{processes} sequences a step, for about"
-        f" {n_steps:,.0f} steps",
-        flush=True,
-    )
-    return plan
-
-
-def resume_plan(plan: Plan, config: Any, state: Mapping[str, Any]) -> Plan:
-    """The plan of a command line for the run whose state is given, if there is one.
-
-    The same command keeps the sequences a step, by whatever number of processes. Raises UserError where these cannot
+    The same command keeps the sequences per step, by whatever number of processes. Raises UserError where these cannot
     share them.
     """
     try:
         before = Plan(plan.model, **state["plan"])
-        same_command = all(
-            state["settings"][name] == getattr(config, name) for name in ("batch_size", "grad_accum_steps")
+        is_same_command = all(
+            state["settings"][name] == getattr(settings, name) for name in ("batch_size", "grad_accum_steps")
         )
-        if before.sequences_per_step == plan.sequences_per_step or not same_command:
+        if before.sequences_per_step == plan.sequences_per_step or not is_same_command:
             return plan
         return before.shared_by(plan.n_processes)
     except (KeyError, TypeError, ValueError):  # no run before, or a state that is damaged
         return plan
 
 
-def find_difference(before: Any, identity: Mapping[str, Any]) -> str | None:
-    """What of a run's identity is not what a checkpoint's says, for a person; None where all is equal."""
+def run_identity(settings: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what must stay the same within a run; that of its plan and the tokens' fingerprint are added to it."""
+    named = ("optimizer", "seed", "val_fraction", "init_from")
+    return {"tokenizer": tokenizer.fingerprint} | {name: getattr(settings, name) for name in named}
+
+
+def require_same_run(
+    checkpoint: Path | None, state: Mapping[str, Any], identity: Mapping[str, Any], plan: Plan | None = None
+) -> None:
+    """Raise UserError where the checkpoint to resume from belongs to a run of another identity."""
+    known = as_dict(state.get("identity"))
+    if plan and isinstance(known.get("model"), dict):  # an older version had fewer dimensions
+        defaults = {field.name: field.default for field in fields(plan.model) if field.default is not MISSING}
+        known = known | {"model": defaults | known["model"]}
+    difference = find_difference(known, identity) if checkpoint else None
+    if difference:
+        raise UserError(
+            f"{checkpoint} is from a run with another {difference}; give the settings of that run, or another --output_dir"
+        )
+
+
+def find_difference(before: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
+    """Describe the first thing in which a run's identity differs from a checkpoint's; None where all is equal."""
     for name, value in identity.items():
-        known = before.get(name) if isinstance(before, dict) else None
+        known = before.get(name)
         if known != value:
             return IDENTITY[name] + ("" if name in UNPRINTED else f" ({known}, now {value})")
     return None
 
 
 def warn_changed_settings(before: Any, settings: Mapping[str, Any], step: int) -> None:
-    """Say on standard error which settings that may change have changed since a checkpoint, and what that means."""
-    before = before if isinstance(before, dict) else {}
+    """Print on standard error which settings that may change have changed since a checkpoint, and what that means."""
+    before = as_dict(before)
     changed = [name for name in (*RECIPE, *LENGTH) if name in before and before[name] != settings[name]]
     for name in changed:
         means = "the schedule stretches to the new length" if name in LENGTH else f"it holds from step {step} on"

@@ -1,6 +1,6 @@
-"""What a run says: lines for a person, metrics.jsonl and samples.jsonl for programs, loss_curve.png for the eye, a bar.
+"""The log of a run: printed lines, a progress bar, metrics.jsonl and samples.jsonl for programs, loss_curve.png to look at.
 
-Leaves to others what is reported and when, and to a Logger (gptkit/loggers.py makes it) where else it is shown.
+What is reported and when is decided elsewhere, and so is where else it is shown: by a Logger (training/loggers.py).
 """
 
 import errno
@@ -15,16 +15,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gptkit.base.cli import QUIET_S, format_duration
+from gptkit.base.cli import QUIET_S, format_duration, print_line
 from gptkit.base.files import as_dict, read_json
 
-RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"  # the file that makes a folder a run's, and its "format"
+RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"  # what a run is, and how that file is recognized
+METRICS_FILE, SAMPLES_FILE, CURVE_FILE = "metrics.jsonl", "samples.jsonl", "loss_curve.png"
 MAX_NUMBER = 1e18  # a larger value is not a measurement of a run, and would break a chart
 
 
 @dataclass(frozen=True)
 class Logger:
-    """Where else reports and samples are shown; by itself nowhere."""
+    """Where else reports and samples are shown; by default nowhere."""
 
     report: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
     sample: Callable[[int, str], None] = lambda step, text: None
@@ -33,14 +34,14 @@ class Logger:
 
 
 class JsonlFile:
-    """A file of JSON objects, one a line, each with its "step"; what a full disk does not take waits for the next."""
+    """A file of JSON objects, one per line, each with its "step"; what a full disk does not take waits for the next."""
 
-    def __init__(self, path: Path, say: Callable[[str], None], writes: bool = True) -> None:
-        self.path, self._say, self._writes = path, say, writes
+    def __init__(self, path: Path, warn: Callable[[str], None], writes: bool = True) -> None:
+        self.path, self._warn, self._writes = path, warn, writes
         self._unwritten: list[bytes] = []
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Append a line, whole or not at all; what cannot be written now comes before the next one."""
+        """Append a line completely or not at all; what cannot be written now is written before the next one."""
         if not self._writes:
             return
         self._unwritten.append(json_line(record))
@@ -57,10 +58,10 @@ class JsonlFile:
                     raise
             self._unwritten.clear()
         except OSError as error:
-            self._say(f"warning: {self.path} could not be written ({error}); its lines wait for the next one")
+            self._warn(f"warning: {self.path} could not be written ({error}); its lines wait for the next one")
 
     def truncate_after(self, step: int) -> None:
-        """Drop what comes after `step`, which is done again from there."""
+        """Drop what comes after `step`: the steps from there on are done again."""
         if not self._writes:
             return
         self._unwritten[:] = [line for line in self._unwritten if json.loads(line)["step"] <= step]
@@ -83,16 +84,16 @@ class RunLog:
         logger: Logger | None = None,
         writes: bool = True,
     ) -> None:
-        self.metrics_path = output_dir / "metrics.jsonl"
-        self.curve_path = output_dir / "loss_curve.png"
+        self.metrics_path = output_dir / METRICS_FILE
+        self.curve_path = output_dir / CURVE_FILE
         self.total_steps, self.tokens_per_step = total_steps, tokens_per_step
         self._elapsed_before_s, self._start = elapsed_s, time.monotonic()
         self._first_step = first_step
-        self._said = self._start  # when the last line was printed
+        self._printed_at = self._start  # when the last line was printed
         self._reported = (first_step, self._start)
         self._logger = logger or Logger()
-        self._metrics = JsonlFile(self.metrics_path, self.say, writes)
-        self._samples = JsonlFile(output_dir / "samples.jsonl", self.say, writes)
+        self._metrics = JsonlFile(self.metrics_path, self.print_line, writes)
+        self._samples = JsonlFile(output_dir / SAMPLES_FILE, self.print_line, writes)
         for file in (self._metrics, self._samples):
             file.truncate_after(first_step)
         self._bar = tqdm(
@@ -101,29 +102,28 @@ class RunLog:
 
     @property
     def session_s(self) -> float:
-        """Seconds since this session's first step."""
+        """Return the seconds since this session's first step."""
         return time.monotonic() - self._start
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training, those of earlier sessions included."""
+        """Return the seconds of training, those of earlier sessions included."""
         return self._elapsed_before_s + self.session_s
 
-    def say(self, text: str) -> None:
-        """A line (or several) on standard output, clear of the bar."""
-        self._said = time.monotonic()
-        tqdm.write(text, sys.stdout)
-        sys.stdout.flush()
+    def print_line(self, text: str) -> None:
+        """Print a line (or several), clear of the progress bar."""
+        self._printed_at = time.monotonic()
+        print_line(text)
 
     def step(self, n_done: int, total_steps: int) -> None:
-        """Step number n_done is done, of total_steps: with a budget of time that number changes."""
+        """Show that n_done steps are done, of total_steps: with a budget of time that number changes."""
         self.total_steps = self._bar.total = total_steps
         self._bar.update(1)
-        if self._bar.disable and time.monotonic() - self._said > QUIET_S:
-            self.say(f"step {n_done}/{self.total_steps}, ETA {self._eta(n_done)}")
+        if self._bar.disable and time.monotonic() - self._printed_at > QUIET_S:
+            self.print_line(f"step {n_done}/{self.total_steps}, ETA {self._eta(n_done)}")
 
     def report(self, n_done: int, epoch: int, **values: float) -> None:
-        """One line and one object of metrics.jsonl: train_loss, val_loss, lr, grad_norm."""
+        """Print a line and append to metrics.jsonl: train_loss, val_loss (nats per token), lr, grad_norm."""
         reported_step, reported_at = self._reported
         now = time.monotonic()
         rate = (n_done - reported_step) * self.tokens_per_step / max(now - reported_at, 1e-9)
@@ -131,20 +131,20 @@ class RunLog:
         record: dict[str, Any] = {"step": n_done, "epoch": epoch, "tokens": n_done * self.tokens_per_step, **values}
         record |= {"tokens_per_s": round(rate, 1), "elapsed_s": round(self.elapsed_s, 2)}
         self._metrics.append(record)
-        self.say(
+        self.print_line(
             f"epoch {epoch}  step {n_done}/{self.total_steps}  train {values['train_loss']:.4f}  val {values['val_loss']:.4f}"
             f"  lr {values['lr']:.2e}  grad norm {values['grad_norm']:.3f}  {rate:,.0f} tokens/s  ETA {self._eta(n_done)}"
         )
         self._logger.report(n_done, {name: value for name, value in record.items() if name != "step"})
 
     def sample(self, n_done: int, text: str) -> None:
-        """What the model writes after step n_done."""
-        self.say(f"sample after step {n_done}: {text}")
+        """Print what the model wrote after n_done steps, and append it to samples.jsonl."""
+        self.print_line(f"sample after step {n_done}: {text}")
         self._samples.append({"step": n_done, "tokens": n_done * self.tokens_per_step, "text": text})
         self._logger.sample(n_done, text)
 
     def roll_back(self, step: int) -> None:
-        """Forget the reports and samples after `step`, which is done again from there."""
+        """Drop the reports and samples after `step`: the steps from there on are done again."""
         for file in (self._metrics, self._samples):
             file.truncate_after(step)
         self._logger.roll_back(step)
@@ -156,17 +156,18 @@ class RunLog:
         return format_duration(per_step_s * (self.total_steps - n_done))
 
     def close(self) -> None:
+        """Close the progress bar and the logger."""
         self._bar.close()
         self._logger.close()
 
 
 def json_line(record: Mapping[str, Any]) -> bytes:
-    """One line of a .jsonl, whose text a person can read; half a surrogate pair becomes JSON's escape of it."""
+    """Return a record as one line of a .jsonl, readable in any script; a lone surrogate becomes JSON's escape of it."""
     return (json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects with a step in a .jsonl; a line that is none, as a crash leaves it, is left out. No file: none."""
+    """Return the objects with a step in a .jsonl; broken lines, as a crash leaves them, are skipped. [] without a file."""
     if not path.is_file():
         return []
     records = []
@@ -196,7 +197,7 @@ def as_number(value: Any) -> float | None:
 
 
 def truncate_jsonl(path: Path, step: int) -> None:
-    """Drop lines after `step`: they come from steps that a resumed run does again."""
+    """Drop lines after `step`: a resumed run does those steps again."""
     if path.exists():
         kept = b"".join(json_line(record) for record in read_jsonl(path) if record["step"] <= step)
         partial = path.with_name(f".{path.name}.partial")
@@ -208,13 +209,13 @@ def truncate_jsonl(path: Path, step: int) -> None:
 
 
 def run_name(output_dir: Path) -> str:
-    """What a person calls the run whose files lie in that folder: exp001, of exp001/model_checkpoints."""
+    """Return what a person calls the run in that folder: exp001, for exp001/model_checkpoints."""
     folder = output_dir.resolve()
     return folder.parent.name if folder.name == "model_checkpoints" and folder.parent.name else folder.name
 
 
 def draw_loss_curve(metrics_path: Path, path: Path) -> None:
-    """Training and validation loss (nats a token) over tokens, as a PNG. A picture that fails is a warning."""
+    """Draw training and validation loss (nats per token) over tokens, as a PNG. A failure is a warning."""
     try:
         _draw_loss_curve(read_jsonl(metrics_path), path)
     except Exception as error:  # whatever a drawing library raises, it must not end a run
@@ -231,7 +232,7 @@ def _draw_loss_curve(metrics: list[dict[str, Any]], path: Path) -> None:
     tokens = [record["tokens"] / 1e6 for record in metrics]
     for name, label in (("train_loss", "training"), ("val_loss", "validation")):
         axes.plot(tokens, [record[name] for record in metrics], label=label, marker="." if len(tokens) < 40 else None)
-    axes.set(xlabel="million tokens", ylabel="loss (nats a token)")
+    axes.set(xlabel="million tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     partial = path.with_name(f".{path.name}.partial")

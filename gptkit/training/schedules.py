@@ -1,19 +1,14 @@
-"""Peak learning rates, and the rate of each step: linear warmup, then half a cosine down to the final rate.
+"""The learning rate of each step: linear warmup, then half a cosine down to the final rate.
 
 Source: Loshchilov & Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", equation 5, with one
 cycle and no restart; the warmup is that of Goyal et al. 2017, section 2.2.
 """
 
 import math
-from typing import Literal
-
-OptimizerName = Literal["muon", "adamw", "galore_adamw"]
-# Of muon, the rate of the block matrices; of the others, of all parameters.
-DEFAULT_LR: dict[OptimizerName, float] = {"muon": 0.02, "adamw": 6e-4, "galore_adamw": 5e-3}
 
 
 def learning_rate(step: int, *, peak: float, final: float, warmup_steps: int, total_steps: int) -> float:
-    """The rate for optimizer step `step`, counted from 0.
+    """Return the rate for optimizer step `step`, counted from 0.
 
     It is peak / warmup_steps at step 0, `peak` at step warmup_steps - 1 (without warmup: at step 0), and `final`
     at the last step, total_steps - 1, and after it.

@@ -1,9 +1,9 @@
-"""sessions.jsonl: each time a run was begun or gone on with, by what, with which settings, and how that session ended.
+"""sessions.jsonl: each session of a run (its start, and each time it was resumed), its settings, and how it ended.
 
     {"step": 0, "time": …, "settings": {…}, "environment": {…}, "end": {"time": …, "step": 60, "how": "finished", …}}
 
-A session without an end was killed, or is at work. Nothing in a line names the machine or its folders, but what the
-user's own settings name.
+A session without an end was killed, or is running. Nothing in a line names the machine or its folders but the user's
+own settings.
 """
 
 import contextlib
@@ -14,23 +14,38 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from gptkit import __version__
 from gptkit.base import devices
-from gptkit.base.files import write_atomically
-from gptkit.training.run_log import json_line, read_jsonl
+from gptkit.base.cli import UserError, first_line
+from gptkit.base.files import folder_lock, read_json, write_atomically
+from gptkit.distributed.process_group import is_main_process
+from gptkit.training.checkpoints import find_checkpoints
+from gptkit.training.run_log import (
+    CURVE_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    RUN_FORMAT,
+    SAMPLES_FILE,
+    json_line,
+    read_jsonl,
+)
 
 SESSIONS_FILE = "sessions.jsonl"
 
 
 @contextlib.contextmanager
 def record_session(output_dir: Path, step: int, settings: Any, environment: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Keep a record of the session that the block is, from `step` on; sessions that began after it are forgotten.
+    """Have the main process record the session that the block is; sessions that began after `step` are dropped.
 
-    The block puts into the dict that it is given how it ended: step, how (finished or stopped), reason.
+    Yields a dict, in which the block puts how it ended: step, how (finished or stopped), reason.
     """
+    if not is_main_process():
+        yield {}
+        return
     path = output_dir / SESSIONS_FILE
     earlier = [session for session in read_jsonl(path) if session["step"] <= step]
     session = {"step": step, "time": _now(), "settings": non_default_settings(settings), "environment": environment}
@@ -41,21 +56,55 @@ def record_session(output_dir: Path, step: int, settings: Any, environment: dict
     except BaseException as error:
         if not end:
             how = "stopped" if isinstance(error, SystemExit) else "failed"
-            end |= {"step": None, "how": how, "reason": f"{type(error).__name__}: {error}".partition("\n")[0]}
+            end |= {"step": None, "how": how, "reason": f"{type(error).__name__}: {first_line(error)}"}
         raise
     finally:
         _write(path, [*earlier, session | {"end": {"time": _now(), **end}}])
 
 
+@contextlib.contextmanager
+def lock_output(output_dir: Path) -> Iterator[None]:
+    """Make the output folder and keep other runs out of it. Raises UserError where one is running there."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if is_main_process():
+                stack.enter_context(folder_lock(output_dir))
+        except BlockingIOError as holder:
+            raise UserError(
+                f"--output_dir {output_dir} is in use by another run, {holder}; wait for it or name another folder"
+            )
+        yield
+
+
+def check_output_dir(output_dir: str, resume: Literal["auto", "none"]) -> Path:
+    """Return the output folder, which need not exist. Raises UserError where it holds something else than a run."""
+    folder = Path(output_dir)
+    if not output_dir or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"--output_dir {output_dir!r} is no folder; name one")
+    if resume == "none" and find_checkpoints(folder):
+        raise UserError(
+            f"--output_dir {folder} holds a run already; name another folder, or resume it with --resume auto"
+        )
+    written = [name for name in (RUN_FILE, METRICS_FILE, SAMPLES_FILE, CURVE_FILE) if (folder / name).exists()]
+    try:
+        is_run = not written or read_json(folder / RUN_FILE)["format"] == RUN_FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        is_run = False
+    if not is_run:
+        raise UserError(f"--output_dir {folder} holds something else ({written[0]}); name a new or empty folder")
+    return folder
+
+
 def non_default_settings(settings: Any) -> dict[str, Any]:
-    """The settings, fields of a dataclass, that are not what they are by default."""
+    """Return the settings, fields of a dataclass, that differ from their defaults."""
     values = {field.name: (getattr(settings, field.name), field.default) for field in dataclasses.fields(settings)}
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What a run's numbers may depend on beside its settings."""
+    """Return what a run's numbers may depend on besides its settings."""
     return {
+        "version": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": devices.describe_device(device),
@@ -66,7 +115,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def git_revision(folder: Path) -> str | None:
-    """The git revision of a folder, with -dirty where files are changed; None outside a repository or without git."""
+    """Return the git revision of a folder, with -dirty where files are changed; None where there is none, or no git."""
     command = ["git", "--no-optional-locks", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10)

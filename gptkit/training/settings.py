@@ -1,192 +1,250 @@
-"""The settings of a training run, and what follows from them: rates, intervals, length.
+"""The settings of a training run, and what follows from them alone: peak rate, intervals, length.
 
-The model's settings are pretraining.py's, which knows the model; the tokenizer's are tokenization.py's.
+The model's settings are in pretraining.py, which knows the model; the tokenizer's in gptkit/text/tokenizer.py.
 """
 
 import math
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from gptkit.base.cli import setting
+import torch
+from torch import nn
+
+from gptkit.base.cli import UserError, setting
+from gptkit.data.batches import TrainingBatches
 from gptkit.distributed.process_group import Kind
-from gptkit.training import planning
-from gptkit.training.schedules import DEFAULT_LR, OptimizerName, learning_rate
+from gptkit.training.optimizers import OPTIMIZERS, Optimizer, build_optimizer
 
 MAX_ROLLBACKS = 3  # to a checkpoint, in a run that diverges: an eighth of the rate
+BATCH_SIZE = 16  # where neither a flag nor a budget says otherwise
+
+
+def _by_optimizer(name: str, form: str) -> str:
+    """Return what the optimizers' specs say of `name`, for a help text."""
+    return ", ".join(f"{optimizer} {getattr(spec, name):{form}}" for optimizer, spec in OPTIMIZERS.items())
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """Everything about a run but its tokenizer and its model."""
 
-    data_dir: str = setting(help="folder of text shards (dataset/prepare_aozora_jsonl.py makes it)")
-    output_dir: str = setting("model_checkpoints", "folder for checkpoints, metrics.jsonl and loss_curve.png")
-    use_pretokenized: bool = setting(False, "keep token shards in --pretokenized_dir and reuse them while they match")
+    data_dir: str = setting(help="folder of text shards (dataset/prepare_aozora_jsonl.py makes it)", group="data")
+    output_dir: str = setting(
+        "model_checkpoints", "folder for checkpoints, metrics.jsonl and loss_curve.png", group="data"
+    )
+    use_pretokenized: bool = setting(
+        False, "keep token shards in --pretokenized_dir and reuse them while they match", group="data"
+    )
     pretokenized_dir: str | None = setting(
-        None, "with --use_pretokenized: folder of token shards (default: DATA_DIR_pretok)"
+        None, "with --use_pretokenized: folder of token shards (default: DATA_DIR_pretok)", group="data"
     )
     val_fraction: float = setting(
-        0.01, "share of the works kept for validation, chosen by a hash", more_than=0, at_most=0.5
+        0.01, "share of the documents kept for validation, chosen by a hash", more_than=0, at_most=0.5, group="data"
     )
 
     budget_minutes: float | None = setting(
-        None, "end the run, and its schedule, this long after its start, tokenizing included", more_than=0
+        None,
+        "end the run, and its schedule, this long after its start, tokenizing included",
+        more_than=0,
+        group="length",
     )
     n_epochs: int | None = setting(
-        None, "passes over the training tokens (default: 1; with a budget as many as it has time for)", at_least=1
+        None,
+        "passes over the training tokens (default: 1; with a budget as many as it has time for)",
+        at_least=1,
+        group="length",
     )
     max_tokens: int | None = setting(
-        None, "end the run, and its schedule, after at most these training tokens", at_least=1
+        None, "end the run, and its schedule, after at most these training tokens", at_least=1, group="length"
     )
     max_steps: int | None = setting(
-        None, "end the run, and its schedule, after at most these optimizer steps", at_least=1
+        None, "end the run, and its schedule, after at most these optimizer steps", at_least=1, group="length"
     )
     max_minutes: float | None = setting(
-        None, "save and stop after these minutes of training; the same command goes on", more_than=0
+        None,
+        "save and stop after these minutes of training; run the same command to resume",
+        more_than=0,
+        group="length",
     )
+
     batch_size: int | None = setting(
-        None, "sequences a process a micro-step (default: 16; with a budget what suits its length)", at_least=1
+        None,
+        f"sequences per process per micro-step (default: {BATCH_SIZE}; with a budget what suits its length)",
+        at_least=1,
+        group="batch",
     )
     grad_accum_steps: int | None = setting(
-        None, "micro-steps whose gradients are summed for one optimizer step (default: 1, as --batch_size)", at_least=1
+        None,
+        "micro-steps whose gradients are summed for one optimizer step (default: 1; with a budget as --batch_size)",
+        at_least=1,
+        group="batch",
     )
-
     auto_batch: bool = setting(
-        False, "where memory runs out, go on with half of the batch and twice the micro-steps, as often as needed"
+        False,
+        "where memory runs out, restart with half of the batch and twice the micro-steps, as often as needed",
+        group="batch",
     )
 
-    optimizer: OptimizerName = setting(
-        "muon", "Muon for the blocks' matrices beside AdamW for the rest; AdamW; GaLore (which needs galore-torch)"
+    optimizer: str = setting(
+        "muon",
+        "muon: Muon for the blocks' matrices beside AdamW for the rest; galore_adamw needs galore-torch",
+        choices=OPTIMIZERS,
+        group="optimizer",
     )
     lr: float | None = setting(
         None,
-        "peak learning rate, with muon that of the matrices (default: 0.02; adamw 6e-4; galore_adamw 5e-3)",
+        "peak learning rate, with muon that of the matrices (default: " + _by_optimizer("default_lr", "g") + ")",
         more_than=0,
+        group="optimizer",
     )
     adam_lr: float = setting(
-        0.02, "with muon: peak learning rate of the embedding; head and norms take shares of it", more_than=0
+        0.02,
+        "with muon: peak learning rate of the embedding; head and norms take shares of it",
+        more_than=0,
+        group="optimizer",
     )
     min_lr: float | None = setting(
-        None, "learning rate at the end of the cosine (default: a twentieth of --lr)", at_least=0
+        None,
+        "learning rate at the end of the cosine (default: a twentieth of --lr)",
+        at_least=0,
+        group="optimizer",
     )
     warmup_steps: int | None = setting(
-        None, "steps of linear warmup (default: 2 % of the run with muon, else 5 %; at most 1000)", at_least=0
+        None,
+        "steps of linear warmup (default: of the run " + _by_optimizer("warmup_share", ".0%") + "; at most 1000)",
+        at_least=0,
+        group="optimizer",
     )
     weight_decay: float = setting(
-        0.1, "decay of matrices (with muon those of the blocks; galore_adamw has none)", at_least=0
+        0.1,
+        "decay of matrices (with muon those of the blocks; galore_adamw has none)",
+        at_least=0,
+        group="optimizer",
     )
-    grad_clip: float = setting(1.0, "gradients are scaled down to at most this norm", more_than=0)
+    grad_clip: float = setting(1.0, "scale gradients down to at most this norm", more_than=0, group="optimizer")
     max_bad_steps: int = setting(
         5,
         "steps in a row with a loss or gradient that is not finite (each is skipped) before --on_divergence",
         at_least=1,
+        group="optimizer",
     )
     on_divergence: Literal["go_back", "stop"] = setting(
-        "go_back", f"go_back: to the last good checkpoint with half of the rate, at most {MAX_ROLLBACKS} times; or stop"
+        "go_back",
+        f"go_back: to the last good checkpoint with half of the rate, at most {MAX_ROLLBACKS} times; or stop",
+        group="optimizer",
     )
     bigram_steps: int | None = setting(
         None,
-        "modern: steps that fit embedding and head to counts of token pairs before the run (default: 50; of a small text none)",
+        "modern: steps that fit embedding and head to counts of token pairs before the run (default: 50; none where"
+        " there is little text)",
         at_least=0,
+        group="optimizer",
     )
 
     eval_freq: int | None = setting(
-        None, "report losses every so many steps (default: 100; with a budget 20 times)", at_least=1
+        None,
+        "steps between two reports of the losses (default: 100; with a budget a twentieth of the run)",
+        at_least=1,
+        group="reports",
     )
-    eval_iter: int = setting(20, "batches of validation text at each report", at_least=1)
+    eval_iter: int = setting(20, "batches of validation text for each report", at_least=1, group="reports")
     print_sample_iter: int | None = setting(
-        None, "print a sample every so many steps (default: 100; with a budget 4 times)", at_least=1
+        None,
+        "steps between two printed samples (default: 100; with a budget a quarter of the run)",
+        at_least=1,
+        group="reports",
     )
-    start_context: str = setting("吾輩は", "how the samples begin")
+    start_context: str = setting("吾輩は", "how the samples begin", group="reports")
     logger: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
-        "none", "show reports and samples there too (each needs its package)"
+        "none", "send reports and samples there too (each needs its package)", group="reports"
     )
+
     save_ckpt_freq: int | None = setting(
-        None, "save a checkpoint every so many steps, and at the end (default: 500; with a budget 4 times)", at_least=1
+        None,
+        "steps between two checkpoints; the last step has one too (default: 500; with a budget a quarter of the run)",
+        at_least=1,
+        group="checkpoints",
     )
-    save_every_minutes: float = setting(10.0, "and at least every so many minutes", more_than=0)
-    keep_checkpoints: int = setting(2, "keep this many of the newest checkpoints, and the best one", at_least=1)
+    save_every_minutes: float = setting(10.0, "longest time between two checkpoints", more_than=0, group="checkpoints")
+    keep_checkpoints: int = setting(
+        2, "keep this many of the newest checkpoints, and the best one", at_least=1, group="checkpoints"
+    )
     resume: Literal["auto", "none"] = setting(
-        "auto", "auto: go on from the newest checkpoint; none: refuse if there is one"
+        "auto", "auto: resume from the newest checkpoint; none: refuse if there is one", group="checkpoints"
     )
 
     seed: int = setting(
-        123, "of the weights, the order of the data, dropout and samples", at_least=0, at_most=2**63 - 1
+        123,
+        "seed of the weights, the order of the data, dropout and samples",
+        at_least=0,
+        at_most=2**63 - 1,
+        group="device",
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="device")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of matrix products (auto: bfloat16 where the device itself multiplies it)"
+        "auto", "type of matrix products (auto: bfloat16 where the device itself multiplies it)", group="device"
     )
-    compile: bool | None = setting(None, "torch.compile the model (default: on CUDA); where that fails, go on without")
+    compile: bool | None = setting(
+        None, "torch.compile the model (default: on CUDA); where that fails, continue without", group="device"
+    )
     activation_checkpointing: bool = setting(
-        False, "keep less for the backward pass and compute it again: less memory, a third more arithmetic"
+        False,
+        "keep less for the backward pass and compute it again: less memory, a third more arithmetic",
+        group="device",
     )
     parallel: Kind = setting(
-        "ddp", "of several processes (torchrun): ddp, each has the whole model; fsdp, each has a part of it"
+        "ddp",
+        "of several processes (torchrun): ddp, each has the full model; fsdp, each has a shard of it",
+        group="device",
     )
     hang_timeout_s: float = setting(
-        600.0, "of several processes: seconds one may wait for another before the run ends", at_least=1
+        600.0,
+        "of several processes: seconds one may wait for another before the run ends",
+        at_least=1,
+        group="device",
     )
 
 
-class Progress(Protocol):
-    """How far a run has come."""
-
-    step: int
-    elapsed_s: float
-
-
-class Steps(Protocol):
-    """How long the training text is."""
-
-    @property
-    def steps_per_epoch(self) -> int: ...
-
-    @property
-    def tokens_per_step(self) -> int: ...
+def check_training_settings(settings: TrainingSettings, n_processes: int) -> None:
+    """Raise UserError where settings of the training do not go together, or a package is missing."""
+    spec = OPTIMIZERS[settings.optimizer]
+    spec.require_package()
+    if settings.pretokenized_dir and not settings.use_pretokenized:
+        raise UserError(
+            f"--pretokenized_dir {settings.pretokenized_dir} is given without --use_pretokenized; add that flag"
+        )
+    if spec.needs_full_matrices and settings.parallel == "fsdp":
+        raise UserError(f"--optimizer {settings.optimizer} needs full matrices; give --parallel ddp, or muon or adamw")
+    if settings.auto_batch and n_processes > 1:
+        raise UserError("--auto_batch is for one process; give --batch_size and --grad_accum_steps that fit")
+    if settings.max_minutes and settings.budget_minutes:
+        raise UserError("--max_minutes stops a run that --budget_minutes ends; give one of them")
+    if settings.min_lr is not None and settings.min_lr > peak_lr(settings):
+        raise UserError(f"--min_lr {settings.min_lr} is above the peak, --lr {peak_lr(settings)}; give a smaller one")
+    try:
+        settings.start_context.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--start_context {settings.start_context!a} is not valid text; give it in UTF-8")
 
 
 def peak_lr(settings: TrainingSettings) -> float:
-    return settings.lr or DEFAULT_LR[settings.optimizer]
+    """Return the peak learning rate, by default the optimizer's."""
+    return settings.lr or OPTIMIZERS[settings.optimizer].default_lr
 
 
-def lr_multiplier(settings: TrainingSettings, step: int, n_steps: int) -> float:
-    """The learning rate of a step (from 0), as a share of the peak."""
-    final = 0.05 if settings.min_lr is None else settings.min_lr / peak_lr(settings)
-    share = 50 if settings.optimizer == "muon" else 20
-    wanted = min(n_steps // share, 1000) if settings.warmup_steps is None else settings.warmup_steps
-    return learning_rate(step, peak=1.0, final=final, warmup_steps=min(wanted, n_steps), total_steps=n_steps)
+def configure_optimizer(settings: TrainingSettings, model: nn.Module, dtype: torch.dtype) -> Optimizer:
+    """Build the optimizer of a run over a model; dtype is that of the run's matrix products."""
+    return build_optimizer(model, settings.optimizer, peak_lr(settings), settings.adam_lr, settings.weight_decay, dtype)
 
 
-def choose_intervals(settings: TrainingSettings, n_steps: int) -> dict[str, int]:
-    """How many steps lie between two reports, samples and checkpoints."""
-    report = settings.eval_freq or (100 if settings.budget_minutes is None else max(n_steps // 20, 1))
-    sample = settings.print_sample_iter or (100 if settings.budget_minutes is None else 5 * report)
-    save = settings.save_ckpt_freq or (500 if settings.budget_minutes is None else 5 * report)
-    return {"report": report, "sample": sample, "save": save}
-
-
-def max_total_steps(settings: TrainingSettings, batches: Steps) -> int:
-    """The steps after which a run ends, whatever time it has."""
+def max_total_steps(settings: TrainingSettings, batches: TrainingBatches) -> int:
+    """Return the number of steps after which a run ends, whatever time it has."""
     n_epochs = settings.n_epochs or (sys.maxsize if settings.budget_minutes or settings.max_tokens else 1)
     limits = [n_epochs * batches.steps_per_epoch, settings.max_steps or sys.maxsize]
     return min(*limits, max((settings.max_tokens or sys.maxsize) // batches.tokens_per_step, 1))
 
 
-def time_left_s(settings: TrainingSettings, progress: Progress, began: float) -> float:
-    """Of the budget, at the start of this session; its end takes a little too."""
-    return 60 * (settings.budget_minutes or math.inf) - progress.elapsed_s - (time.monotonic() - began)
-
-
-def choose_length(
-    settings: TrainingSettings, batches: Steps, progress: Progress, began: float, step_s: float
-) -> Callable[[int], int]:
-    """A function: steps done -> steps that the run will have."""
-    most = max_total_steps(settings, batches)
-    if settings.budget_minutes is None:
-        return lambda n_done: most
-    timed = planning.steps_within(time_left_s(settings, progress, began) - planning.CLOSING_S, progress.step, step_s)
-    return lambda n_done: min(timed(n_done), most)
+def budget_s(settings: TrainingSettings) -> float:
+    """Return the seconds of --budget_minutes, infinity without."""
+    return 60 * (settings.budget_minutes or math.inf)

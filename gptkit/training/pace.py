@@ -1,0 +1,127 @@
+"""How long a run is, and what is due after a step."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gptkit.data.batches import TrainingBatches
+from gptkit.distributed.process_group import main_process, sync_flags
+from gptkit.training.optimizers import OPTIMIZERS
+from gptkit.training.planning import CLOSING_S, steps_within
+from gptkit.training.schedules import learning_rate
+from gptkit.training.settings import TrainingSettings, budget_s, max_total_steps, peak_lr
+from gptkit.training.signals import StopSignals
+
+MAX_WARMUP_STEPS = 1000
+FINAL_SHARE = 0.05  # of the peak learning rate, at the end of the cosine
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is due after a step, the same in all processes."""
+
+    evaluate: bool
+    sample: bool
+    save: bool
+    stop: bool  # the run is finished, or has to stop before
+    is_finished: bool
+    is_signalled: bool  # a signal asked to stop
+
+
+class Pace:
+    """How long a run is (epochs, tokens, steps or a budget of time), and what is due after each of its steps.
+
+    Its clock starts when it is made.
+    """
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        batches: TrainingBatches,
+        stop: StopSignals,
+        *,
+        first_step: int,
+        elapsed_s: float,  # of earlier sessions
+        started_at: float,  # time.monotonic() of the command
+        step_s: float,  # a first guess at the seconds per step
+    ) -> None:
+        self._settings, self._stop = settings, stop
+        self._total_steps = total_steps(settings, batches, first_step, elapsed_s, started_at, step_s)
+        self.n_steps = main_process(self._total_steps)(first_step)  # may change with the machine's speed
+        is_timed = settings.budget_minutes is not None
+        report = settings.eval_freq or (max(self.n_steps // 20, 1) if is_timed else 100)
+        self._report_every = report
+        self._sample_every = settings.print_sample_iter or (5 * report if is_timed else 100)
+        self._save_every = settings.save_ckpt_freq or (5 * report if is_timed else 500)
+        self._start = time.monotonic()
+        self._saved_at = self._start
+        # Seconds of training until now; with a budget also those before a session's first step.
+        self.elapsed_before_s = elapsed_s + (self._start - started_at if is_timed else 0.0)
+
+    def lr_multiplier(self, step: int) -> float:
+        """Return the learning rate of a step (from 0) as a share of the peak."""
+        settings = self._settings
+        final = FINAL_SHARE if settings.min_lr is None else settings.min_lr / peak_lr(settings)
+        warmup_steps = settings.warmup_steps
+        if warmup_steps is None:
+            share = OPTIMIZERS[settings.optimizer].warmup_share
+            warmup_steps = min(int(self.n_steps * share + 1e-9), MAX_WARMUP_STEPS)
+        warmup_steps = min(warmup_steps, self.n_steps)
+        return learning_rate(step, peak=1.0, final=final, warmup_steps=warmup_steps, total_steps=self.n_steps)
+
+    def after_step(self, step: int) -> Due:
+        """Return what is due after `step` steps; all processes agree on it, by one collective."""
+        now, settings = time.monotonic(), self._settings
+        is_signalled, (n_steps, is_over, is_late) = sync_flags(
+            self._stop.received is not None,
+            self._total_steps(step),
+            now - self._start > 60 * (settings.max_minutes or math.inf),
+            now - self._saved_at > 60 * settings.save_every_minutes,
+        )
+        self.n_steps = int(n_steps)
+        is_finished = step >= self.n_steps
+        is_stopped = is_signalled or bool(is_over)
+        is_scheduled_save = is_finished or step % self._save_every == 0
+        return Due(
+            evaluate=is_scheduled_save or step % self._report_every == 0,
+            sample=is_finished or (step % self._sample_every == 0 and not is_stopped),
+            save=is_scheduled_save or bool(is_late),
+            stop=is_finished or is_stopped,
+            is_finished=is_finished,
+            is_signalled=is_signalled,
+        )
+
+    def mark_saved(self) -> None:
+        """Restart the clock of --save_every_minutes."""
+        self._saved_at = time.monotonic()
+
+
+def time_left_s(settings: TrainingSettings, elapsed_s: float, started_at: float) -> float:
+    """Return the seconds of the budget that are left now; elapsed_s are those of earlier sessions."""
+    return budget_s(settings) - elapsed_s - (time.monotonic() - started_at)
+
+
+def total_steps(
+    settings: TrainingSettings,
+    batches: TrainingBatches,
+    first_step: int,
+    elapsed_s: float,
+    started_at: float,
+    step_s: float,
+) -> Callable[[int], int]:
+    """Return a function from the steps done to the total steps of the run."""
+    most = max_total_steps(settings, batches)
+    if settings.budget_minutes is None:
+        return lambda n_done: most
+    timed = steps_within(time_left_s(settings, elapsed_s, started_at) - CLOSING_S, first_step, step_s)
+    return lambda n_done: min(timed(n_done), most)
+
+
+@main_process
+def is_finished(
+    settings: TrainingSettings, batches: TrainingBatches, step: int, elapsed_s: float, started_at: float
+) -> bool:
+    """Return whether a run has made all its steps, or used up its budget."""
+    is_late = time_left_s(settings, elapsed_s, started_at) < CLOSING_S
+    return step >= max_total_steps(settings, batches) or is_late

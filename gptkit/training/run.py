@@ -1,0 +1,249 @@
+"""A training run: what it works with, and what it does in a step.
+
+How long it is, what is skipped and what is saved is the work of Pace, Guard and Saver.
+
+Shapes: B sequences per micro-step, T time (context_length).
+"""
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptkit.base import devices
+from gptkit.base.cli import UserError, format_duration
+from gptkit.base.files import write_json
+from gptkit.data.batches import Batch, TrainingBatches
+from gptkit.data.pretokenization import describe_tokens
+from gptkit.data.text_shards import source_name
+from gptkit.data.token_folder import TokenFolder
+from gptkit.distributed import fsdp, process_group
+from gptkit.distributed.process_group import main_process
+from gptkit.evaluation.scoring import mean_loss
+from gptkit.generation.generate import TextStream, stream_text
+from gptkit.generation.sampling import SamplingSettings
+from gptkit.text.tokenizer import Tokenizer
+from gptkit.training.compilation import (
+    BatchTooLarge,
+    Loss,
+    compile_and_time,
+    find_batch_size,
+    time_optimizer_step,
+)
+from gptkit.training.guard import as_count
+from gptkit.training.optimizers import OPTIMIZERS, Optimizer, load_optimizer_tensors, optimizer_tensors
+from gptkit.training.planning import Plan
+from gptkit.training.run_log import CURVE_FILE, RUN_FILE, RUN_FORMAT
+from gptkit.training.settings import TrainingSettings, configure_optimizer
+
+Tensors = dict[str, torch.Tensor]
+SAMPLING, SAMPLE_TOKENS = SamplingSettings(temperature=0.8, top_k=40), 50
+
+
+@dataclasses.dataclass
+class Run:
+    """Model, optimizer, batches and device of a run, and how far it has come."""
+
+    settings: TrainingSettings
+    tokenizer: Tokenizer
+    tokens: TokenFolder
+    plan: Plan
+    identity: dict[str, Any]  # what stays the same from session to session
+    batches: TrainingBatches
+    validation: list[Batch]
+    model: Any  # a GPT: hidden_states (B, T) -> (B, T, C), head_weight (V, C), what generate needs
+    optimizer: Optimizer
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+    step: int = 0  # optimizer steps done
+    elapsed_s: float = 0.0  # of training, when the newest checkpoint was written
+    best_val_loss: float | None = None  # nats per token, of the checkpoints saved
+    loss: Loss = dataclasses.field(init=False)  # inputs, targets: (B, T) -> mean; compile() sets it
+
+    @property
+    def output_dir(self) -> Path:
+        """Return the folder of all that the run writes."""
+        return Path(self.settings.output_dir)
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Return the micro-steps of an optimizer step."""
+        return self.plan.grad_accum_steps
+
+    # In a step
+
+    def compile(self) -> dict[str, float]:
+        """Compile the loss where that is asked for, and return the seconds of each part of an optimizer step.
+
+        Raises BatchTooLarge, with a batch that was seen to fit, where memory runs out.
+        """
+        start = time.monotonic()
+        batch = self.batches.micro_batch(self.step, 0)
+        reading_s = time.monotonic() - start
+        compiled = self.device.type == "cuda" if self.settings.compile is None else self.settings.compile
+        args = self.model, self.model.config.vocab_size
+        loss = None
+        try:
+            loss, parts_s = compile_and_time(*args, compiled, batch, self.device, self.dtype)
+        except (RuntimeError, MemoryError) as error:
+            if not devices.is_out_of_memory(error) or process_group.world_size() > 1:
+                raise
+        if loss is None:  # outside the handler, which would keep what did not fit in memory
+            size = find_batch_size(
+                lambda n: compile_and_time(*args, False, (batch[0][:n], batch[1][:n]), self.device, self.dtype),
+                self.plan.batch_size,
+            )
+            raise BatchTooLarge(self.plan.batch_size, self.grad_accum_steps, size, fits=True)
+        self.loss = loss
+        if self.settings.parallel == "ddp":
+            self.loss = process_group.wrap_ddp(self.model, loss, self.device)
+        parts_s = {"reading": reading_s, **parts_s}
+        step_s = {name: self.grad_accum_steps * seconds for name, seconds in parts_s.items()}
+        if self.step == 0:
+            step_s["optimizer"] = time_optimizer_step(
+                self.model, lambda: configure_optimizer(self.settings, self.model, self.dtype), self.device
+            )
+        return step_s
+
+    @contextlib.contextmanager
+    def forward_context(self, is_last: bool) -> Iterator[None]:
+        """Compute a loss by products in the run's dtype; is_last: the micro-step after which DDP averages gradients."""
+        process_group.set_gradient_sync(self.loss, is_last)
+        with devices.autocast(self.device, self.dtype):
+            yield
+
+    def clip_gradients(self) -> torch.Tensor:
+        """Scale the gradients down to at most --grad_clip, and return the norm that they had."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+        return fsdp.full_norm(norm)
+
+    def mean(self, *values: torch.Tensor) -> list[float]:
+        """Return the means of scalars over the processes; waits for the device."""
+        found: list[float] = process_group.all_reduce_mean(torch.stack(values)).tolist()
+        return found
+
+    # Looking at it
+
+    def validation_loss(self) -> float:
+        """Return the mean over the validation batches, in nats per token."""
+        return mean_loss(self.model, self.loss, self.validation, self.device, self.dtype)
+
+    def sample_text(self) -> str:
+        """Return --start_context as the model continues it, by the same random numbers each time."""
+        start = self.settings.start_context
+        prompt = [self.tokenizer.end_of_text_id, *self.tokenizer.encode(start)]
+        text = TextStream(self.tokenizer, prompt, self.settings.seed)
+        with fsdp.unsharded(self.model, self.dtype):
+            pieces = stream_text(self.model, [text], SAMPLING, SAMPLE_TOKENS, self.model.config.context_length)
+            return start + "".join(piece for _, piece in pieces)
+
+    # Checkpoints
+
+    def settings_dict(self) -> dict[str, Any]:
+        """Return the settings that a later session compares with its own, with the precision that was chosen."""
+        return dataclasses.asdict(self.settings) | {"dtype": devices.dtype_name(self.dtype)}
+
+    def progress(self) -> dict[str, Any]:
+        """Return how far the run has come, for a checkpoint's state."""
+        return {"step": self.step, "best_val_loss": self.best_val_loss, "elapsed_s": self.elapsed_s}
+
+    def load_progress(self, state: Mapping[str, Any]) -> None:
+        """Load what `progress` returned. Raises KeyError where something is missing, ValueError where it cannot be."""
+        step, best, elapsed_s = as_count(state["step"]), state["best_val_loss"], float(state["elapsed_s"])
+        if not math.isfinite(elapsed_s + (best or 0.0)):
+            raise ValueError("its sums are not finite")
+        self.step, self.best_val_loss, self.elapsed_s = step, best, elapsed_s
+
+    def full_tensors(self, keep: bool) -> tuple[Tensors, Tensors]:
+        """Return the weights, and the optimizer's state with the random states; without `keep` empty, but gathered."""
+        weights = fsdp.full_tensors(self.model.state_dict(), keep)
+        training = fsdp.full_tensors(optimizer_tensors(self.model, self.optimizer), keep)
+        return weights, training | process_group.gather_rng_states(devices.get_rng_states(self.device))
+
+    def load_tensors(self, weights: Mapping[str, torch.Tensor], training: Mapping[str, torch.Tensor]) -> None:
+        """Load what `full_tensors` returned. Raises KeyError, ValueError or RuntimeError where it does not fit."""
+        self.model.load_state_dict(fsdp.shard_tensors(weights, self.model.state_dict()))
+        load_optimizer_tensors(self.model, self.optimizer, training)
+        states = process_group.select_rng_states(training)
+        if process_group.is_main_process() or states:
+            devices.set_rng_states(states, self.device)
+        else:  # there were fewer processes
+            process_group.seed_rank(self.settings.seed, self.step)
+
+
+def state_bytes(run: Run) -> int:
+    """Return about how much the optimizer's state takes: of each parameter the moments that every one has."""
+    n_moments = OPTIMIZERS[run.settings.optimizer].n_moments
+    return sum(n_moments * p.numel() * p.element_size() for p in run.model.parameters())
+
+
+@main_process
+def require_disk_space(run: Run) -> None:
+    """Raise UserError where the disk has no room for a checkpoint."""
+    needed = sum(tensor.nbytes for tensor in run.model.state_dict().values()) + state_bytes(run)
+    free = shutil.disk_usage(run.output_dir).free
+    if free < needed:
+        raise UserError(
+            f"--output_dir {run.output_dir} has {free / 2**20:,.0f} MiB free and a checkpoint takes about"
+            f" {needed / 2**20:,.0f} MiB (and during a save one more than --keep_checkpoints and the best are there);"
+            " make room, or name a folder on another disk"
+        )
+
+
+@main_process
+def announce(run: Run, n_steps: int, step_s: Mapping[str, float]) -> None:
+    """Print what a run is about to do, and write it to config.json; step_s are the seconds of each part of a step."""
+    plan, batches = run.plan, run.batches
+    left, context_length = n_steps - run.step, run.model.config.context_length
+    n_shards = plan.n_processes if run.settings.parallel == "fsdp" else 1
+    memory_bytes = devices.peak_memory_bytes(run.device) + state_bytes(run) / n_shards
+    total_s = sum(step_s.values())
+    shares = ", ".join(f"{name} {seconds / total_s:.1%}" for name, seconds in step_s.items())
+    tokens_per_s = batches.tokens_per_step / total_s
+    mfu = devices.format_mfu(run.model.n_flops_per_token() * tokens_per_s / plan.n_processes, run.device, run.dtype)
+    processes = "1 process" if plan.n_processes == 1 else f"{plan.n_processes} processes ({run.settings.parallel})"
+    print(
+        f"data: {describe_tokens(run.tokens.manifest)}\n"
+        f"model: {run.model.n_parameters():,} parameters, {run.model.config}\n"
+        f"device: {devices.describe_device(run.device)}, {run.dtype}, torch {torch.__version__}\n"
+        f"steps: {left} to go of {n_steps}, {batches.steps_per_epoch} per epoch;"
+        f" {batches.tokens_per_step:,} tokens per step = {plan.batch_size} sequences x {context_length} tokens"
+        f" x {plan.grad_accum_steps} micro-steps x {processes}\n"
+        f"memory: about {memory_bytes / 2**30:.2f} GiB (measured on one micro-step, and {run.settings.optimizer}'s state)\n"
+        f"per step: {total_s:.3f} s ({shares}), {tokens_per_s:,.0f} tokens/s, MFU {mfu}\n"
+        f"time: about {format_duration(left * total_s)} for the steps; evaluation comes on top",
+        flush=True,
+    )
+    about = {
+        "format": RUN_FORMAT,
+        "settings": dataclasses.asdict(run.settings),
+        "model": dataclasses.asdict(run.model.config),
+        "text": source_name(Path(run.settings.data_dir)),
+        "tokens": describe_tokens(run.tokens.manifest),
+    }
+    write_json(run.output_dir / RUN_FILE, about)
+
+
+def finished_message(run: Run) -> str:
+    """Return what there is to say of a run that has nothing left to do."""
+    return (
+        f"{run.output_dir}: the run is finished, step {run.step}; more: --n_epochs, --max_tokens, --max_steps or"
+        " --budget_minutes, as it was given"
+    )
+
+
+def closing_message(run: Run, n_steps: int) -> str:
+    """Return what there is to say at the end of a session."""
+    if run.step < n_steps:
+        return f"stopped at step {run.step} of {n_steps} and saved in {run.output_dir}; run the same command to resume"
+    best = "unknown" if run.best_val_loss is None else f"{run.best_val_loss:.4f}"
+    return (
+        f"finished {n_steps} steps in {format_duration(run.elapsed_s)}, best validation loss of a checkpoint {best};"
+        f" the loss curve is {run.output_dir / CURVE_FILE}"
+    )
