@@ -1,40 +1,38 @@
-"""A page about one run, or about several compared: curves, samples, settings and what differs in them, restarts.
+"""Write a page about one run, or about several runs compared: curves, samples, settings and their differences, restarts.
 
     python report.py --exp_dir exp001
     python report.py --exp_dir exp001 --compare exp002 exp003 --output comparison.html
 
-One HTML file, in Japanese, that needs no network and no other file. The run may be at work, or an old one.
+The page is one HTML file, in Japanese, that needs no network and no other file. The run may still be training, or may
+come from an older version.
 """
 
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from gptkit.base.cli import UserError, run_command, setting
-from gptkit.base.files import as_dict, is_locked, read_json, write_atomically
+from gptkit.base.files import is_locked, write_atomically
 from gptkit.base.paths import existing_path
 from gptkit.report.charts import N_COLOURS
 from gptkit.report.page import render_page
 from gptkit.report.records import RunRecord
-from gptkit.training.run_log import read_jsonl, run_name
-
-RUN_FILES, RUN_FORMAT = ("config.json", "metrics.jsonl"), "gptkit-run"
+from gptkit.training.run_log import METRICS_FILE, RUN_FILE, RUN_FORMAT, read_jsonl, read_run_config, run_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """A page about one run, or about several compared, as one HTML file in Japanese."""
+    """Write a page about one run, or about several runs compared, as one HTML file in Japanese."""
 
     exp_dir: str = setting(help="experiment folder (or the output folder in it)")
-    compare: tuple[str, ...] = setting((), "other experiment folders, to be compared with it")
-    output: str = setting("report.html", "file to write")
+    compare: tuple[str, ...] = setting((), "other experiment folders to compare with it")
+    output: str = setting("report.html", "HTML file to write")
 
 
 def main(config: ReportConfig) -> None:
     output = Path(config.output)
     if output.suffix not in (".html", ".htm") or output.is_dir():
-        raise UserError(f"--output {output} is no name of a page; give one that ends with .html")
+        raise UserError(f"--output {output} is not the name of an HTML file; give one that ends with .html")
     existing_path(str(output.parent), "the folder of --output")
     folders = {find_run(config.exp_dir, "--exp_dir"): config.exp_dir}
     for other in config.compare:
@@ -51,32 +49,25 @@ def main(config: ReportConfig) -> None:
 
 
 def find_run(exp_dir: str, flag: str) -> Path:
-    """The output folder that `exp_dir` means: itself, or the one in it. Raises UserError."""
+    """Return the output folder that `exp_dir` means: itself, or the only one in it. Raises UserError."""
     folder = existing_path(exp_dir, flag)
     candidates = [folder] if is_run(folder) else sorted(path for path in folder.glob("*/") if is_run(path))
     if len(candidates) > 1:
         raise UserError(f"{flag} {folder} holds several runs; name one: {', '.join(map(str, candidates))}")
     if not candidates:
-        raise UserError(f"{flag} {folder} holds no run ({' or '.join(RUN_FILES)}); pretraining.py writes one")
+        raise UserError(f"{flag} {folder} holds no run ({RUN_FILE} or {METRICS_FILE}); pretraining.py writes one")
     return candidates[0].resolve()
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file() or about_run(folder).get("format") == RUN_FORMAT
-
-
-def about_run(folder: Path) -> dict[str, Any]:
-    """config.json of a run, {} where it is none."""
-    try:
-        return as_dict(read_json(folder / "config.json")) if (folder / "config.json").is_file() else {}
-    except (OSError, ValueError):
-        return {}
+    """Return whether the folder is the output folder of a run."""
+    return (folder / METRICS_FILE).is_file() or read_run_config(folder).get("format") == RUN_FORMAT
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
-    """What a run has written so far; what is missing or broken is left out."""
+    """Return what a run has written so far, without missing files and broken lines."""
     metrics, samples, sessions = (read_jsonl(folder / f"{kind}.jsonl") for kind in ("metrics", "samples", "sessions"))
-    return RunRecord(name, about_run(folder), metrics, samples, sessions, is_locked(folder))
+    return RunRecord(name, read_run_config(folder), metrics, samples, sessions, is_locked(folder))
 
 
 if __name__ == "__main__":

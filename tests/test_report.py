@@ -1,4 +1,4 @@
-"""report.py and what it reads: real runs by real processes, hostile and old files, and the page in a real browser."""
+"""report.py and the files it reads: real runs, hostile and old files, and the page in a real browser."""
 
 import html
 import json
@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_user_error, run_command
+from conftest import assert_user_error, call_command
 from test_demo import CHROMIUM, QUIET
 from test_resume import small_run
 
 from gptkit.report.charts import Curve, format_number, line_chart, thin, ticks
 from gptkit.report.page import format_count, render_page
-from gptkit.report.records import RunRecord, as_number, pick_evenly
+from gptkit.report.records import RunRecord, pick_evenly
+from gptkit.training.run_log import as_number
 
 HOSTILE = "</p></article><script>document.title='broken'</script><img src=x onerror=alert(1)>&amp;\u2028\u202e\0"
 VOID = {"meta", "br", "line", "polyline", "circle", "img", "link", "input"}
 
 
 class Page(HTMLParser):
-    """What stands in a page: its elements, which must be closed as they were opened, and its text."""
+    """The elements of a page, which must be closed in the order in which they were opened, and its text."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Page(HTMLParser):
             self.text += data
 
     def charts(self) -> dict[str, Any]:
-        """The numbers of each chart, by its title."""
+        """Return the numbers of each chart by its title."""
         labels = [attributes["aria-label"] for tag, attributes in self.elements if tag == "svg"]
         data = [attributes["data-chart"] for _, attributes in self.elements if "data-chart" in attributes]
         return dict(zip(labels, map(json.loads, data), strict=True))
@@ -62,15 +63,14 @@ def lines(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def experiments(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -> Path:
-    """exp001, stopped and gone on with; exp002, a copy of exp001 as it was then, gone on with at another rate."""
+def experiments(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path, sample_tokens: Path) -> Path:
+    """Make exp001, a run that stopped and was resumed, and exp002, a copy of the stopped run resumed at another rate."""
     root = tmp_path_factory.mktemp("experiments")
-    shards = Path(shutil.copytree(sample_shards, root / "001"))
 
     def train(name: str, *more: object) -> None:
-        arguments = small_run(shards, root / name / "model_checkpoints", "adamw")
-        often = ("--max_steps", 8, "--eval_freq", 2, "--print_sample_iter", 4, "--start_context", "<b>春")
-        result = run_command("pretraining.py", *arguments, *often, *more)
+        arguments = small_run(sample_shards, root / name / "model_checkpoints", "adamw")
+        reports = ("--max_steps", 8, "--eval_freq", 2, "--print_sample_iter", 4, "--start_context", "<b>春")
+        result = call_command("pretraining.py", *arguments, *reports, *more)
         assert result.returncode == 0, result.stderr
 
     train("exp001", "--max_minutes", 0.00001)
@@ -80,7 +80,7 @@ def experiments(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -
     return root
 
 
-def test_what_a_run_keeps_for_the_report(experiments: Path) -> None:
+def test_a_run_writes_samples_and_sessions(experiments: Path) -> None:
     folder = experiments / "exp001" / "model_checkpoints"
     samples = lines(folder / "samples.jsonl")
     tokens_per_step = 4 * 2 * 32
@@ -93,41 +93,41 @@ def test_what_a_run_keeps_for_the_report(experiments: Path) -> None:
     assert (second["step"], second["end"]["step"], second["end"]["how"]) == (1, 8, "finished")
     assert first["settings"]["max_steps"] == 8
     assert "max_minutes" in first["settings"].keys() - second["settings"].keys()
-    assert "weight_decay" not in first["settings"]  # is what it is by default
+    assert "weight_decay" not in first["settings"]  # it has its default
     assert second["environment"]["device"].startswith("cpu")
     assert datetime.fromisoformat(first["time"]) <= datetime.fromisoformat(second["end"]["time"])
 
 
-def test_the_page_of_a_run(experiments: Path, tmp_path: Path) -> None:
+def test_the_page_shows_metrics_and_samples_of_a_run(experiments: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
-    result = run_command("report.py", "--exp_dir", experiments / "exp001", "--output", output)
+    result = call_command("report.py", "--exp_dir", experiments / "exp001", "--output", output)
     assert result.returncode == 0, result.stderr
     source = output.read_text("utf-8")
     page = Page(source)
     assert ("html", {"lang": "ja"}) in page.elements
-    assert not re.search(r"""(src=|href=|url\(|@import|https?:)""", source)  # needs nothing else
+    assert not re.search(r"""(src=|href=|url\(|@import|https?:)""", source)  # it needs no other file
     metrics = lines(experiments / "exp001" / "model_checkpoints" / "metrics.jsonl")
     charts = page.charts()
     train, val = charts["損失（トークンあたり）"]["curves"]
     assert [point[1] for point in val["points"]] == [report["val_loss"] for report in metrics]
     assert [point[1] for point in train["points"]] == [report["train_loss"] for report in metrics]
     assert [point[1] for point in charts["学習率"]["curves"][0]["points"]] == [report["lr"] for report in metrics]
-    assert source.count('class="mark c0"') == 0  # no report lies before the restart, after step 1
+    assert source.count('class="mark c0"') == 0  # the restart was after step 1, before the first report
     assert "完了" in page.text
     assert "<b>春" in page.text  # as text
     for sample in lines(experiments / "exp001" / "model_checkpoints" / "samples.jsonl"):
         assert sample["text"].removeprefix("<b>春") in page.text
     assert "設定の違い" not in page.text
-    same = run_command("report.py", "--exp_dir", experiments / "exp001" / "model_checkpoints", "--output", output)
+    same = call_command("report.py", "--exp_dir", experiments / "exp001" / "model_checkpoints", "--output", output)
     assert same.returncode == 0, same.stderr
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_a_comparison_shows_first_what_differs(experiments: Path, tmp_path: Path) -> None:
-    """A copied experiment that is gone on with at another rate: the copy's sessions tell of both."""
+def test_a_comparison_begins_with_the_differences(experiments: Path, tmp_path: Path) -> None:
+    """A copied experiment that was resumed at another rate: the copy's sessions show both rates."""
     output = tmp_path / "report.html"
     compared = [experiments / name for name in ("exp001", "exp002")]
-    result = run_command("report.py", "--exp_dir", compared[0], "--compare", *compared, "--output", output)
+    result = call_command("report.py", "--exp_dir", compared[0], "--compare", *compared, "--output", output)
     assert result.returncode == 0, result.stderr
     source = output.read_text("utf-8")
     page = Page(source)
@@ -140,20 +140,24 @@ def test_a_comparison_shows_first_what_differs(experiments: Path, tmp_path: Path
     assert source.index("設定の違い") < source.index("<h2>設定<")
 
 
-def test_mistakes(experiments: Path, tmp_path: Path) -> None:
+def test_mistakes_are_errors_of_one_line(experiments: Path, tmp_path: Path) -> None:
     exp001 = experiments / "exp001"
-    assert_user_error(run_command("report.py", "--exp_dir", tmp_path / "none"), "--exp_dir")
-    assert_user_error(run_command("report.py", "--exp_dir", tmp_path), "holds no run")
-    assert_user_error(run_command("report.py", "--exp_dir", exp001, "--compare", tmp_path), "--compare", "holds no run")
-    assert_user_error(run_command("report.py", "--exp_dir", exp001, "--output", tmp_path / "README.md"), "--output")
-    assert_user_error(run_command("report.py", "--exp_dir", exp001, "--output", tmp_path / "no" / "a.html"), "--output")
+    assert_user_error(call_command("report.py", "--exp_dir", tmp_path / "none"), "--exp_dir")
+    assert_user_error(call_command("report.py", "--exp_dir", tmp_path), "holds no run")
+    assert_user_error(
+        call_command("report.py", "--exp_dir", exp001, "--compare", tmp_path), "--compare", "holds no run"
+    )
+    assert_user_error(call_command("report.py", "--exp_dir", exp001, "--output", tmp_path / "README.md"), "--output")
+    assert_user_error(
+        call_command("report.py", "--exp_dir", exp001, "--output", tmp_path / "no" / "a.html"), "--output"
+    )
     for name in ("a", "b"):
         shutil.copytree(exp001 / "model_checkpoints", tmp_path / name)
-    assert_user_error(run_command("report.py", "--exp_dir", tmp_path), "several runs")
+    assert_user_error(call_command("report.py", "--exp_dir", tmp_path), "several runs")
 
 
 def hostile_run(name: str = HOSTILE) -> RunRecord:
-    """Every text of a run that means harm, and every kind of broken number."""
+    """Return a run in which every text is an attack, and which has every kind of broken number."""
     numbers: list[Any] = [1.5, "1", None, True, [], {}, float("nan"), float("inf"), 10**400, -1e300, 2.5]
     metrics = [{"step": n, "tokens": n * 10, "elapsed_s": n, "val_loss": value} for n, value in enumerate(numbers)]
     session = {"step": 3, "time": HOSTILE, "settings": {HOSTILE: HOSTILE}, "environment": {HOSTILE: [HOSTILE]}}
@@ -167,7 +171,7 @@ def hostile_run(name: str = HOSTILE) -> RunRecord:
 
 
 @pytest.mark.parametrize("n_runs", [1, 2])
-def test_nothing_that_a_run_wrote_becomes_html(n_runs: int) -> None:
+def test_texts_of_a_run_never_become_html(n_runs: int) -> None:
     source = render_page([hostile_run(), hostile_run("</title>")][:n_runs], datetime(2026, 1, 2))
     page = Page(source)
     assert [tag for tag, _ in page.elements].count("script") == 1
@@ -181,7 +185,7 @@ def test_nothing_that_a_run_wrote_becomes_html(n_runs: int) -> None:
     assert values == [1.5, 2.5] * n_runs
 
 
-def test_an_old_run_a_broken_one_and_one_that_has_just_begun(experiments: Path, tmp_path: Path) -> None:
+def test_old_broken_and_new_runs_have_a_page(experiments: Path, tmp_path: Path) -> None:
     output, old = tmp_path / "report.html", tmp_path / "old"
     shutil.copytree(experiments / "exp001" / "model_checkpoints", old)
     (old / "samples.jsonl").unlink()
@@ -196,13 +200,13 @@ def test_an_old_run_a_broken_one_and_one_that_has_just_begun(experiments: Path, 
     new.mkdir()
     (new / "config.json").write_text('{"format": "gptkit-run", "settings": null}')
     for folder in (old, broken, new):
-        result = run_command("report.py", "--exp_dir", folder, "--output", output)
+        result = call_command("report.py", "--exp_dir", folder, "--output", output)
         assert result.returncode == 0, result.stderr
         Page(output.read_text("utf-8"))
     assert "まだ記録がありません" in output.read_text("utf-8")
 
 
-def test_the_state_of_a_run() -> None:
+def test_the_page_shows_how_a_run_ended() -> None:
     def state(*sessions: dict, is_running: bool = False) -> str:
         page = render_page([RunRecord("run", sessions=sessions, is_running=is_running)], datetime(2026, 1, 2))
         return html.unescape(re.findall(r"<dt>状態</dt><dd>(.*?)</dd>", page)[0])
@@ -218,7 +222,7 @@ def test_the_state_of_a_run() -> None:
     assert state(ended("failed", "UserError: <")) == "失敗（UserError: <）"
 
 
-def test_restarts_stand_at_the_last_report_before_them() -> None:
+def test_restarts_are_marked_at_the_last_report_before_them() -> None:
     reports = [{"step": step, "tokens": step * 100, "elapsed_s": step / 2} for step in (10, 20, 30)]
     run = RunRecord("run", metrics=reports, sessions=[{"step": 0}, {"step": 5}, {"step": 20}, {"step": 29}])
     assert run.restarts("tokens") == [2000, 2000]
@@ -239,31 +243,31 @@ def test_restarts_stand_at_the_last_report_before_them() -> None:
         (-3, 1, [-3, -2, -1, 0, 1]),
     ],
 )
-def test_ticks(low: float, high: float, expected: list[float]) -> None:
+def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
 
 
-def test_a_chart_draws_each_curve_where_it_belongs() -> None:
+def test_curves_are_drawn_at_their_coordinates() -> None:
     chart = line_chart("a & b", "x", [Curve("one", 3, [(0.0, 0.0), (10.0, 5.0)]), Curve("dot", 4, [(5.0, 5.0)])])
-    places = re.findall(r'class="curve c3" points="(.*?)"', chart)[0].split()
-    (x0, y0), (x1, y1) = (tuple(map(float, place.split(","))) for place in places)
-    assert (x1 - x0, y0 - y1) == (484, 240)  # the whole of the plot
+    points = re.findall(r'class="curve c3" points="(.*?)"', chart)[0].split()
+    (x0, y0), (x1, y1) = (tuple(map(float, point.split(","))) for point in points)
+    assert (x1 - x0, y0 - y1) == (484, 240)  # the full plot
     assert f'class="curve dot c4" cx="{(x0 + x1) / 2}" cy="{y1}"' in chart
     assert "a &amp; b" in chart
     assert "まだ記録がありません" in line_chart("nothing", "x", [Curve("one", 0, [])])
 
 
-def test_a_long_curve_keeps_its_spikes() -> None:
+def test_thinning_a_curve_keeps_its_spikes() -> None:
     points = [(float(n), 1.0) for n in range(100_000)]
     points[77_777] = (77_777.0, 99.0)
     points[12_345] = (12_345.0, -99.0)
-    kept = thin(points)
-    assert len(kept) <= 402
-    assert {points[0], points[77_777], points[12_345], points[-1]} <= set(kept)
-    assert list(kept) == sorted(kept)
+    thinned = thin(points)
+    assert len(thinned) <= 402
+    assert {points[0], points[77_777], points[12_345], points[-1]} <= set(thinned)
+    assert list(thinned) == sorted(thinned)
 
 
-def test_numbers_for_a_person() -> None:
+def test_numbers_are_formatted_for_people() -> None:
     assert [format_number(value) for value in (0, 0.002, 2e-5, 3.25, 12_000)] == [
         "0",
         "0.002",
@@ -271,8 +275,8 @@ def test_numbers_for_a_person() -> None:
         "3.25",
         "12,000",
     ]
-    shown = [format_count(n) for n in (None, 0, 9999, 12_345, 123_456, 3_456_789, 345_678_901)]
-    assert shown == ["—", "0", "9,999", "1.2万", "12.3万", "346万", "3.5億"]
+    counts = [format_count(n) for n in (None, 0, 9999, 12_345, 123_456, 3_456_789, 345_678_901)]
+    assert counts == ["—", "0", "9,999", "1.2万", "12.3万", "346万", "3.5億"]
     assert [as_number(value) for value in (1, True, "1", 10**400, float("nan"))] == [1.0, None, None, None, None]
     assert [item["step"] for item in pick_evenly([{"step": n} for n in range(11)], 3)] == [0, 5, 10]
 
@@ -288,8 +292,8 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
-def test_in_a_browser(browser: Any, tmp_path: Path) -> None:
-    """No word of trouble on the console, no page wider than the window, the numbers under the pointer."""
+def test_the_page_in_a_browser(browser: Any, tmp_path: Path) -> None:
+    """No message on the console, no page wider than the window, and the numbers under the pointer."""
     reports = [
         {"step": n, "tokens": n * 2048, "elapsed_s": n * 1.5, "train_loss": 9 / n, "val_loss": 9.5 / n, "lr": 1e-3}
         for n in range(1, 50)
@@ -304,9 +308,9 @@ def test_in_a_browser(browser: Any, tmp_path: Path) -> None:
     for name in ("one", "several", "hostile"):
         for width in (1280, 390):
             page = browser.new_page(viewport={"width": width, "height": 900}, locale="ja-JP")
-            trouble: list[str] = []
-            page.on("console", lambda message, trouble=trouble: trouble.append(message.text))
-            page.on("pageerror", lambda error, trouble=trouble: trouble.append(str(error)))
+            messages: list[str] = []
+            page.on("console", lambda message, messages=messages: messages.append(message.text))
+            page.on("pageerror", lambda error, messages=messages: messages.append(str(error)))
             page.goto((tmp_path / f"{name}.html").as_uri())
             assert page.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
             assert page.title() != "broken"
@@ -317,5 +321,5 @@ def test_in_a_browser(browser: Any, tmp_path: Path) -> None:
             tip = page.locator(".tip:not([hidden])")
             assert "検証" in tip.inner_text()
             assert tip.bounding_box()["x"] + tip.bounding_box()["width"] <= width
-            assert trouble == [], (name, width)
+            assert messages == [], (name, width)
             page.close()

@@ -33,6 +33,14 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def one_line(error: BaseException, max_chars: int | None = None) -> str:
+    """Return all lines of an error's message joined into one, or the name of its class where it has no message.
+
+    With `max_chars`, the line is cut to so many characters.
+    """
+    return (" ".join(str(error).split()) or type(error).__name__)[:max_chars]
+
+
 def setting(
     default: Any = dataclasses.MISSING,
     help: str = "",

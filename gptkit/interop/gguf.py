@@ -1,7 +1,7 @@
-"""A GGUF file for llama.cpp, by the library gguf: weights, dimensions and tokenizer in one file.
+"""Write a GGUF file for llama.cpp with the library gguf: weights, dimensions and tokenizer in one file.
 
-Both architectures, with a SentencePiece tokenizer. llama.cpp's own tokenizers read SentencePiece's pieces and scores: its
-"llama" is BPE, its "t5" unigram. A text begins with end-of-text there too.
+Both architectures are supported, with a SentencePiece tokenizer. llama.cpp's own tokenizers read SentencePiece's pieces
+and scores: its "llama" is BPE, its "t5" is unigram. A text begins with end-of-text, as in training.
 """
 
 import sys
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 def write_gguf(
     path: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], tokenizer: "Tokenizer", kind: str
 ) -> None:
-    """tensors and config are those of transformers' model (hf_conversion.to_hf). kind: f32, f16 or q8_0, of matrices.
+    """Write the tensors and config of transformers' model (huggingface.to_hf) with the tokenizer into one file.
 
-    Raises UserError where gguf is not installed, or llama.cpp has no such tokenizer.
+    kind is the type of matrices: f32, f16 or q8_0. Raises UserError where gguf is not installed, or llama.cpp has no such
+    tokenizer.
     """
     try:
         import gguf
@@ -39,9 +40,9 @@ def write_gguf(
     )
     names = gguf.get_tensor_name_map(arch, config.get("n_layer") or config["num_hidden_layers"])
     for name, tensor in tensors.items():
-        of_conv1d = is_gpt2 and tensor.dim() == 2 and ".h." in name  # (inputs, outputs) there
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        _add_tensor(writer, found, (tensor.t() if of_conv1d else tensor).contiguous().numpy(), kind)
+        is_conv1d = is_gpt2 and tensor.dim() == 2 and ".h." in name  # (inputs, outputs) in transformers
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        _add_tensor(writer, gguf_name, (tensor.t() if is_conv1d else tensor).contiguous().numpy(), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -49,7 +50,7 @@ def write_gguf(
 
 
 def _add_tensor(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
-    """Matrices in the type asked for, where their rows are whole blocks of it; norms, biases and positions as they are."""
+    """Add a matrix in the type `kind`, where its rows are full blocks of that type; norms, biases, positions in float32."""
     import gguf
     from gguf import quants
 
@@ -63,6 +64,7 @@ def _add_tensor(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
 
 
 def _add_dimensions(writer: Any, config: Mapping[str, Any]) -> None:
+    """Add the dimensions under llama.cpp's names."""
     if config["model_type"] == "gpt2":
         writer.add_context_length(config["n_positions"])
         writer.add_embedding_length(config["n_embd"])
@@ -84,35 +86,36 @@ def _add_dimensions(writer: Any, config: Mapping[str, Any]) -> None:
 
 
 def _add_tokenizer(writer: Any, tokenizer: "Tokenizer") -> None:
+    """Add the pieces, scores and special tokens of a SentencePiece tokenizer. Raises UserError for other kinds."""
     import gguf
 
     from gptkit.text.backends import SentencePieceBackend
 
     if not isinstance(tokenizer.backend, SentencePieceBackend):
         raise UserError(
-            f"--format gguf is for SentencePiece tokenizers, and {tokenizer.name} is none; export it with --format hf"
+            f"--format gguf supports SentencePiece tokenizers only, and {tokenizer.name} is of another kind; export it with --format hf"
         )
     if tokenizer.lower_case:
-        print("note: llama.cpp does not lower-case: give it text in lower case", file=sys.stderr)
+        print("note: llama.cpp does not lower-case text; give it text in lower case", file=sys.stderr)
     model = tokenizer.backend.proto()
-    how, trainer = model.normalizer_spec, model.trainer_spec
+    normalizer, trainer = model.normalizer_spec, model.trainer_spec
     tokens = [piece.piece.encode() for piece in model.pieces]
     scores = [piece.score for piece in model.pieces]
-    kinds = [int(piece.type) for piece in model.pieces]  # GGUF's numbers are SentencePiece's
+    types = [int(piece.type) for piece in model.pieces]  # GGUF uses SentencePiece's numbers
     if tokenizer.newline_id is not None:
-        tokens, scores, kinds = [*tokens, b"\n"], [*scores, 0.0], [*kinds, int(gguf.TokenType.USER_DEFINED)]
+        tokens, scores, types = [*tokens, b"\n"], [*scores, 0.0], [*types, int(gguf.TokenType.USER_DEFINED)]
     if trainer.model_type == trainer.UNIGRAM:
         writer.add_tokenizer_model("t5")
-        writer.add_remove_extra_whitespaces(how.remove_extra_whitespaces)
-        if how.precompiled_charsmap:
-            writer.add_precompiled_charsmap(how.precompiled_charsmap)
+        writer.add_remove_extra_whitespaces(normalizer.remove_extra_whitespaces)
+        if normalizer.precompiled_charsmap:
+            writer.add_precompiled_charsmap(normalizer.precompiled_charsmap)
     else:
         writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
-    writer.add_token_types(kinds)
-    writer.add_add_space_prefix(how.add_dummy_prefix)
+    writer.add_token_types(types)
+    writer.add_add_space_prefix(normalizer.add_dummy_prefix)
     writer.add_bos_token_id(tokenizer.end_of_text_id)
     writer.add_eos_token_id(tokenizer.end_of_text_id)
     if tokenizer.unknown_id is not None:

@@ -1,11 +1,11 @@
-"""Weights and dimensions of a GPT under the names of transformers' models, and back, bit for bit; folders of such.
+"""Convert weights and dimensions of a GPT to those of transformers' models and back, bit for bit; read such folders.
 
-gpt2 is GPT2LMHeadModel, modern is Qwen3ForCausalLM. Rows of the embedding that only pad the vocabulary are left out
-there, and put back here. Weights are read from safetensors alone: a pickle is refused. Dimensions are GPTConfig's fields by name: this module knows no model class.
+arch gpt2 becomes GPT2LMHeadModel, modern becomes Qwen3ForCausalLM. Rows of the embedding that only pad the vocabulary
+are left out there, and added again here. Weights are read from safetensors only: pickles are refused. Dimensions are
+GPTConfig's fields by name, since this module knows no model class.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from gptkit.base.cli import UserError
+from gptkit.base.cli import UserError, one_line
 from gptkit.base.files import read_json
 from gptkit.base.paths import hub_folder
 
@@ -23,7 +23,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERNS = ["config.json", WEIGHTS, "model-*.safetensors", INDEX]
 Tensors = dict[str, torch.Tensor]
 RMS_NORM_EPS, LAYER_NORM_EPS = 1e-6, 1e-5
-MOST_PADDING = 1024  # rows that an embedding may have more (Qwen3's: 267) or less than its tokenizer has ids
+MAX_PADDING = 1024  # how many rows more (Qwen3 has 267 more) or fewer than token ids an embedding may have
 GPT2_BLOCK = {
     "norm1": "ln_1",
     "norm2": "ln_2",
@@ -47,10 +47,9 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 def to_hf(
     weights: Mapping[str, torch.Tensor], dimensions: Mapping[str, Any], end_of_text_id: int
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors of a safetensors file, and config.json, of transformers' model."""
-    n_words = dimensions["vocab_size"]
+    """Return the tensors and the config.json of transformers' model that computes the same."""
     tensors = {
-        name: tensor[:n_words] if name in ("tok_emb.weight", "out_head.weight") else tensor
+        name: tensor[: dimensions["vocab_size"]] if name in ("tok_emb.weight", "out_head.weight") else tensor
         for name, tensor in weights.items()
     }
     config = _gpt2_config(dimensions) if dimensions["arch"] == "gpt2" else _qwen3_config(weights, dimensions)
@@ -62,52 +61,54 @@ def to_hf(
 def from_hf(
     tensors: Mapping[str, torch.Tensor], dimensions: Mapping[str, Any], vocab_size: int, n_rows: int
 ) -> Tensors:
-    """Weights of a GPT of those dimensions (dimensions_of_hf), in float32; the embedding is extended to vocab_size.
+    """Return the weights of a GPT of those dimensions (dimensions_from_config) in float32, extended to vocab_size tokens.
 
-    n_rows are those of the padded vocabulary. New words begin as the mean of the others (Hewitt 2021, "Initializing
-    New Word Embeddings for Pretrained Language Models"). Learned positions beyond the context are left out. Raises
-    UserError.
+    n_rows counts the rows of the padded vocabulary. New tokens start as the mean of the others (Hewitt 2021,
+    "Initializing New Word Embeddings for Pretrained Language Models"). Learned positions beyond the context length are
+    left out. Raises UserError where tensors are missing, or the vocabulary differs by more than MAX_PADDING.
     """
     convert: Callable[..., Tensors] = _from_gpt2 if dimensions["arch"] == "gpt2" else _from_qwen3
     try:
         weights = {name: tensor.float() for name, tensor in convert(tensors, dimensions).items()}
     except KeyError as error:
         raise UserError(f"the weights lack {error}; choose a folder of a GPT2LMHeadModel or a Qwen3ForCausalLM")
-    n_known = len(weights["tok_emb.weight"])
-    if abs(n_known - vocab_size) > MOST_PADDING:
+    n_loaded = len(weights["tok_emb.weight"])
+    if abs(n_loaded - vocab_size) > MAX_PADDING:
         raise UserError(
-            f"the model has {n_known} words and its tokenizer {vocab_size}; choose the tokenizer it was trained with"
+            f"the model has {n_loaded} tokens and its tokenizer {vocab_size}; choose the tokenizer it was trained with"
         )
     for name in ("tok_emb.weight", "out_head.weight"):
         if name in weights:
-            weights[name] = _with_rows(weights[name][:vocab_size], vocab_size, n_rows)
+            weights[name] = _extend_rows(weights[name][:vocab_size], vocab_size, n_rows)
     if "pos_emb.weight" in weights:
         weights["pos_emb.weight"] = weights["pos_emb.weight"][: dimensions["context_length"]]
     return weights
 
 
-def _with_rows(matrix: torch.Tensor, n_words: int, n_rows: int) -> torch.Tensor:
-    """The matrix with more rows: new words, and zeros for what only pads the vocabulary."""
-    new = matrix.mean(0, keepdim=True).expand(n_words - len(matrix), -1)
-    return torch.cat([matrix, new, matrix.new_zeros(n_rows - n_words, matrix.shape[1])])
+def _extend_rows(matrix: torch.Tensor, vocab_size: int, n_rows: int) -> torch.Tensor:
+    """Append the mean row for each new token, and zeros for the rows that only pad the vocabulary."""
+    new = matrix.mean(0, keepdim=True).expand(vocab_size - len(matrix), -1)
+    return torch.cat([matrix, new, matrix.new_zeros(n_rows - vocab_size, matrix.shape[1])])
 
 
 def read_dimensions(name: str) -> dict[str, Any]:
-    """GPTConfig's fields of the model in a folder, or a repository of the hub. Raises UserError."""
+    """Return GPTConfig's fields for the model in a folder or a repository of the hub. Raises UserError."""
     folder = hub_folder(name, FLAG, PATTERNS)
     if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
-        raise UserError(f"{FLAG} {name} has no {WEIGHTS}; a pickle is not read: save the model anew by transformers")
+        raise UserError(
+            f"{FLAG} {name} has no {WEIGHTS}, and pickles are not read; save the model again with transformers"
+        )
     try:
         config = read_json(folder / "config.json")
         if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
-        raise UserError(f"{FLAG} {name} has no config.json that can be read ({error}); name a folder of transformers")
+        raise UserError(f"{FLAG} {name} has no readable config.json ({error}); name a folder that transformers wrote")
     return dimensions_from_config(config)
 
 
 def load_weights(name: str, model: Any) -> None:
-    """Put the weights of such a folder into a model with GPTConfig's fields as its config. Raises UserError."""
+    """Load the weights of a folder or repository into a model whose config has GPTConfig's fields. Raises UserError."""
     folder = hub_folder(name, FLAG, PATTERNS)
     config = model.config
     try:
@@ -116,26 +117,23 @@ def load_weights(name: str, model: Any) -> None:
             files = sorted({Path(file).name for file in read_json(folder / INDEX)["weight_map"].values()})
         tensors = {key: tensor for file in files for key, tensor in load_file(folder / file).items()}
         for key, tensor in tensors.items():
-            if not tensor.is_floating_point() and tensor.dtype not in (torch.bool, torch.uint8):  # masks of old files
+            if not tensor.is_floating_point() and tensor.dtype not in (torch.bool, torch.uint8):  # old files hold masks
                 raise ValueError(f"{key} is {tensor.dtype}; choose weights that are not quantized")
             if not tensor.isfinite().all():
-                raise ValueError(f"{key} holds values that are not finite")
+                raise ValueError(f"{key} has values that are not finite")
         if any(f".{kind}.{config.n_layers}." in f".{key}" for key in tensors for kind in ("h", "layers")):
             raise ValueError(f"there are more layers than the {config.n_layers} of its config.json")
-        n_rows = config.padded_vocab_size
-        weights = from_hf(tensors, dataclasses.asdict(config), config.vocab_size, n_rows)
-        model.load_state_dict(weights)
+        model.load_state_dict(from_hf(tensors, dataclasses.asdict(config), config.vocab_size, config.padded_vocab_size))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{FLAG} {name}: its weights cannot be used ({reason})")
+        raise UserError(f"{FLAG} {name}: its weights cannot be used ({one_line(error, max_chars=300)})")
     n_new = config.vocab_size - len(
         next(t for key, t in tensors.items() if key.endswith(("wte.weight", "embed_tokens.weight")))
     )
-    print(f"start: the weights of {name}" + (f", and {n_new} new words" if n_new > 0 else ""), flush=True)
+    print(f"start: the weights of {name}" + (f", and {n_new} new tokens" if n_new > 0 else ""), flush=True)
 
 
 def dimensions_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """GPTConfig's fields of a config.json. Raises UserError where the model has another form."""
+    """Return GPTConfig's fields for the contents of a config.json. Raises UserError where GPTModel cannot be that model."""
     kind = config.get("model_type")
     try:
         if kind == "gpt2":
@@ -144,9 +142,9 @@ def dimensions_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
             return _qwen3_dimensions(config)
     except KeyError as error:
         raise UserError(f"config.json lacks {error}; choose a folder that transformers wrote")
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError, OverflowError) as error:
-        raise UserError(f"config.json holds a value that cannot be ({error}); choose a folder that transformers wrote")
-    raise UserError(f"a model of type {kind!r} has another form; gpt2 and qwen3 can be taken in")
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"config.json holds an invalid value ({error}); choose a folder that transformers wrote")
+    raise UserError(f"models of type {kind!r} are not supported; choose a model of type gpt2 or qwen3")
 
 
 # GPT-2
@@ -170,7 +168,7 @@ def _gpt2_config(dimensions: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gpt2_dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse_other_forms(config, {
+    _refuse_unsupported(config, {
         "activation_function": (None, "gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (None, LAYER_NORM_EPS),
         "n_inner": (None, 4 * config["n_embd"]), "scale_attn_weights": (None, True),
         "scale_attn_by_inverse_layer_idx": (None, False), "add_cross_attention": (None, False),
@@ -187,29 +185,29 @@ def _gpt2_dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_gpt2(weights: Tensors, dimensions: Mapping[str, Any]) -> Tensors:
-    found = {"transformer.wte.weight": weights["tok_emb.weight"], "transformer.wpe.weight": weights["pos_emb.weight"]}
-    found |= {f"transformer.ln_f.{kind}": weights[f"final_norm.{kind}"] for kind in ("weight", "bias")}
+    renamed = {"transformer.wte.weight": weights["tok_emb.weight"], "transformer.wpe.weight": weights["pos_emb.weight"]}
+    renamed |= {f"transformer.ln_f.{kind}": weights[f"final_norm.{kind}"] for kind in ("weight", "bias")}
     for i in range(dimensions["n_layers"]):
         for ours, theirs in GPT2_BLOCK.items():
             weight = weights[f"trf_blocks.{i}.{ours}.weight"]
-            # Its products are Conv1D layers, whose matrices are (inputs, outputs).
+            # transformers' GPT-2 has Conv1D layers, whose matrices are (inputs, outputs).
             weight = weight.t() if weight.dim() == 2 else weight
             outputs = weight.shape[-1]
             bias = weights.get(f"trf_blocks.{i}.{ours}.bias", weight.new_zeros(outputs))
-            found |= {f"transformer.h.{i}.{theirs}.weight": weight, f"transformer.h.{i}.{theirs}.bias": bias}
-    return found
+            renamed |= {f"transformer.h.{i}.{theirs}.weight": weight, f"transformer.h.{i}.{theirs}.bias": bias}
+    return renamed
 
 
 def _from_gpt2(tensors: Mapping[str, torch.Tensor], dimensions: Mapping[str, Any]) -> Tensors:
-    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}  # GPT2Model's, too
-    found = {"tok_emb.weight": bare["wte.weight"], "pos_emb.weight": bare["wpe.weight"]}
-    found |= {f"final_norm.{kind}": bare[f"ln_f.{kind}"] for kind in ("weight", "bias")}
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}  # GPT2Model has no prefix
+    renamed = {"tok_emb.weight": bare["wte.weight"], "pos_emb.weight": bare["wpe.weight"]}
+    renamed |= {f"final_norm.{kind}": bare[f"ln_f.{kind}"] for kind in ("weight", "bias")}
     for i in range(dimensions["n_layers"]):
         for ours, theirs in GPT2_BLOCK.items():
             weight = bare[f"h.{i}.{theirs}.weight"]
-            found[f"trf_blocks.{i}.{ours}.weight"] = weight.t().contiguous() if weight.dim() == 2 else weight
-            found[f"trf_blocks.{i}.{ours}.bias"] = bare[f"h.{i}.{theirs}.bias"]
-    return found
+            renamed[f"trf_blocks.{i}.{ours}.weight"] = weight.t().contiguous() if weight.dim() == 2 else weight
+            renamed[f"trf_blocks.{i}.{ours}.bias"] = bare[f"h.{i}.{theirs}.bias"]
+    return renamed
 
 
 # Qwen3
@@ -241,59 +239,78 @@ def _qwen3_config(weights: Mapping[str, torch.Tensor], dimensions: Mapping[str, 
 
 def _qwen3_dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or {}
-    _refuse_other_forms(config, {
+    _refuse_unsupported(config, {
         "hidden_act": (None, "silu"), "rms_norm_eps": (None, RMS_NORM_EPS), "attention_bias": (None, False),
         "use_sliding_window": (None, False), "rope_scaling": (None,),
     })  # fmt: skip
-    _refuse_other_forms(rope, {"rope_type": (None, "default")})
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    head_dim = config.get("head_dim") or width // heads
-    plain_ff = math.ceil(width * 8 / 3 / 32) * 32
+    _refuse_unsupported(rope, {"rope_type": (None, "default")})
+    heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim")
     return {
         "arch": "modern",
         "vocab_size": config["vocab_size"],
         "context_length": config["max_position_embeddings"],
-        "emb_dim": width,
+        "emb_dim": config["hidden_size"],
         "n_layers": config["num_hidden_layers"],
         "n_heads": heads,
         "n_kv_heads": 0 if kv_heads == heads else kv_heads,
         "rope_base": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        "head_width": 0 if head_dim * heads == width else head_dim,
-        "ff_width": 0 if config["intermediate_size"] == plain_ff else config["intermediate_size"],
+        "head_width": 0 if head_dim is None else _require_width("head_dim", head_dim),
+        "ff_width": _require_width("intermediate_size", config["intermediate_size"]),
         "tied_head": bool(config.get("tie_word_embeddings", False)),
     }
 
 
 def _to_qwen3(weights: Tensors, dimensions: Mapping[str, Any]) -> Tensors:
-    found = {"model.embed_tokens.weight": weights["tok_emb.weight"], "model.norm.weight": weights["final_norm.weight"]}
+    renamed = {
+        "model.embed_tokens.weight": weights["tok_emb.weight"],
+        "model.norm.weight": weights["final_norm.weight"],
+    }
     if "out_head.weight" in weights:
-        found["lm_head.weight"] = weights["out_head.weight"]
+        renamed["lm_head.weight"] = weights["out_head.weight"]
     for i in range(dimensions["n_layers"]):
         block, layer = f"trf_blocks.{i}", f"model.layers.{i}"
         qkv, head_dim = weights[f"{block}.att.qkv.weight"], len(weights[f"{block}.att.q_norm.weight"])
         n_key_rows = (dimensions["n_kv_heads"] or dimensions["n_heads"]) * head_dim
         parts = qkv.split([len(qkv) - 2 * n_key_rows, n_key_rows, n_key_rows])
-        found |= {f"{layer}.{name}.weight": rows for name, rows in zip(QKV, parts, strict=True)}
+        renamed |= {f"{layer}.{name}.weight": rows for name, rows in zip(QKV, parts, strict=True)}
         halves = weights[f"{block}.ff.up_proj.weight"].chunk(2)
-        found |= {f"{layer}.{name}.weight": rows for name, rows in zip(GATE_UP, halves, strict=True)}
-        found |= {f"{layer}.{theirs}.weight": weights[f"{block}.{ours}.weight"] for ours, theirs in QWEN3_BLOCK.items()}
-    return found
+        renamed |= {f"{layer}.{name}.weight": rows for name, rows in zip(GATE_UP, halves, strict=True)}
+        renamed |= {
+            f"{layer}.{theirs}.weight": weights[f"{block}.{ours}.weight"] for ours, theirs in QWEN3_BLOCK.items()
+        }
+    return renamed
 
 
 def _from_qwen3(tensors: Mapping[str, torch.Tensor], dimensions: Mapping[str, Any]) -> Tensors:
-    found = {"tok_emb.weight": tensors["model.embed_tokens.weight"], "final_norm.weight": tensors["model.norm.weight"]}
+    renamed = {
+        "tok_emb.weight": tensors["model.embed_tokens.weight"],
+        "final_norm.weight": tensors["model.norm.weight"],
+    }
     if not dimensions["tied_head"]:
-        found["out_head.weight"] = tensors["lm_head.weight"]
+        renamed["out_head.weight"] = tensors["lm_head.weight"]
     for i in range(dimensions["n_layers"]):
         block, layer = f"trf_blocks.{i}", f"model.layers.{i}"
-        found[f"{block}.att.qkv.weight"] = torch.cat([tensors[f"{layer}.{name}.weight"] for name in QKV])
-        found[f"{block}.ff.up_proj.weight"] = torch.cat([tensors[f"{layer}.{name}.weight"] for name in GATE_UP])
-        found |= {f"{block}.{ours}.weight": tensors[f"{layer}.{theirs}.weight"] for ours, theirs in QWEN3_BLOCK.items()}
-    return found
+        renamed[f"{block}.att.qkv.weight"] = torch.cat([tensors[f"{layer}.{name}.weight"] for name in QKV])
+        renamed[f"{block}.ff.up_proj.weight"] = torch.cat([tensors[f"{layer}.{name}.weight"] for name in GATE_UP])
+        renamed |= {
+            f"{block}.{ours}.weight": tensors[f"{layer}.{theirs}.weight"] for ours, theirs in QWEN3_BLOCK.items()
+        }
+    return renamed
 
 
-def _refuse_other_forms(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+def _require_width(name: str, value: Any) -> int:
+    """Return a width of config.json. Raises ValueError for 0 and less, which GPTConfig might take for its default."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    return value
+
+
+def _refuse_unsupported(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise UserError where a value of config.json is not among those that GPTModel can do."""
     for name, values in allowed.items():
         if config.get(name) not in values:
-            raise UserError(f"config.json has {name} {config.get(name)!r}, another form than ours ({values[-1]!r})")
+            raise UserError(
+                f"config.json has {name} {config.get(name)!r}, which is not supported; choose a model with {values[-1]!r}"
+            )

@@ -1,11 +1,11 @@
-"""Our tokenizers as a tokenizer.json, which transformers' AutoTokenizer loads without sentencepiece or tiktoken.
+"""Export our tokenizers as a tokenizer.json, which transformers' AutoTokenizer loads without sentencepiece or tiktoken.
 
-What the training added stands in it too: lower-casing, the newline token, bytes for what has no piece. Only "▁"
-(U+2581), which SentencePiece takes for a space, is read as one there. A text begins with end-of-text, as in training,
-where special tokens are asked for (transformers' default); they are never read out of text.
+The file also holds what training added: lower-casing, the newline token, bytes for text that has no piece. The one
+difference: a "▁" (U+2581) in a text is read as the space that SentencePiece means by it. A text begins with end-of-text,
+as in training, where special tokens are asked for (transformers' default); they are never recognized within a text.
 
-SentencePiece's algorithms there: unigram the same (Kudo 2018); BPE by a list of merges, which are all ways to make a
-piece of two others, in the order of the pieces' scores.
+SentencePiece's algorithms are expressed as follows: unigram is the same there (Kudo 2018); BPE becomes a list of
+merges, which are all ways to join two pieces into a third, ordered by the third's score.
 """
 
 import json
@@ -23,38 +23,36 @@ if TYPE_CHECKING:
     from gptkit.text.tokenizer import Tokenizer
 
 
-NEVER = -1e6  # a score below that of any reading
+UNREACHABLE = -1e6  # a score below that of every way to split a text
 
 
 def export_tokenizer(tokenizer: "Tokenizer", context_length: int) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json. Raises UserError where the tokenizer cannot be given in that form."""
+    """Return the contents of tokenizer.json and tokenizer_config.json by file name.
+
+    Raises UserError where the tokenizer cannot be expressed in that format.
+    """
     from tokenizers import AddedToken, normalizers, processors
 
-    backend = tokenizer.backend
-    if isinstance(backend, SentencePieceBackend):
-        made = _of_sentencepiece(backend)
-    elif isinstance(backend, TiktokenBackend):
-        made = _of_tiktoken(backend)
-    else:
-        assert isinstance(backend, TokenizersBackend)
-        made = backend.copy()
+    exported = _convert_backend(tokenizer)
     if tokenizer.lower_case:
-        made.normalizer = normalizers.Sequence([n for n in (normalizers.Lowercase(), made.normalizer) if n])
+        exported.normalizer = normalizers.Sequence([n for n in (normalizers.Lowercase(), exported.normalizer) if n])
     if tokenizer.newline_id is not None:
-        made.add_tokens([AddedToken("\n", normalized=False)])
-        if made.token_to_id("\n") != tokenizer.newline_id:
-            raise UserError(f"tokenizer {tokenizer.name}: its ids have gaps, so a newline token cannot be exported")
+        exported.add_tokens([AddedToken("\n", normalized=False)])
+        if exported.token_to_id("\n") != tokenizer.newline_id:
+            raise UserError(
+                f"tokenizer {tokenizer.name}: its ids have gaps, so its newline token cannot be exported; train with another tokenizer"
+            )
     end = tokenizer.end_of_text
-    made.add_special_tokens([AddedToken(end, normalized=False, special=True)])
-    made.post_processor = processors.TemplateProcessing(
+    exported.add_special_tokens([AddedToken(end, normalized=False, special=True)])
+    exported.post_processor = processors.TemplateProcessing(
         single=f"{end} $A", pair=f"{end} $A $B", special_tokens=[(end, tokenizer.end_of_text_id)]
     )
-    unknown = None if tokenizer.unknown_id is None else made.id_to_token(tokenizer.unknown_id)
+    unknown = None if tokenizer.unknown_id is None else exported.id_to_token(tokenizer.unknown_id)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,
         "eos_token": end,
-        "pad_token": next((name for name in ("<pad>", "[PAD]") if made.token_to_id(name) is not None), end),
+        "pad_token": next((name for name in ("<pad>", "[PAD]") if exported.token_to_id(name) is not None), end),
         "unk_token": unknown,
         "add_bos_token": True,
         "split_special_tokens": True,
@@ -62,71 +60,93 @@ def export_tokenizer(tokenizer: "Tokenizer", context_length: int) -> dict[str, b
         "model_max_length": context_length,
     }
     return {
-        "tokenizer.json": made.to_str(pretty=True).encode(),
+        "tokenizer.json": exported.to_str(pretty=True).encode(),
         "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=1).encode(),
     }
 
 
-def _of_sentencepiece(backend: SentencePieceBackend) -> Any:
+def _convert_backend(tokenizer: "Tokenizer") -> Any:
+    """Return a tokenizers.Tokenizer that encodes as the backend does, which may be changed. Raises UserError."""
+    backend = tokenizer.backend
+    if isinstance(backend, SentencePieceBackend):
+        return _convert_sentencepiece(backend)
+    if isinstance(backend, TiktokenBackend):
+        return _convert_tiktoken(backend)
+    if isinstance(backend, TokenizersBackend):
+        return backend.copy()
+    raise UserError(
+        f"tokenizer {tokenizer.name}: a {type(backend).__name__} cannot be exported; train with a SentencePiece, tiktoken"
+        " or Hugging Face tokenizer"
+    )
+
+
+def _convert_sentencepiece(backend: SentencePieceBackend) -> Any:
+    """Return a tokenizers.Tokenizer with the pieces and normalization of a SentencePiece model. Raises UserError."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE, Unigram
 
     model = backend.proto()
     kinds, kind = [piece.type for piece in model.pieces], type(model.pieces[0])
     special = (kind.CONTROL, kind.UNKNOWN)
-    # A special piece must never be the way to read a text that only looks like it.
-    pieces = [(piece.piece, NEVER if piece.type in special else piece.score) for piece in model.pieces]
+    # A text that only looks like a special piece must never be encoded as it.
+    pieces = [(piece.piece, UNREACHABLE if piece.type in special else piece.score) for piece in model.pieces]
     unknown_id = model.trainer_spec.unk_id
     byte_fallback = kind.BYTE in kinds
     if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM:
-        made = Tokenizer(Unigram(pieces, unknown_id, byte_fallback))
+        exported = Tokenizer(Unigram(pieces, unknown_id, byte_fallback))
     elif model.trainer_spec.model_type == model.trainer_spec.BPE:
         scores = {text: score for (text, score), each in zip(pieces, kinds, strict=True) if each == kind.NORMAL}
         vocabulary = {text: i for i, (text, _) in enumerate(pieces)}
-        made = Tokenizer(
+        exported = Tokenizer(
             BPE(
                 vocabulary,
-                _merges(scores),
+                _list_merges(scores),
                 unk_token=pieces[unknown_id][0],
                 fuse_unk=True,
                 byte_fallback=byte_fallback,
             )
         )
     else:
-        raise UserError("this SentencePiece model is neither unigram nor BPE; it cannot be exported")
-    how = model.normalizer_spec
+        raise UserError(
+            "this SentencePiece model is neither unigram nor BPE and cannot be exported; train with one that is"
+        )
+    spec = model.normalizer_spec
     if model.trainer_spec.treat_whitespace_as_suffix:
-        raise UserError("this SentencePiece model writes spaces after words; it cannot be exported")
+        raise UserError(
+            "this SentencePiece model puts spaces after words and cannot be exported; train one without treat_whitespace_as_suffix"
+        )
     steps: list[Any] = []
-    if how.precompiled_charsmap:  # there it does not put a mark to its letter where both take six bytes: か and U+3099
-        steps += [normalizers.Replace(halves, whole) for halves, whole in _marked_kana()]
-        steps += [normalizers.NFC(), normalizers.Precompiled(how.precompiled_charsmap)]
-    if how.remove_extra_whitespaces:
+    if spec.precompiled_charsmap:  # tokenizers does not join a letter and a mark of six bytes together: か and U+3099
+        steps += [normalizers.Replace(pair, letter) for pair, letter in _voiced_kana()]
+        steps += [normalizers.NFC(), normalizers.Precompiled(spec.precompiled_charsmap)]
+    if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
-    if how.add_dummy_prefix:
+    if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
-    made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    # The space before each line that was no space. (Where newlines are pieces of the model, none is put there.)
-    first = [decoders.Strip(" ", 1, 0), decoders.Replace("\n ", "\n")] if how.add_dummy_prefix else []
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *first])
-    made.add_special_tokens(
+    exported.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    # Remove the dummy space before each line. (Where newlines are pieces of the model, lines after the first have none.)
+    strip_dummy = [decoders.Strip(" ", 1, 0), decoders.Replace("\n ", "\n")] if spec.add_dummy_prefix else []
+    exported.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip_dummy]
+    )
+    exported.add_special_tokens(
         [AddedToken(t, normalized=False) for (t, _), k in zip(pieces, kinds, strict=True) if k in special]
     )
-    made.add_tokens(
+    exported.add_tokens(
         [AddedToken(t, normalized=False) for (t, _), k in zip(pieces, kinds, strict=True) if k == kind.USER_DEFINED]
     )
-    return made
+    return exported
 
 
-def _marked_kana() -> list[tuple[str, str]]:
-    """Half-width kana with a mark of voicing behind it, such as ｶﾞ, and the letter that NFKC makes of the two."""
+def _voiced_kana() -> list[tuple[str, str]]:
+    """Return pairs of half-width kana and voicing mark, such as ｶﾞ, each with the letter that NFKC makes of the two."""
     pairs = [chr(kana) + mark for kana in range(0xFF66, 0xFF9E) for mark in "\uff9e\uff9f"]
-    made = [(pair, unicodedata.normalize("NFKC", pair)) for pair in pairs]
-    return [(pair, letter) for pair, letter in made if len(letter) == 1]
+    letters = [(pair, unicodedata.normalize("NFKC", pair)) for pair in pairs]
+    return [(pair, letter) for pair, letter in letters if len(letter) == 1]
 
 
-def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece, the best piece first."""
+def _list_merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Return all pairs of pieces that join into a piece, sorted by the score of that piece, best first."""
     order = sorted(scores, key=lambda piece: -scores[piece])
     return [
         (piece[:cut], piece[cut:])
@@ -136,48 +156,52 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     ]
 
 
-def _of_tiktoken(backend: TiktokenBackend) -> Any:
+def _convert_tiktoken(backend: TiktokenBackend) -> Any:
+    """Return a tokenizers.Tokenizer with the byte-level BPE of a tiktoken encoding. Raises UserError."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
     ranks, pattern, special = backend.ranks(), backend.pattern, backend.special_tokens
-    shown = _shown_bytes()
-    names = {token: "".join(shown[byte] for byte in token) for token in ranks}
+    characters = _bytes_to_unicode()
+    names = {token: "".join(characters[byte] for byte in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) > 1:
-            parts = _parts(token, ranks)
-            if len(parts) == 2:  # else no text ever comes to it
+            parts = _split_token(token, ranks)
+            if len(parts) == 2:  # else no text is ever encoded as this token
                 merges.append((names[parts[0]], names[parts[1]]))
-    made = Tokenizer(BPE({names[token]: rank for token, rank in ranks.items()}, merges))
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    exported = Tokenizer(BPE({names[token]: rank for token, rank in ranks.items()}, merges))
+    exported.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    made.decoder = decoders.ByteLevel()
+    exported.decoder = decoders.ByteLevel()
     names_by_id = {i: name for name, i in special.items()}
-    others = [names_by_id.get(i, f"<|unused_{i}|>") for i in range(len(ranks), backend.vocab_size)]  # no gaps there
-    made.add_special_tokens([AddedToken(name, normalized=False) for name in others])
-    if any(made.token_to_id(name) != i for name, i in special.items()):
-        raise UserError("the ids of this tiktoken encoding have gaps between its tokens; it cannot be exported")
-    return made
+    others = [
+        names_by_id.get(i, f"<|unused_{i}|>") for i in range(len(ranks), backend.vocab_size)
+    ]  # tokenizers allows no gaps
+    exported.add_special_tokens([AddedToken(name, normalized=False) for name in others])
+    if any(exported.token_to_id(name) != i for name, i in special.items()):
+        raise UserError(
+            "the ids of this tiktoken encoding have gaps between its tokens, so it cannot be exported; train with another one"
+        )
+    return exported
 
 
-def _shown_bytes() -> list[str]:
-    """A visible character for each byte, as GPT-2's vocabulary has them: its own, else one from U+0100 on."""
+def _bytes_to_unicode() -> list[str]:
+    """Return a visible character for each byte, as in GPT-2's vocabulary: its own where it has one, else from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in visible else chr(next(others)) for byte in range(256)]
 
 
-def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What byte-pair merges of a lower rank than the token's make of its bytes."""
+def _split_token(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """Return the parts into which byte-pair merges of lower ranks than the token's join its bytes."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        found = [(ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(pairwise(parts))]
-        rank, at = min(found)
+        rank, at = min([(ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(pairwise(parts))])
         if rank >= ranks[token]:
             break
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
@@ -185,15 +209,16 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def compare_tokenizers(tokenizer: "Tokenizer", folder: Path, lines: Iterable[str]) -> tuple[str | None, int]:
-    """What AutoTokenizer makes of lines, from an exported folder: the first one with other ids or another text, or None;
-    and how many were read in the other one of two ways that a unigram model finds equally likely.
+    """Compare the tokenizer with the AutoTokenizer of an exported folder on some lines.
 
-    sentencepiece adds scores up in float32, tokenizers in float64, so such a tie may fall either way.
+    Returns the first line that has other ids or decodes to another text there, or None; and the number of ties: lines
+    that AutoTokenizer split in the other of two ways that a unigram model finds equally likely. sentencepiece sums
+    scores in float32 and tokenizers in float64, so a tie may go either way.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # or each line beyond the context is a warning
+    logging.set_verbosity_error()  # otherwise each line longer than the context is a warning
     exported = AutoTokenizer.from_pretrained(folder)
     n_ties = 0
     for line in lines:

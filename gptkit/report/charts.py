@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: a few curves over one axis, with their numbers beside them for a page's own script.
+"""Line charts as inline SVG: a few curves over one axis, with their numbers as JSON for the page's own script.
 
 Colours are classes (c0, c1, …) of the page's style sheet, so that a chart follows its light and dark modes.
 """
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 560, 300
-LEFT, TOP, RIGHT, BOTTOM = 62, 14, WIDTH - 14, HEIGHT - 46  # the edges of the plot
-MAX_POINTS = 400  # of a curve; a screen shows no more
+LEFT, TOP, RIGHT, BOTTOM = 62, 14, WIDTH - 14, HEIGHT - 46  # the edges of the plot, in SVG units
+MAX_POINTS = 400  # per curve; a screen shows no more
 N_COLOURS = 8
 Point = tuple[float, float]
-Place = Callable[[float, float], Point]  # where a point lies in the picture
+Projection = Callable[[float, float], Point]  # from data coordinates to SVG coordinates
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve of finite points, by rising x, and where its run was gone on with."""
+    """A curve of finite points, sorted by x; `marks` are the x values at which its run was resumed."""
 
     name: str
     colour: int
@@ -29,7 +29,7 @@ class Curve:
 
 
 def line_chart(title: str, x_label: str, curves: Sequence[Curve], from_zero: bool = False) -> str:
-    """A figure of the curves; one without points says so. With `from_zero`, the y axis begins at 0."""
+    """Return a figure of the curves as HTML, or a note where no curve has points. With `from_zero` the y axis begins at 0."""
     curves = [Curve(c.name, c.colour, thin(c.points), c.is_faint, c.marks) for c in curves if c.points]
     caption = f"<figcaption>{html.escape(title)}</figcaption>"
     if not curves:
@@ -42,17 +42,17 @@ def line_chart(title: str, x_label: str, curves: Sequence[Curve], from_zero: boo
     if x_range[0] == x_range[1]:
         x_range = (x_ticks[0], x_ticks[-1])
 
-    def at(x: float, y: float) -> Point:
-        across = (x - x_range[0]) / (x_range[1] - x_range[0])
-        up = (y - y_range[0]) / (y_range[1] - y_range[0])
-        return round(LEFT + across * (RIGHT - LEFT), 1), round(BOTTOM - up * (BOTTOM - TOP), 1)
+    def to_svg(x: float, y: float) -> Point:
+        x_share = (x - x_range[0]) / (x_range[1] - x_range[0])
+        y_share = (y - y_range[0]) / (y_range[1] - y_range[0])
+        return round(LEFT + x_share * (RIGHT - LEFT), 1), round(BOTTOM - y_share * (BOTTOM - TOP), 1)
 
-    drawn = [_axes(x_label, [x for x in x_ticks if x_range[0] <= x <= x_range[1]], y_ticks, at)]
+    drawn = [_draw_axes(x_label, [x for x in x_ticks if x_range[0] <= x <= x_range[1]], y_ticks, to_svg)]
     for mark, colour in dict.fromkeys((mark, curve.colour) for curve in curves for mark in curve.marks):
         if x_range[0] <= mark <= x_range[1]:
-            x, _ = at(mark, y_range[0])
+            x, _ = to_svg(mark, y_range[0])
             drawn.append(f'<line class="mark c{colour}" x1="{x}" x2="{x}" y1="{TOP}" y2="{BOTTOM}"/>')
-    drawn += [_path(curve, at) for curve in curves]
+    drawn += [_draw_curve(curve, to_svg) for curve in curves]
     drawn.append(f'<line class="cursor" x1="{LEFT}" x2="{LEFT}" y1="{TOP}" y2="{BOTTOM}"/>')
     numbers = {
         "plot": [WIDTH, LEFT, RIGHT],
@@ -67,33 +67,33 @@ def line_chart(title: str, x_label: str, curves: Sequence[Curve], from_zero: boo
     )
 
 
-def _axes(x_label: str, x_ticks: Iterable[float], y_ticks: Sequence[float], at: Place) -> str:
+def _draw_axes(x_label: str, x_ticks: Iterable[float], y_ticks: Sequence[float], to_svg: Projection) -> str:
     parts = []
     for y in y_ticks:
-        height = at(0.0, y)[1]
+        height = to_svg(0.0, y)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{height}" y2="{height}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{height + 4.5}" text-anchor="end">{format_number(y)}</text>')
     for x in x_ticks:
-        place = at(x, y_ticks[0])[0]
-        parts.append(f'<line class="axis" x1="{place}" x2="{place}" y1="{BOTTOM}" y2="{BOTTOM + 5}"/>')
-        parts.append(f'<text x="{place}" y="{BOTTOM + 20}" text-anchor="middle">{format_number(x)}</text>')
+        left = to_svg(x, y_ticks[0])[0]
+        parts.append(f'<line class="axis" x1="{left}" x2="{left}" y1="{BOTTOM}" y2="{BOTTOM + 5}"/>')
+        parts.append(f'<text x="{left}" y="{BOTTOM + 20}" text-anchor="middle">{format_number(x)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
     middle = (LEFT + RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(x_label)}</text>')
     return "".join(parts)
 
 
-def _path(curve: Curve, at: Place) -> str:
-    places = [at(x, y) for x, y in curve.points]
+def _draw_curve(curve: Curve, to_svg: Projection) -> str:
+    points = [to_svg(x, y) for x, y in curve.points]
     kind = f"c{curve.colour}{' faint' if curve.is_faint else ''}"
-    if len(places) == 1:
-        return f'<circle class="curve dot {kind}" cx="{places[0][0]}" cy="{places[0][1]}" r="3.5"/>'
-    return f'<polyline class="curve {kind}" points="{" ".join(f"{x},{y}" for x, y in places)}"/>'
+    if len(points) == 1:
+        return f'<circle class="curve dot {kind}" cx="{points[0][0]}" cy="{points[0][1]}" r="3.5"/>'
+    return f'<polyline class="curve {kind}" points="{" ".join(f"{x},{y}" for x, y in points)}"/>'
 
 
 def ticks(low: float, high: float, n_wanted: int = 5) -> list[float]:
-    """About so many round numbers, the first at most `low` and the last at least `high`."""
-    span = max(high - low or abs(high) or 1.0, 1e-12)  # or the logarithm has no value
+    """Return about n_wanted round numbers, evenly spaced, the first at most `low` and the last at least `high`."""
+    span = max(high - low or abs(high) or 1.0, 1e-12)  # the logarithm of 0 does not exist
     rough = span / n_wanted
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
@@ -102,18 +102,18 @@ def ticks(low: float, high: float, n_wanted: int = 5) -> list[float]:
 
 
 def format_number(value: float) -> str:
-    """A number on an axis: 0.002, 3.5, 12,000; 2e-05 where it is very small."""
+    """Format a number for an axis: 0.002, 3.5, 12,000; 2e-05 where it is very small."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{float(f'{value:.4g}'):g}"
 
 
 def thin(points: Sequence[Point]) -> Sequence[Point]:
-    """At most about MAX_POINTS of the points, the lowest and the highest of each stretch, so that no spike is lost."""
+    """Return at most about MAX_POINTS of the points: the lowest and the highest of each section, so that no spike is lost."""
     if len(points) <= MAX_POINTS:
         return points
-    kept = [points[0]]
-    n_stretches = MAX_POINTS // 2 - 1
-    for n in range(n_stretches):
-        stretch = points[len(points) * n // n_stretches : len(points) * (n + 1) // n_stretches]
-        ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
-        kept += sorted(ends)
-    return [*kept, points[-1]]
+    chosen = [points[0]]
+    n_sections = MAX_POINTS // 2 - 1
+    for n in range(n_sections):
+        section = points[len(points) * n // n_sections : len(points) * (n + 1) // n_sections]
+        ends = {min(section, key=lambda point: point[1]), max(section, key=lambda point: point[1])}
+        chosen += sorted(ends)
+    return [*chosen, points[-1]]

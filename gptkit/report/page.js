@@ -1,4 +1,4 @@
-// The numbers under the pointer, in each chart of report.py's page. Without it the page lacks nothing else.
+// Show the numbers under the pointer in each chart of report.py's page. The rest of the page works without this script.
 "use strict";
 for (const figure of document.querySelectorAll("figure[data-chart]")) {
   const chart = JSON.parse(figure.dataset.chart);

@@ -1,6 +1,6 @@
-"""The page of report.py: one or several runs as one HTML file that needs nothing else, in Japanese.
+"""The page of report.py: one or several runs as one HTML file that needs no other file, in Japanese.
 
-What runs wrote (settings, samples, numbers) is taken as it comes, from old or broken files too, and never as HTML.
+What runs wrote (settings, samples, numbers) is shown as it is, also from old or broken files, and is always escaped.
 """
 
 import base64
@@ -15,21 +15,22 @@ from typing import Any
 from gptkit.base.cli import format_duration
 from gptkit.base.files import as_dict
 from gptkit.report.charts import Curve, line_chart
-from gptkit.report.records import Record, RunRecord, as_number, pick_evenly
+from gptkit.report.records import Record, RunRecord, pick_evenly
+from gptkit.training.run_log import as_number
 
-N_SAMPLES = 6  # of a run, shown at once; the rest can be unfolded
+N_SAMPLES = 6  # shown per run; the others can be unfolded
 TOKENIZER_SETTINGS = ("tokenizer", "hf_name", "tokenizer_path", "tiktoken_name", "vocab_size")
-PLACES = ("output_dir",)  # differs between any two runs
+IGNORED_SETTINGS = ("output_dir",)  # they differ between any two runs
 UNKNOWN = "—"
 escape = html.escape
 
 
 def render_page(runs: Sequence[RunRecord], now: datetime) -> str:
-    """The HTML of one run, or of several laid over each other."""
+    """Return the page of one run, or of several runs whose curves share their charts."""
     names = "、".join(run.name for run in runs)
     title = f"{names} の学習の記録" if len(runs) == 1 else f"学習の比較：{names}"
     style, script = ((Path(__file__).parent / name).read_text("utf-8") for name in ("page.css", "page.js"))
-    # Nothing is fetched, and no script runs but ours, whatever stands in a sample.
+    # The browser fetches nothing and runs no script but ours, whatever a sample contains.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     sections = [
@@ -55,7 +56,7 @@ def _section(title: str, content: str) -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of cells that are HTML already; the first of a row is its head."""
+    """Return a table of cells that are HTML already; the first cell of a row is its heading."""
     lines = [
         "<tr>" + "".join(f"<th scope=row>{c}</th>" if not n else f"<td>{c}</td>" for n, c in enumerate(row)) + "</tr>"
         for row in rows
@@ -64,30 +65,30 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _swatch(n: int, name: str) -> str:
+def _colored_name(n: int, name: str) -> str:
     return f'<span class="run c{n}"><i></i>{escape(name)}</span>'
 
 
-def _heads(runs: Sequence[RunRecord]) -> list[str]:
-    return [_swatch(n, run.name) for n, run in enumerate(runs)]
+def _headings(runs: Sequence[RunRecord]) -> list[str]:
+    return [_colored_name(n, run.name) for n, run in enumerate(runs)]
 
 
 def _overview(runs: Sequence[RunRecord]) -> str:
-    facts = [_facts(run) for run in runs]
+    figures = [_key_figures(run) for run in runs]
     if len(runs) == 1:
-        cards = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts[0].items())
+        cards = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures[0].items())
         return f'<dl class="cards">{cards}</dl>'
-    rows = [[head, *fact.values()] for head, fact in zip(_heads(runs), facts, strict=True)]
+    rows = [[heading, *values.values()] for heading, values in zip(_headings(runs), figures, strict=True)]
     tokenizers = {json.dumps([run.settings().get(name) for name in TOKENIZER_SETTINGS], default=str) for run in runs}
-    caution = (
+    warning = (
         '<p class="caution">トークナイザーが違うので、損失の大きさはそのまま比べられません。'
         "<code>evaluate_model.py</code> の <code>bits_per_char</code> で比べてください。</p>"
     )
-    return _table(["実行", *facts[0]], rows) + (caution if len(tokenizers) > 1 else "")
+    return _table(["実行", *figures[0]], rows) + (warning if len(tokenizers) > 1 else "")
 
 
-def _facts(run: RunRecord) -> dict[str, str]:
-    """What there is to know first, as HTML."""
+def _key_figures(run: RunRecord) -> dict[str, str]:
+    """Return the key figures of a run by name, as HTML."""
     last = run.metrics[-1] if run.metrics else {}
     losses = [(loss, step) for step, loss in run.curve("step", "val_loss")]
     best, best_step = min(losses, default=(None, None))
@@ -96,8 +97,8 @@ def _facts(run: RunRecord) -> dict[str, str]:
     return {
         "状態": escape(_state(run)),
         "検証の損失（最小）": UNKNOWN if best is None else f"{best:.4f} <small>ステップ {best_step:,.0f}</small>",
-        "学習の損失（最後）": _shown(as_number(last.get("train_loss")), ".4f"),
-        "ステップ": _shown(as_number(last.get("step")), ",.0f"),
+        "学習の損失（最後）": _format_number(as_number(last.get("train_loss")), ".4f"),
+        "ステップ": _format_number(as_number(last.get("step")), ",.0f"),
         "トークン": format_count(as_number(last.get("tokens"))),
         "学習の時間": UNKNOWN if seconds is None else format_duration(seconds),
         "速さ（中央値）": f"{speeds[len(speeds) // 2]:,.0f} <small>トークン/秒</small>" if speeds else UNKNOWN,
@@ -112,7 +113,7 @@ def _state(run: RunRecord) -> str:
 
 
 def _ending(end: Record) -> str:
-    """How a session ended."""
+    """Return how a session ended."""
     how = {"finished": "完了", "stopped": "停止", "failed": "失敗"}.get(str(end.get("how")))
     if how is None:
         return "途中で切れた（強制終了など）"
@@ -120,20 +121,20 @@ def _ending(end: Record) -> str:
 
 
 def _differences(runs: Sequence[RunRecord]) -> str:
-    """The settings whose values are not the same in all the runs, and the environment likewise."""
-    columns = [run.settings() | {"データ": run.about.get("tokens")} for run in runs]
+    """Return the settings, and the parts of the environment, that are not the same in all runs, as a table."""
+    columns = [run.settings() | {"データ": run.config.get("tokens")} for run in runs]
     rows = []
-    for table, as_head in ((columns, _flag), ([run.environment() for run in runs], escape)):
+    for table, format_name in ((columns, _flag), ([run.environment() for run in runs], escape)):
         for name in dict.fromkeys(name for values in table for name in values):
-            shown = [_value(values, name) for values in table]
-            if name not in PLACES and len(set(shown)) > 1:
-                rows.append([as_head(name), *shown])
-    return _table(["項目", *_heads(runs)], rows) if rows else "<p>設定に違いはありません。</p>"
+            cells = [_value(values, name) for values in table]
+            if name not in IGNORED_SETTINGS and len(set(cells)) > 1:
+                rows.append([format_name(name), *cells])
+    return _table(["項目", *_headings(runs)], rows) if rows else "<p>設定に違いはありません。</p>"
 
 
 def _curves(runs: Sequence[RunRecord]) -> str:
-    most = {name: max((x for run in runs for x, _ in run.curve(name, "step")), default=0.0) for name in X_AXES}
-    axes = {name: unit_of(most[name]) for name, unit_of in X_AXES.items()}
+    x_max = {name: max((x for run in runs for x, _ in run.curve(name, "step")), default=0.0) for name in X_AXES}
+    axes = {name: unit_of(x_max[name]) for name, unit_of in X_AXES.items()}
 
     def chart(title: str, x_name: str, y_names: Sequence[str], from_share: float = 0.0, from_zero: bool = False) -> str:
         label, unit = axes[x_name]
@@ -141,7 +142,7 @@ def _curves(runs: Sequence[RunRecord]) -> str:
         for n, run in enumerate(runs):
             marks = [x / unit for x in run.restarts(x_name)]
             for y_name in y_names:
-                points = [(x / unit, y) for x, y in run.curve(x_name, y_name) if x >= from_share * most[x_name]]
+                points = [(x / unit, y) for x, y in run.curve(x_name, y_name) if x >= from_share * x_max[x_name]]
                 name = f"{run.name} " * (len(runs) > 1) + Y_NAMES[y_name]
                 curves.append(Curve(name, n, points, y_name == "train_loss", marks))
         return line_chart(title, label, curves, from_zero)
@@ -155,24 +156,24 @@ def _curves(runs: Sequence[RunRecord]) -> str:
         chart("勾配ノルム", "tokens", ("grad_norm",), from_zero=True),
         chart("速さ（トークン/秒）", "elapsed_s", ("tokens_per_s",), from_zero=True),
     ]
-    legend = "".join(_heads(runs)) if len(runs) > 1 else ""
+    legend = "".join(_headings(runs)) if len(runs) > 1 else ""
     kinds = '<span><i class="thick"></i>検証</span><span><i class="thin"></i>学習</span>'
     if any(run.restarts("tokens") for run in runs):
         kinds += '<span><i class="dashed"></i>再開</span>'
     return f'<p class="legend">{legend}{kinds}</p><div class="charts">{"".join(charts)}</div>'
 
 
-def _token_unit(most: float) -> tuple[str, float]:
+def _token_unit(x_max: float) -> tuple[str, float]:
     return next(
         (f"トークン（{name}）", unit)
         for name, unit in (("億", 1e8), ("万", 1e4), ("個", 1))
-        if most >= unit or unit == 1
+        if x_max >= unit or unit == 1
     )
 
 
-def _time_unit(most: float) -> tuple[str, float]:
+def _time_unit(x_max: float) -> tuple[str, float]:
     units = (("日", 86_400), ("時間", 3600), ("分", 60), ("秒", 1))
-    return next((f"時間（{name}）", unit) for name, unit in units if most >= 2 * unit or unit == 1)
+    return next((f"時間（{name}）", unit) for name, unit in units if x_max >= 2 * unit or unit == 1)
 
 
 X_AXES: dict[str, Callable[[float], tuple[str, float]]] = {"tokens": _token_unit, "elapsed_s": _time_unit}
@@ -186,7 +187,7 @@ Y_NAMES = {
 
 
 def _samples(runs: Sequence[RunRecord]) -> str:
-    """A column for each run where there are several, else a grid; evenly chosen, from the first to the last."""
+    """Return N_SAMPLES evenly chosen samples of each run, in one column per run where there are several, else in a grid."""
     chosen = [pick_evenly(run.samples, N_SAMPLES) for run in runs]
     if not any(chosen):
         return '<p class="none">記録がありません（<code>samples.jsonl</code>）。</p>'
@@ -195,7 +196,7 @@ def _samples(runs: Sequence[RunRecord]) -> str:
         for n, run in enumerate(runs):
             cells.append(_sample(run, n, chosen[n][row], len(runs) > 1) if row < len(chosen[n]) else "<div></div>")
     columns = f' style="--n: {len(runs)}"' if len(runs) > 1 else ""
-    shown = f'<div class="samples{" columns" if columns else ""}"{columns}>{"".join(cells)}</div>'
+    content = f'<div class="samples{" columns" if columns else ""}"{columns}>{"".join(cells)}</div>'
     rest = [
         _sample(run, n, sample, len(runs) > 1)
         for n, run in enumerate(runs)
@@ -203,17 +204,17 @@ def _samples(runs: Sequence[RunRecord]) -> str:
         if sample not in chosen[n]
     ]
     if rest:
-        shown += (
+        content += (
             f'<details><summary>ほかの {len(rest):,} 個</summary><div class="samples">{"".join(rest)}</div></details>'
         )
-    return shown
+    return content
 
 
 def _sample(run: RunRecord, n: int, sample: Record, is_one_of_several: bool) -> str:
     text, start = str(sample.get("text", "")), str(run.settings().get("start_context") or "")
     begins = bool(start) and text.startswith(start)
     body = f"<b>{escape(start)}</b>{escape(text[len(start) :])}" if begins else escape(text)
-    head = _swatch(n, run.name) if is_one_of_several else ""
+    head = _colored_name(n, run.name) if is_one_of_several else ""
     where = f"ステップ {sample['step']:,}・{format_count(as_number(sample.get('tokens')))} トークン"
     return f'<article class="c{n}"><h3>{head}<small>{where}</small></h3><p class="honbun">{body}</p></article>'
 
@@ -222,10 +223,10 @@ def _settings(runs: Sequence[RunRecord]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.settings()))
     if not names:
         return '<p class="none">記録がありません（<code>config.json</code>）。</p>'
-    data = [f"<p>データ：{escape(str(run.about['tokens']))}</p>" for run in runs[:1] if run.about.get("tokens")]
+    data = [f"<p>データ：{escape(str(run.config['tokens']))}</p>" for run in runs[:1] if run.config.get("tokens")]
     if len(runs) > 1:
         rows = [[_flag(name), *(_value(run.settings(), name) for run in runs)] for name in names]
-        return f"<details><summary>すべての設定</summary>{_table(['項目', *_heads(runs)], rows)}</details>"
+        return f"<details><summary>すべての設定</summary>{_table(['項目', *_headings(runs)], rows)}</details>"
     given = as_dict(runs[0].sessions[-1].get("settings")) if runs[0].sessions else {}
     items = "".join(
         f"<div{' class=given' if name in given else ''}><dt>{_flag(name)}</dt><dd>{_value(runs[0].settings(), name)}</dd></div>"
@@ -236,8 +237,8 @@ def _settings(runs: Sequence[RunRecord]) -> str:
 
 
 def _sessions(run: RunRecord, n: int, n_runs: int) -> str:
-    """A line for each time the run was begun or gone on with."""
-    head = f"<h3>{_swatch(n, run.name)}</h3>" if n_runs > 1 else ""
+    """Return a table with a row for each time the run was started or resumed."""
+    head = f"<h3>{_colored_name(n, run.name)}</h3>" if n_runs > 1 else ""
     if not run.sessions:
         return f'{head}<p class="none">記録がありません（<code>sessions.jsonl</code>）。</p>'
     rows = []
@@ -250,7 +251,7 @@ def _sessions(run: RunRecord, n: int, n_runs: int) -> str:
             [
                 f"{number + 1}",
                 escape(_time(session.get("time"))),
-                f"{session['step']:,} → {_shown(as_number(end.get('step')), ',.0f')}",
+                f"{session['step']:,} → {_format_number(as_number(end.get('step')), ',.0f')}",
                 escape(how),
                 _changes(before.get("settings"), session.get("settings"), _flag, bool(number)),
                 _changes(before.get("environment"), session.get("environment"), escape, bool(number)),
@@ -260,18 +261,18 @@ def _sessions(run: RunRecord, n: int, n_runs: int) -> str:
     return head + _table(["回", "始まり", "ステップ", "終わり", "設定", "環境"], rows)
 
 
-def _changes(before: Any, now: Any, as_head: Callable[[str], str], is_restart: bool) -> str:
-    """What is not as before; of the first session everything."""
+def _changes(before: Any, now: Any, format_name: Callable[[str], str], is_restart: bool) -> str:
+    """Return what changed since the session before; for the first session, everything."""
     before, now = as_dict(before), as_dict(now)
     if not is_restart:
-        return "<br>".join(f"{as_head(name)} {_value(now, name)}" for name in now)
+        return "<br>".join(f"{format_name(name)} {_value(now, name)}" for name in now)
     changed = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
-    lines = [f"{as_head(name)} {_value(before, name)} → {_value(now, name)}" for name in changed]
+    lines = [f"{format_name(name)} {_value(before, name)} → {_value(now, name)}" for name in changed]
     return "<br>".join(lines) or "同じ"
 
 
 def format_count(n: float | None) -> str:
-    """A count by 万 and 億: 9,999; 1.2万; 3.46億."""
+    """Format a count in units of 万 and 億: 9,999; 1.2万; 3.5億."""
     if n is None:
         return UNKNOWN
     for unit, name in ((1e8, "億"), (1e4, "万")):
@@ -285,15 +286,15 @@ def _flag(name: str) -> str:
 
 
 def _value(values: Record, name: str) -> str:
-    """A setting's value as HTML."""
+    """Return the value of a setting as HTML."""
     value = values.get(name)
     if value is None:
         return UNKNOWN
     return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def _shown(value: float | None, form: str) -> str:
-    return UNKNOWN if value is None else format(value, form)
+def _format_number(value: float | None, spec: str) -> str:
+    return UNKNOWN if value is None else format(value, spec)
 
 
 def _time(text: Any) -> str:

@@ -1,6 +1,6 @@
-"""What a run has written, as report.py shows it: columns of numbers, restarts, how it stands.
+"""The records of a run as report.py shows them: columns of numbers, restarts, state.
 
-Taken as it comes, from old or broken files too: what is no number is left out.
+Records are read as they are, also from old or broken files; values that are not numbers are left out.
 """
 
 from collections.abc import Sequence
@@ -8,37 +8,37 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptkit.base.files import as_dict
+from gptkit.training.run_log import as_number
 
 Record = dict[str, Any]
-LARGEST = 1e18  # what is larger is no number of a run, and would break a chart
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The records of a run, each with its step, by rising step. `about` is its config.json."""
+    """The records of a run, each with its step, sorted by step. `config` is the run's config.json."""
 
     name: str
-    about: Record = field(default_factory=dict)
+    config: Record = field(default_factory=dict)
     metrics: Sequence[Record] = ()
     samples: Sequence[Record] = ()
     sessions: Sequence[Record] = ()
     is_running: bool = False
 
     def settings(self) -> Record:
-        """Settings and dimensions, by name."""
-        return as_dict(self.about.get("settings")) | as_dict(self.about.get("model"))
+        """Return the settings and the model's dimensions by name."""
+        return as_dict(self.config.get("settings")) | as_dict(self.config.get("model"))
 
     def environment(self) -> Record:
-        """Of the newest session."""
+        """Return the environment of the newest session."""
         return as_dict(self.sessions[-1].get("environment")) if self.sessions else {}
 
     def curve(self, x_name: str, y_name: str) -> list[tuple[float, float]]:
-        """The points that two columns of the reports make."""
+        """Return the points of two columns of metrics.jsonl, sorted by x."""
         points = [(as_number(record.get(x_name)), as_number(record.get(y_name))) for record in self.metrics]
         return sorted((x, y) for x, y in points if x is not None and y is not None)
 
     def restarts(self, x_name: str) -> list[float]:
-        """Where sessions after the first one began: at the last report before them."""
+        """Return where sessions after the first one began, as the x value of the last report before each of them."""
         found = []
         for session in self.sessions[1:]:
             before = [as_number(record.get(x_name)) for record in self.metrics if record["step"] <= session["step"]]
@@ -46,14 +46,8 @@ class RunRecord:
         return found
 
 
-def as_number(value: Any) -> float | None:
-    """A number that can be drawn."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) < LARGEST else None  # a NaN is less than nothing
-
-
 def pick_evenly(items: Sequence[Record], n: int) -> list[Record]:
-    """At most n of the items, the first and the last among them."""
+    """Return at most n of the items, evenly spaced, with the first and the last among them."""
     if len(items) <= n:
         return list(items)
     return [items[round(i * (len(items) - 1) / (n - 1))] for i in range(n)]

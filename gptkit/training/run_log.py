@@ -16,9 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from gptkit.base.cli import QUIET_S, format_duration, print_line
+from gptkit.base.files import as_dict, read_json
 
 RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"  # what a run is, and how that file is recognized
 METRICS_FILE, SAMPLES_FILE, CURVE_FILE = "metrics.jsonl", "samples.jsonl", "loss_curve.png"
+MAX_NUMBER = 1e18  # a larger value is not a measurement of a run, and would break a chart
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,21 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
     return records
+
+
+def read_run_config(output_dir: Path) -> dict[str, Any]:
+    """Return the config.json of a run, or {} where there is none that can be read."""
+    path = output_dir / RUN_FILE
+    try:
+        return as_dict(read_json(path)) if path.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def as_number(value: Any) -> float | None:
+    """Return a value of a record as a float, or None where it is not a number that can be plotted."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < MAX_NUMBER else None  # a NaN is not below anything
 
 
 def truncate_jsonl(path: Path, step: int) -> None:
