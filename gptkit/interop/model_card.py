@@ -44,7 +44,7 @@ pipeline_tag: text-generation
 
 # 日本語の文章で学習した GPT
 
-文章の続きを書くモデルです。A GPT that goes on with Japanese text.
+文章の続きを書くモデルです。A GPT that continues Japanese text.
 
 学習した文章 / Trained on: {data}
 {base_note}{licence}
@@ -52,7 +52,7 @@ pipeline_tag: text-generation
 |---|---|
 {table}
 
-検証損失は、学習に使わなかった作品のものです。The validation loss is that of works not trained on.
+検証損失は、学習に使わなかった作品のものです。The validation loss is on works that were not trained on.
 
 ## 使い方 / Use
 

@@ -24,7 +24,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptkit.base.cli import UserError, first_line, setting
+from gptkit.base.cli import UserError, first_line, one_line, setting
 from gptkit.base.files import read_json
 from gptkit.base.paths import hub_folder, likely_path
 from gptkit.text.backends import Backend, ReadFile, SentencePieceBackend, TiktokenBackend, TokenizersBackend
@@ -183,8 +183,7 @@ def load_saved_tokenizer(folder: Path) -> Tokenizer:
     except BaseException as error:  # a library written in Rust raises a class of its own
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: no usable tokenizer ({reason})")
+        raise UserError(f"{folder}: no usable tokenizer ({one_line(error)})")
 
 
 def _from_files(read: ReadFile) -> Tokenizer:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptkit.base.cli import UserError
+from gptkit.base.cli import UserError, one_line
 from gptkit.training.run_log import Logger, read_jsonl, run_name
 
 PROJECT = "gptkit"  # of wandb and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
@@ -70,7 +70,7 @@ def ignore_failures(name: str, logger: Logger) -> Logger:
 
 
 def _warn(name: str, error: Exception) -> None:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error)
     print(f"warning: --logger {name} failed ({reason}); continuing without it", file=sys.stderr, flush=True)
 
 
