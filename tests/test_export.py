@@ -525,7 +525,7 @@ def test_a_gguf_of_a_tokenizer_that_llama_cpp_has_not(tmp_path: Path) -> None:
 
 
 def test_llama_cpp_reads_and_writes_the_same(trained: tuple[Path, list[object]], tmp_path: Path) -> None:
-    """Where llama-cpp-python is installed, which has to be compiled: benchmarks/gguf_truth.py tries more."""
+    """Where llama-cpp-python is installed, which has to be compiled: benchmarks/checks/export_truth.py tries more."""
     llama_cpp = pytest.importorskip("llama_cpp")
     folder, _ = trained
     result = run_command(
