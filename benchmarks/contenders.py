@@ -1,10 +1,10 @@
-"""Models side by side, each as its own project trains it: what train_speed.py and memory.py share.
+"""Models side by side, each trained as in its own project, for train_speed.py, memory.py and train_quality.py.
 
 All have GPT-2's architecture in the dimensions of one GPTConfig, with biases and without dropout, and AdamW; only
-ours_modern_muon has the modern architecture and Muon. Differences that are the peers' own: transformers' labels are
-its inputs, and it shifts them itself; llms-from-scratch has an output head of its own; nanoGPT's vocabulary is padded
-to a multiple of 64, as its author advises. AdamW is fused wherever the peer leaves the choice (transformers' Trainer
-takes the fused one by default).
+ours_modern_muon has the modern architecture and Muon. Some differences are the peers' own: transformers' labels are
+its inputs, and it shifts them itself; llms-from-scratch has a separate output head; nanoGPT's vocabulary is padded to
+a multiple of 64, as its author advises. AdamW is fused wherever the peer leaves the choice (transformers' Trainer takes
+the fused one by default).
 
 Shapes: B batch, T time.
 """
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import machine  # noqa: F401  it lets gpt_model and gptkit be imported
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -29,8 +30,8 @@ from gptkit.training.optimizers import BETAS, OPTIMIZERS, build_optimizer
 LR, ADAM_LR, WEIGHT_DECAY, GRAD_CLIP = 6e-4, 0.02, 0.1, 1.0
 OURS, MODERN = "ours", "ours_modern_muon"
 TRANSFORMERS, NANOGPT, LLMS_FROM_SCRATCH = "transformers", "nanogpt", "llms_from_scratch"
-Contender = tuple[Any, Loss, torch.optim.Optimizer]  # the first is the model
-Wrap = Callable[[Any], Any]  # torch.compile, or what leaves a module as it is
+Contender = tuple[Any, Loss, torch.optim.Optimizer]  # model, loss of a batch, optimizer
+Wrap = Callable[[Any], Any]  # torch.compile, or a function that returns a module as it is
 
 
 def build(
@@ -41,7 +42,7 @@ def build(
     compile: bool,
     nanogpt_dir: Path | None,
 ) -> Contender:
-    """Model, loss of a batch, and optimizer. Raises ImportError where a package is missing."""
+    """Build a contender: model, loss of a batch, and optimizer. Raises ImportError where a package is missing."""
     wrap: Wrap = torch.compile if compile else (lambda module: module)
     if name == OURS:
         return _ours(config, device, dtype, wrap, "adamw")
@@ -59,9 +60,9 @@ def build(
 def train_step(
     contender: Contender, inputs: torch.Tensor, targets: torch.Tensor, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """One optimizer step on a batch, each (B, T); its loss.
+    """Take one optimizer step on a batch, inputs and targets each (B, T), and return its loss.
 
-    It is ours and nanoGPT's train.py's alike: that one's gradient scaler does nothing but in float16.
+    The step is that of pretraining.py and of nanoGPT's train.py, whose gradient scaler does nothing except in float16.
     """
     model, loss_of_batch, optimizer = contender
     with devices.autocast(device, dtype):
@@ -74,10 +75,10 @@ def train_step(
 
 
 def allocate_as(name: str, device: torch.device) -> None:
-    """Before a contender's turn: the allocator's settings that its project trains with.
+    """Set the allocator, before a contender's turn, as its project sets it.
 
-    On the CPU ours keeps freed memory, as pretraining.py does. The peers leave glibc alone, whose thresholds settle,
-    once a large tensor was freed, at these values (mallopt(3): 32 MiB for mmap, twice that for giving back).
+    On the CPU ours keeps freed memory, as pretraining.py does. The peers leave glibc alone, whose thresholds settle at
+    these values once a large tensor was freed (mallopt(3): 32 MiB for mmap, twice that for returning memory).
     """
     if name in (OURS, MODERN):
         devices.keep_freed_memory(device)
@@ -86,11 +87,11 @@ def allocate_as(name: str, device: torch.device) -> None:
 
 
 def dtype_as(name: str, choice: str, device: torch.device) -> torch.dtype:
-    """The type of a contender's matrix products; of "auto", what its project trains with on a CPU.
+    """Return the type of a contender's matrix products; "auto" is the type that its project trains with on a CPU.
 
-    There ours takes bfloat16 where the CPU multiplies it. nanoGPT's train.py has autocast on CUDA alone, transformers'
-    Trainer where it is told so (bf16=True), and the book's loops nowhere: they stay in float32. On CUDA all get
-    bfloat16 alike, though of the peers nanoGPT alone takes it by itself.
+    There ours uses bfloat16 where the CPU multiplies it. nanoGPT's train.py uses autocast on CUDA only, transformers'
+    Trainer with bf16=True only, and the book's loops never: they stay in float32. On CUDA all get bfloat16 alike,
+    although nanoGPT is the only peer that chooses it by itself.
     """
     return devices.choose_dtype(choice, device, training=name in (OURS, MODERN))
 
@@ -98,12 +99,13 @@ def dtype_as(name: str, choice: str, device: torch.device) -> torch.dtype:
 def random_batch(
     config: GPTConfig, batch_size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:  # inputs and targets, each (B, T)
+    """Return a batch of random ids and the ids that follow them."""
     ids = torch.randint(config.vocab_size, (batch_size, config.context_length + 1)).to(device)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def load_nanogpt(folder: Path) -> Any:
-    """The module model.py of a checkout."""
+    """Import model.py from a checkout of nanoGPT."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     assert spec
     assert spec.loader
@@ -163,7 +165,7 @@ def _llms_from_scratch(config: GPTConfig, device: torch.device, wrap: Wrap) -> C
 
 def _nanogpt(config: GPTConfig, device: torch.device, wrap: Wrap, folder: Path) -> Contender:
     module = load_nanogpt(folder)
-    with contextlib.redirect_stdout(sys.stderr):  # it prints about itself, and our output is the result alone
+    with contextlib.redirect_stdout(sys.stderr):  # it prints about itself, but standard output is for the result
         dimensions = module.GPTConfig(
             block_size=config.context_length,
             vocab_size=config.padded_vocab_size,

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in one go of at most nine minutes. Without a GPU it runs on the CPU.
+# Run everything that waits for a GPU, in at most nine minutes. Without a GPU it runs on the CPU.
 #
 #     benchmarks/gpu_suite.sh
 #     DATA_DIR=dataset/001_pretok TEXT_PATH=heldout.jsonl.xz NANOGPT_DIR=../nanoGPT benchmarks/gpu_suite.sh
 #     TINY=1 OUT=/tmp/out benchmarks/gpu_suite.sh      all sizes tiny, on any machine in less than a minute
 #
-# The parts, each with its result in OUT, and what it printed in OUT/PART.txt:
+# Each part writes its result to OUT, and its output to OUT/PART.txt:
 #   check       gpu_check.json: bfloat16, compiled, fused, the loss in chunks, Muon, GaLore, resuming bit for bit
 #   speed       train_speed_32000.json: tokens/s and MFU at 124M, context 1,024, against the peers
 #   quality     quality_metrics.jsonl: the default recipe at 124M for four minutes
-#   evaluation  evaluation.json: that model on the text of TEXT_PATH, if one is given
+#   evaluation  evaluation.json: that model on the text of TEXT_PATH, if that is given
 #   parallel    parallel_check.json: FSDP2 (and with several GPUs DDP) on all GPUs gives the losses of one process
 #
-# A part that came to its end leaves OUT/PART.done and is skipped from then on, on the same kind of device. One that
-# ran out of time or failed begins again when this is run again; quality goes on from its last checkpoint, and what was
-# compiled is still at hand.
-# Exit code 0: all parts are done and each check of the first and the last is true.
+# A part that ends leaves OUT/PART.done, and is skipped from then on, on the same kind of device. A part that ran out of
+# time or failed begins again when this is run again; quality resumes from its last checkpoint, and what was compiled is
+# still cached.
+# Exit code 0: all parts are done, and each check of the first and the last is true.
 set -euo pipefail
 
-absolute() { # $1: a path, or nothing; what the caller wrote is relative to where the caller is
+absolute() { # $1: a path, or nothing; a relative one begins where the caller is
   case $1 in "" | /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
 }
 DATA_DIR=$(absolute "${DATA_DIR:-}")             # token shards (default: the sample corpus, tokenized here)
-TOKENIZER_PATH=$(absolute "${TOKENIZER_PATH:-}") # the SentencePiece tokenizer they were made by (default: the sample's)
-TEXT_PATH=$(absolute "${TEXT_PATH:-}")           # works to evaluate on
-NANOGPT_DIR=$(absolute "${NANOGPT_DIR:-}")       # a checkout of nanoGPT, to be timed too
+TOKENIZER_PATH=$(absolute "${TOKENIZER_PATH:-}") # the SentencePiece tokenizer that made them (default: the sample's)
+TEXT_PATH=$(absolute "${TEXT_PATH:-}")           # documents to evaluate on
+NANOGPT_DIR=$(absolute "${NANOGPT_DIR:-}")       # a checkout of nanoGPT, to time it too
 OUT=$(absolute "${OUT:-}")                       # results (default: benchmarks/results/gpu)
 WORK_DIR=$(absolute "${WORK_DIR:-}")             # checkpoints and tokens, gigabytes (default: OUT/work)
 TINY=${TINY:-}
@@ -48,7 +48,7 @@ mkdir -p "$OUT" "$WORK_DIR"
 [ -e "$WORK_DIR/.gitignore" ] || echo '*' >"$WORK_DIR/.gitignore"
 export RESULTS_DIR=$OUT # where benchmarks/machine.py writes
 
-readonly LIMIT_S=530                               # of the nine minutes, the rest for ending a part
+readonly LIMIT_S=530                               # of nine minutes; the rest is for ending a part
 readonly SPEED_S=150 QUALITY_S=250 EVALUATION_S=25 # kept for a part while the ones before it run
 unfinished=()
 
@@ -94,21 +94,21 @@ if [ -n "$DATA_DIR" ]; then
 else
   [ -e "$WORK_DIR/001/manifest.json" ] || "$python" dataset/prepare_aozora_jsonl.py \
     --jsonl_path dataset/sample/sample.jsonl --output_dir "$WORK_DIR/001"
-  quality+=(--data_dir "$WORK_DIR/001" --batch_size 8 --grad_accum_steps 1) # a budget's own batch is more than it holds
+  quality+=(--data_dir "$WORK_DIR/001" --batch_size 8 --grad_accum_steps 1) # a budget's own batch is larger than that corpus
 fi
 
-part check $((SPEED_S + QUALITY_S + EVALUATION_S)) "$python" benchmarks/gpu_check.py "${check[@]}"
+part check $((SPEED_S + QUALITY_S + EVALUATION_S)) "$python" benchmarks/checks/gpu_check.py "${check[@]}"
 part speed $((QUALITY_S + EVALUATION_S)) "$python" benchmarks/train_speed.py "${speed[@]}"
 part quality $EVALUATION_S "$python" pretraining.py "${quality[@]}" --output_dir "$WORK_DIR/quality_$kind"
 if is_done quality; then
   cp -p "$WORK_DIR/quality_$kind/metrics.jsonl" "$OUT/quality_metrics.jsonl"
-  # Its standard output is the result; what it says besides goes the way of all parts.
+  # Its standard output is the result; its standard error is handled like every part's.
   # shellcheck disable=SC2016 # the inner shell expands it
   [ -z "$TEXT_PATH" ] || part evaluation 0 bash -c '"$@" >"$RESULTS_DIR/evaluation.json"' evaluation \
     "$python" evaluate_model.py --exp_dir "$WORK_DIR/quality_$kind" --text_path "$TEXT_PATH" --device "$device"
 fi
 
-part parallel 0 "$python" benchmarks/parallel_check.py "${parallel[@]}"
+part parallel 0 "$python" benchmarks/checks/parallel_check.py "${parallel[@]}"
 
 if [ ${#unfinished[@]} -gt 0 ]; then
   echo "== not finished: ${unfinished[*]}; run the same command again" >&2

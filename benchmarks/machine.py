@@ -1,6 +1,7 @@
-"""What the benchmarks share: the machine's name, running a command, reading texts, and the result file.
+"""What all benchmarks share: the machine's name, running commands, reading texts and metrics, and writing the result.
 
-Importing it lets a benchmark import gpt_model and gptkit, which lie beside this folder and not in it.
+Importing this module lets a benchmark import gpt_model and gptkit, which lie beside this folder and not in it. It does
+not import torch: Linux reports for a command at least the memory of the process that started it (see `run`).
 """
 
 import importlib.metadata
@@ -16,29 +17,30 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(os.environ.get("RESULTS_DIR") or ROOT / "benchmarks" / "results")
+SAMPLE = ROOT / "dataset" / "sample"
 SEPARATOR = "<|endoftext|>"  # prepare_aozora_jsonl.py's default
-sys.path.insert(1, str(ROOT))  # behind this folder, which leads already
+sys.path.insert(1, str(ROOT))  # behind the script's own folder, which leads already
 
 
 def cpu_name() -> str:
-    """Such as "AMD EPYC, family 26, model 2": the name alone may stand for several kinds."""
+    """Return a name such as "AMD EPYC, family 26, model 2": the first part alone may stand for several kinds."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = found.get("model name") or platform.processor() or platform.machine()
-    kind = [f"{key.split()[-1]} {found[key]}" for key in ("cpu family", "model") if key in found]
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    kind = [f"{key.split()[-1]} {fields[key]}" for key in ("cpu family", "model") if key in fields]
     return ", ".join([name, *kind])
 
 
 def machine() -> dict[str, Any]:
+    """Return the CPU's name, the number of cores and the version of Python."""
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """The installed version of each package, None where it is not installed."""
+    """Return the installed version of each package, None where it is not installed."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:
@@ -48,12 +50,13 @@ def versions(*packages: str) -> dict[str, str | None]:
     return found
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
+    """Print a message on standard error; standard output is for the result."""
     print(message, file=sys.stderr, flush=True)
 
 
 def script(name: str, **flags: object) -> list[str]:
-    """The command line of one of the project's scripts."""
+    """Return the command line of one of the project's scripts."""
     return [
         sys.executable,
         str(ROOT / name),
@@ -62,17 +65,22 @@ def script(name: str, **flags: object) -> list[str]:
 
 
 def torchrun(n_processes: int, command: list[str], *flags: str) -> list[str]:
-    """That command line of a script, by n processes of this machine; with flags for a rendezvous, by one of its agents."""
+    """Return the command line that runs a script in n processes of this machine.
+
+    With flags for a rendezvous it is that of one of several agents.
+    """
     flags = flags or ("--standalone",)
     agent = [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1", *flags]
     return [*agent, f"--nproc-per-node={n_processes}", *command[1:]]
 
 
 def start(command: list[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a command whose standard error goes to a file, and whose standard output is dropped."""
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
 
 
 def end_if_failed(exit_code: int, command: list[str], errors: IO[bytes]) -> None:
+    """Exit with the end of a command's standard error where the command failed."""
     if exit_code:
         errors.seek(0)
         sys.exit(
@@ -81,7 +89,7 @@ def end_if_failed(exit_code: int, command: list[str], errors: IO[bytes]) -> None
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """(elapsed_s, peak_mib) of one process; Linux never reports a peak below that of the process that started it."""
+    """Run a command and return (elapsed_s, peak_mib); Linux reports no peak below that of the process that started it."""
     with tempfile.TemporaryFile() as errors:
         began = time.perf_counter()
         process = start(command, errors)
@@ -93,18 +101,36 @@ def run(command: list[str]) -> tuple[float, float]:
     return elapsed_s, usage.ru_maxrss * unit / 2**20
 
 
+def output_of(command: list[str], **variables: str) -> str:
+    """Run a command, with more environment variables, and return its standard output.
+
+    Raises RuntimeError with the end of its standard error where it fails.
+    """
+    process = subprocess.run(command, env=os.environ | variables, capture_output=True, encoding="utf-8")
+    if process.returncode:
+        raise RuntimeError(f"{Path(command[1]).name}: exit code {process.returncode}: {process.stderr[-1500:]}")
+    return process.stdout
+
+
 def read_texts(path: Path) -> list[str]:
-    """The "text" of each line of a .jsonl or .jsonl.xz file."""
+    """Return the "text" of each line of a .jsonl or .jsonl.xz file."""
     opened = lzma.open(path, "rb") if path.suffix == ".xz" else open(path, "rb")
     with opened as lines:
         return [json.loads(line)["text"] for line in lines]
 
 
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """Return the reports that a run of pretraining.py has written so far."""
+    path = output_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def write_result(name: str, result: dict[str, Any]) -> None:
     """Print the result, with the machine, and write it to NAME.json in benchmarks/results, or in $RESULTS_DIR."""
     content = json.dumps(result | {"machine": machine()}, ensure_ascii=False, indent=1) + "\n"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder = Path(os.environ.get("RESULTS_DIR") or ROOT / "benchmarks" / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(content, encoding="utf-8")
     print(content, end="")
-    say(f"written: {path}")
+    log(f"written: {path}")

@@ -1,19 +1,22 @@
-"""How long prepare_aozora_jsonl.py takes against the least that such a script can do, and its peak memory.
+"""Measure prepare_aozora_jsonl.py, its time against the least that such a script can do, and its peak memory.
 
-The least: `json.loads` over the lines, and writing text and separator into one file. Both run as processes
-of their own, in turn, because the machines are shared and slow down and speed up.
+The least is `json.loads` over the lines, and writing text and separator into one file. Both run as processes of their
+own, in turns, because the machines are shared and their speed changes.
 
     python benchmarks/prepare_speed.py --jsonl_path dataset/aozorabunko-dedupe-clean.jsonl
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import SEPARATOR, run, say, script, write_result
+from machine import SEPARATOR, log, run, script, write_result
+
+from gptkit.base.cli import run_command, setting
+from gptkit.base.paths import existing_path
 
 PLAIN = """
 import json, sys
@@ -23,7 +26,20 @@ with open(sys.argv[1], encoding="utf-8", newline="\\n") as source, open(sys.argv
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrepareSpeedConfig:
+    """Measure prepare_aozora_jsonl.py against plain json.loads and writing."""
+
+    jsonl_path: str = setting(help="an uncompressed .jsonl file")
+    n_runs: int = setting(9, "runs of each", at_least=1)
+
+
+def main(config: PrepareSpeedConfig) -> None:
+    write_result("prepare_speed", measure(existing_path(config.jsonl_path, "--jsonl_path"), config.n_runs))
+
+
 def measure(jsonl_path: Path, n_runs: int) -> dict[str, Any]:
+    """Run both commands so many times, in turns."""
     times_s: dict[str, list[float]] = {"plain": [], "prepare": []}
     peak_mib = {"plain": 0.0, "prepare": 0.0}
     with tempfile.TemporaryDirectory() as folder:
@@ -36,13 +52,13 @@ def measure(jsonl_path: Path, n_runs: int) -> dict[str, Any]:
                 separator=SEPARATOR,
             ),
         }
-        for i in range(-1, n_runs):  # the first turn warms the disk's cache and does not count
+        for i in range(-1, n_runs):  # the first turn fills the disk's cache and is not counted
             for name, command in commands.items():
                 elapsed_s, mib = run(command)
                 if i >= 0:
                     times_s[name].append(elapsed_s)
                     peak_mib[name] = max(peak_mib[name], mib)
-                    say(f"run {i + 1}/{n_runs} {name}: {elapsed_s:.2f} s, {mib:.0f} MiB")
+                    log(f"run {i + 1}/{n_runs} {name}: {elapsed_s:.2f} s, {mib:.0f} MiB")
     medians_s = {name: statistics.median(values) for name, values in times_s.items()}
     return {
         "input": {"file": jsonl_path.name, "bytes": jsonl_path.stat().st_size},
@@ -53,13 +69,5 @@ def measure(jsonl_path: Path, n_runs: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time of prepare_aozora_jsonl.py against plain json.loads and writing")
-    parser.add_argument("--jsonl_path", type=Path, required=True, help="an uncompressed .jsonl file")
-    parser.add_argument("--n_runs", type=int, default=9, help="runs of each (9)")
-    options = parser.parse_args()
-    write_result("prepare_speed", measure(options.jsonl_path, options.n_runs))
-
-
 if __name__ == "__main__":
-    main()
+    run_command(PrepareSpeedConfig, main)

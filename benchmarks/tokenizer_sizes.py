@@ -1,24 +1,51 @@
-"""Our own tokenizer by size and kind: training time, characters a token on text not trained on, speed of encoding.
+"""Measure our own tokenizer by size and kind: training time, characters per token on unseen text, speed of encoding.
 
 python benchmarks/tokenizer_sizes.py --data_dir dataset/001 --heldout_path HELDOUT
 """
 
-import argparse
 import json
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from machine import read_texts, run, say, script, write_result
+from machine import log, read_texts, run, script, write_result
+
+from gptkit.base.cli import run_command, setting
+from gptkit.base.paths import existing_path
 
 KINDS = (("bpe", 4_096), ("bpe", 8_192), ("bpe", 16_000), ("bpe", 32_000), ("unigram", 16_000))
 N_ENCODINGS = 7  # the median counts
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSizesConfig:
+    """Measure our own tokenizer by size and kind."""
+
+    data_dir: str = setting(help="text shards to train on")
+    heldout_path: str = setting(help="documents of other authors: .jsonl or .jsonl.xz")
+
+
+def main(config: TokenizerSizesConfig) -> None:
+    data_dir = existing_path(config.data_dir, "--data_dir")
+    heldout_path = existing_path(config.heldout_path, "--heldout_path")
+    texts = read_texts(heldout_path)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model_type, vocab_size in KINDS:
+            output = Path(folder) / f"{model_type}_{vocab_size}"
+            rows.append(measure_kind(model_type, vocab_size, data_dir, texts, output))
+            log(f"{rows[-1]}")
+    n_bytes = sum(path.stat().st_size for path in data_dir.glob("*.txt"))
+    inputs = {"bytes": n_bytes, "heldout_file": heldout_path.name, "heldout_works": len(texts)}
+    write_result("tokenizer_sizes", {"input": inputs, "tokenizers": rows})
+
+
 def measure_kind(model_type: str, vocab_size: int, data_dir: Path, texts: list[str], output: Path) -> dict[str, Any]:
+    """Train one tokenizer and encode the texts with it."""
     training_s, training_mib = run(
         script(
             "dataset/train_tokenizer.py",
@@ -49,22 +76,5 @@ def measure_kind(model_type: str, vocab_size: int, data_dir: Path, texts: list[s
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Our own tokenizer by size and kind")
-    parser.add_argument("--data_dir", type=Path, required=True, help="text shards to train on")
-    parser.add_argument("--heldout_path", type=Path, required=True, help="works of other authors: .jsonl or .jsonl.xz")
-    options = parser.parse_args()
-    texts = read_texts(options.heldout_path)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for model_type, vocab_size in KINDS:
-            output = Path(folder) / f"{model_type}_{vocab_size}"
-            rows.append(measure_kind(model_type, vocab_size, options.data_dir, texts, output))
-            say(f"{rows[-1]}")
-    n_bytes = sum(path.stat().st_size for path in options.data_dir.glob("*.txt"))
-    inputs = {"bytes": n_bytes, "heldout_file": options.heldout_path.name, "heldout_works": len(texts)}
-    write_result("tokenizer_sizes", {"input": inputs, "tokenizers": rows})
-
-
 if __name__ == "__main__":
-    main()
+    run_command(TokenizerSizesConfig, main)

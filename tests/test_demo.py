@@ -116,8 +116,8 @@ def test_writing_in_a_browser(page: Any, poem: tuple[Path, str]) -> None:
 
 
 def test_hostile_requests(poem: tuple[Path, str], tmp_path: Path) -> None:
-    """benchmarks/demo_requests.py, shortened."""
-    benchmark = command("benchmarks/demo_requests.py", "--exp_dir", poem[0], "--n_requests", 40)
+    """benchmarks/checks/demo_requests.py, shortened."""
+    benchmark = command("benchmarks/checks/demo_requests.py", "--exp_dir", poem[0], "--n_requests", 40)
     variables = environment() | {"RESULTS_DIR": str(tmp_path)}
     result = subprocess.run(benchmark, cwd=ROOT, env=variables, capture_output=True, encoding="utf-8", timeout=300)
     assert result.returncode == 0, result.stderr

@@ -1,14 +1,17 @@
-"""benchmarks/gpu_suite.sh with all sizes tiny: it comes to its end, holds what it checks, and does nothing twice."""
+"""benchmarks/gpu_suite.sh with all sizes tiny: it runs to its end, its checks hold, and it does nothing twice."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from conftest import ROOT, SAMPLE_TOKENIZER, environment, write_jsonl
 
 RESULTS = ("gpu_check.json", "train_speed_500.json", "quality_metrics.jsonl", "evaluation.json", "parallel_check.json")
 PARTS = ("check", "speed", "quality", "evaluation", "parallel")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_VARIABLES = dict.fromkeys(("DATA_DIR", "TOKENIZER_PATH", "TEXT_PATH", "NANOGPT_DIR", "WORK_DIR"), "")
 
 
@@ -27,7 +30,15 @@ def listing(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_it_runs_through_holds_its_checks_and_does_nothing_twice(tmp_path: Path) -> None:
+def python_without_torch(path: Path, commands: str) -> Path:
+    """A Python that names the device at once, and treats the commands of the suite as a case of sh does."""
+    path.write_text(f"#!/bin/sh\ncase $1 in -c) echo {DEVICE} ;; {commands} esac\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.slow
+def test_it_runs_to_its_end_its_checks_hold_and_it_does_nothing_twice(tmp_path: Path) -> None:
     output, published = tmp_path / "out", ROOT / "benchmarks" / "results"
     write_jsonl(tmp_path / "text.jsonl", ["　雨の朝、駅までの道は静かだった。\n傘の列がゆっくりと橋を渡る。"])
     before = listing(published)
@@ -38,7 +49,8 @@ def test_it_runs_through_holds_its_checks_and_does_nothing_twice(tmp_path: Path)
     assert_checks(output)
 
     before = listing(output)
-    again = run_suite(output, tmp_path, TEXT_PATH="text.jsonl")
+    idle = str(python_without_torch(tmp_path / "python", "*) exit 3 ;;"))
+    again = run_suite(output, tmp_path, TEXT_PATH="text.jsonl", PYTHON=idle)
     assert again.returncode == 0, again.stderr
     skipped = [line for line in again.stdout.splitlines() if line.endswith("done before, skipped")]
     assert skipped == [f"== {part}: done before, skipped" for part in PARTS]
@@ -46,7 +58,7 @@ def test_it_runs_through_holds_its_checks_and_does_nothing_twice(tmp_path: Path)
 
     path = output / "gpu_check.json"
     path.write_text(path.read_text("utf-8").replace(": true", ": false", 1), "utf-8")
-    failed = run_suite(output, tmp_path)
+    failed = run_suite(output, tmp_path, PYTHON=idle)
     assert failed.returncode == 1
     assert "bfloat16" in failed.stderr
     assert "checks failed" in failed.stderr
@@ -71,23 +83,24 @@ def assert_checks(output: Path) -> None:
     assert all(found["checks"].values()), found
     assert not found["problems"]
     assert set(found["skipped"].values()) <= {"galore-torch is not installed"}
-    # They saw something to check: losses below that of a uniform guess, and a run that had stopped.
+    # There was something to check: losses below that of a uniform guess, and a run that had stopped.
     named = {key: value for figures in found["figures"].values() for key, value in figures.items()}
     assert max(named["gpt2_loss_float32"], named["modern_loss_float32"]) < 4.5
     assert named["stops"] == 1
 
 
-def test_a_part_that_fails_is_not_done_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_part_that_fails_is_not_done_and_the_others_still_run(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    kind = "cuda_tiny" if has_cuda() else "cpu_tiny"
+    kind = f"{DEVICE}_tiny"
     for part in ("check", "quality", "parallel"):
         (output / f"{part}.done").write_text(kind + "\n")
     (output / "check.done").write_text("another_device\n")
     work = output / "work" / f"quality_{kind}"
     work.mkdir(parents=True)
     (work / "metrics.jsonl").write_text("{}\n")
-    result = run_suite(output, tmp_path, NANOGPT_DIR="none", PYTHON=str(failing_python(tmp_path)))
+    python = python_without_torch(tmp_path / "python", f'*gpu_check.py) exit 3 ;; *) exec "{sys.executable}" "$@" ;;')
+    result = run_suite(output, tmp_path, NANOGPT_DIR="none", PYTHON=str(python))
     assert result.returncode == 1
     assert "== check: failed, or out of time" in result.stdout  # done on another kind of device is not done
     assert "== quality: done before, skipped" in result.stdout
@@ -96,21 +109,7 @@ def test_a_part_that_fails_is_not_done_and_the_others_go_on(tmp_path: Path) -> N
     assert not (output / "speed.done").exists()
 
 
-def failing_python(folder: Path) -> Path:
-    """A Python that ends at once where it is asked for gpu_check.py."""
-    path = folder / "python"
-    path.write_text(f'#!/bin/sh\ncase $1 in *gpu_check.py) exit 3 ;; esac\nexec "{sys.executable}" "$@"\n')
-    path.chmod(0o755)
-    return path
-
-
-def has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def test_without_torch_it_says_so(tmp_path: Path) -> None:
+def test_without_torch_it_prints_an_error(tmp_path: Path) -> None:
     no_torch = tmp_path / "python"
     no_torch.write_text("#!/bin/sh\nexit 1\n")
     no_torch.chmod(0o755)

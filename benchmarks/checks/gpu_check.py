@@ -1,33 +1,35 @@
-"""Is what the tests hold on a CPU true on this device too? One JSON with a true or false for each check.
+"""Check on this device what the tests check on a CPU. The result holds a true or false for each check.
 
-bfloat16 against float32, compiled against eager, the fused optimizer against the plain one, the loss in chunks against
-torch's, Muon's and GaLore's steps, and a stopped run against one that never stopped, bit for bit. On a CPU the same
-checks run, except that a model is traced and not compiled to machine code, which takes a C++ compiler and a minute.
+The checks compare bfloat16 with float32, compiled with eager, the fused optimizer with the plain one, the loss in chunks
+with torch's, and a stopped run with one that never stopped, bit for bit; they also take Muon's and GaLore's steps. On a
+CPU the same checks run, except that a model is traced and not compiled to machine code, which takes a C++ compiler and a
+minute.
 
-A check that breaks down counts as false, and the others go on. --tiny makes all models tiny.
+A check that raises an error counts as false, and the others still run. --tiny makes all models tiny.
 
-    python benchmarks/gpu_check.py
+    python benchmarks/checks/gpu_check.py
 """
 
-import argparse
 import copy
 import importlib.util
-import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import _path  # noqa: F401  it lets the modules of benchmarks/ be imported
 import torch
-from machine import ROOT, say, script, versions, write_result
+from machine import SAMPLE, log, output_of, script, versions, write_result
 from torch import nn
 from torch.nn import functional as F
 
 from gpt_model import ARCHS, Arch, GPTConfig, GPTModel
 from gptkit.base import devices
-from gptkit.base.cli import UserError
-from gptkit.training import checkpoints, loss
+from gptkit.base.cli import run_command, setting
+from gptkit.training import checkpoints
+from gptkit.training import loss as training_loss
 from gptkit.training.compilation import make_loss
 from gptkit.training.loss import linear_cross_entropy
 from gptkit.training.optimizers import BETAS, EPS, build_optimizer, orthogonalize
@@ -35,21 +37,35 @@ from gptkit.training.optimizers import BETAS, EPS, build_optimizer, orthogonaliz
 LR = 2e-3
 N_FITTED = 30  # AdamW steps on one batch, after which the loss is no longer that of a uniform guess
 N_RESUMED = 6  # optimizer steps of the run that is stopped after its first
-SAMPLE = ROOT / "dataset" / "sample"
 BFLOAT16_LOSS, BFLOAT16_GRADIENT = 0.02, 0.05  # relative differences from float32
 SINGULAR_VALUES = 0.7, 1.3
 Found = tuple[bool, dict[str, float]]  # whether the check holds, and what was measured
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuCheckConfig:
+    """Check what must be true on this device."""
+
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    tiny: bool = setting(False, "models of a few thousand parameters")
+
+
+def main(config: GpuCheckConfig) -> None:
+    write_result("gpu_check", check_all(devices.choose_device(config.device), config.tiny))
 
 
 def dimensions(tiny: bool) -> dict[str, Any]:
+    """Return the dimensions of the models that are checked."""
     if tiny:
         return dict(vocab_size=130, context_length=16, emb_dim=32, n_layers=1, n_heads=2)
-    return dict(vocab_size=4100, context_length=256, emb_dim=256, n_layers=2, n_heads=4)  # an end that pads both
+    return dict(
+        vocab_size=4100, context_length=256, emb_dim=256, n_layers=2, n_heads=4
+    )  # a vocabulary and a context that are no multiple of a block
 
 
 def fitted_model(arch: Arch, tiny: bool, device: torch.device) -> tuple[GPTModel, Batch]:
-    """A model that has learnt one batch, in float32, and the batch. A new modern one would predict nothing at all."""
+    """Return a model that has learnt one batch, in float32, and the batch. A new modern one would predict nothing."""
     torch.manual_seed(0)
     config = GPTConfig(**dimensions(tiny), arch=arch)
     model = GPTModel(config).to(device)
@@ -65,11 +81,11 @@ def fitted_model(arch: Arch, tiny: bool, device: torch.device) -> tuple[GPTModel
 
 
 def loss_and_gradient(
-    model: GPTModel, features: Callable[[torch.Tensor], torch.Tensor], batch: Batch, dtype: torch.dtype
+    model: GPTModel, hidden_states: Callable[[torch.Tensor], torch.Tensor], batch: Batch, dtype: torch.dtype
 ) -> tuple[float, torch.Tensor]:
-    """The loss of a batch, and its gradient by all parameters as one vector."""
+    """Return the loss of a batch, and its gradient by all parameters as one vector."""
     with devices.autocast(batch[0].device, dtype):
-        loss = make_loss(model, features, model.config.vocab_size)(*batch)
+        loss = make_loss(model, hidden_states, model.config.vocab_size)(*batch)
     loss.backward()
     gradient = nn.utils.parameters_to_vector([p.grad for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
@@ -77,12 +93,13 @@ def loss_and_gradient(
 
 
 def relative(found: torch.Tensor | float, wanted: torch.Tensor | float) -> float:
-    """The norm of the difference as a share of the norm of what is wanted."""
+    """Return the norm of the difference as a share of the norm of what is wanted."""
     found, wanted = torch.as_tensor(found).double(), torch.as_tensor(wanted).double()
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
 def bfloat16_like_float32(device: torch.device, tiny: bool) -> Found:
+    """Compare losses and gradients in bfloat16 with those in float32."""
     figures: dict[str, float] = {}
     for arch in ARCHS:
         model, batch = fitted_model(arch, tiny, device)
@@ -95,8 +112,9 @@ def bfloat16_like_float32(device: torch.device, tiny: bool) -> Found:
 
 
 def compiled_like_eager(device: torch.device, tiny: bool) -> Found:
+    """Compare losses and gradients of a compiled model with those of a plain one."""
     dtype = devices.choose_dtype("auto", device, training=True)
-    # Float32 differs by the order of sums. In bfloat16 the compiler keeps more digits than the single kernels do.
+    # Float32 differs by the order of sums. In bfloat16 the compiler keeps more digits than separate kernels do.
     limits = (1e-5, 1e-4) if dtype == torch.float32 else (BFLOAT16_LOSS, BFLOAT16_GRADIENT)
     figures: dict[str, float] = {}
     for arch in ARCHS:
@@ -109,7 +127,7 @@ def compiled_like_eager(device: torch.device, tiny: bool) -> Found:
 
 
 def fused_like_plain(device: torch.device, tiny: bool) -> Found:
-    """Three steps of our AdamW and of torch's plain loop over parameters."""
+    """Take three steps of our AdamW and of torch's plain loop over parameters."""
     model, batch = fitted_model("modern", tiny, device)
     other = copy.deepcopy(model)
     ours = build_optimizer(model, "adamw", LR, LR, 0.1)
@@ -131,21 +149,21 @@ def fused_like_plain(device: torch.device, tiny: bool) -> Found:
 
 
 def chunked_loss_like_torch(device: torch.device, tiny: bool) -> Found:
-    """linear_cross_entropy in several chunks, in float32 and bfloat16, against F.cross_entropy in float32."""
+    """Compare linear_cross_entropy in several chunks, in float32 and bfloat16, with F.cross_entropy in float32."""
     torch.manual_seed(0)
     n_tokens, n_channels, vocab_size = (150, 16, 100) if tiny else (1000, 256, 32_000)
-    features = torch.randn(n_tokens, n_channels, device=device, requires_grad=True)
+    hidden = torch.randn(n_tokens, n_channels, device=device, requires_grad=True)
     weight = (torch.randn(vocab_size + 28, n_channels, device=device) / n_channels**0.5).requires_grad_()
     targets = torch.randint(vocab_size, (n_tokens,)).to(device)
-    wanted = F.cross_entropy(features @ weight[:vocab_size].T, targets)
-    wanted_gradients = torch.autograd.grad(wanted, (features, weight))
+    wanted = F.cross_entropy(hidden @ weight[:vocab_size].T, targets)
+    wanted_gradients = torch.autograd.grad(wanted, (hidden, weight))
     figures: dict[str, float] = {}
     holds = True
-    with mock.patch.dict(loss.CHUNK_BYTES, {device.type: 1}):  # the least: 64 rows
+    with mock.patch.dict(training_loss.CHUNK_BYTES, {device.type: 1}):  # the smallest chunks: 64 rows
         for name, dtype in devices.DTYPES.items():
             with devices.autocast(device, dtype):
-                found = linear_cross_entropy(features, weight, targets, vocab_size)
-            gradients = torch.autograd.grad(found, (features, weight))
+                found = linear_cross_entropy(hidden, weight, targets, vocab_size)
+            gradients = torch.autograd.grad(found, (hidden, weight))
             figures[f"{name}_loss"] = relative(found.detach(), wanted.detach())
             pairs = zip(gradients, wanted_gradients, strict=True)
             figures[f"{name}_gradient"] = max(relative(found, wanted) for found, wanted in pairs)
@@ -155,7 +173,7 @@ def chunked_loss_like_torch(device: torch.device, tiny: bool) -> Found:
 
 
 def muon_orthogonalizes(device: torch.device, tiny: bool) -> Found:
-    """Singular values after it, of random matrices and of ones whose own reach over two powers of ten."""
+    """Check singular values after it, of random matrices and of ones whose own span two powers of ten."""
     torch.manual_seed(0)
     n, wide = (16, 32) if tiny else (256, 1024)
     left, right = (torch.linalg.qr(torch.randn(4, size, n))[0] for size in (n, wide))
@@ -170,7 +188,7 @@ def muon_orthogonalizes(device: torch.device, tiny: bool) -> Found:
 
 
 def galore_steps(device: torch.device, tiny: bool) -> Found:
-    """Two steps: the first makes the projectors. All matrices of blocks move, and nothing becomes infinite."""
+    """Take two steps; the first makes the projectors. All matrices of blocks must move, and nothing become infinite."""
     model, batch = fitted_model("modern", tiny, device)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = build_optimizer(model, "galore_adamw", LR, LR, 0.0)
@@ -184,10 +202,10 @@ def galore_steps(device: torch.device, tiny: bool) -> Found:
     return finite and min(blocks) > 0, {"least_moved_matrix": min(blocks), "most_moved": max(moved.values())}
 
 
-def resumed_like_whole(device: torch.device, tiny: bool) -> Found:
-    """pretraining.py on the sample, stopped after a step and gone on, against a run that never stopped.
+def resumed_like_uninterrupted(device: torch.device, tiny: bool) -> Found:
+    """Compare pretraining.py on the sample, stopped after a step and resumed, with a run that never stopped.
 
-    Where they differ, a second whole run tells whether the device adds up in the same order twice at all.
+    Where they differ, a second uninterrupted run shows whether the device adds up in the same order twice at all.
     """
     sizes = {**dimensions(tiny), "batch_size": 4, "grad_accum_steps": 2, "drop_rate": 0.1, "max_steps": N_RESUMED}
     del sizes["vocab_size"]  # the tokenizer's
@@ -195,12 +213,12 @@ def resumed_like_whole(device: torch.device, tiny: bool) -> Found:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = {"jsonl_path": SAMPLE / "sample.jsonl", "output_dir": folder / "001"}
-        run_quietly(script("dataset/prepare_aozora_jsonl.py", **source))
+        output_of(script("dataset/prepare_aozora_jsonl.py", **source))
 
         def pretrain(output: str, **more: object) -> None:
             flags = {"data_dir": folder / "001", "output_dir": folder / output, "tokenizer": "sentencepiece"}
             command = script("pretraining.py", **flags, **fixed, **sizes, **more)
-            run_quietly([*command, "--use_pretokenized", "--no-compile"])
+            output_of([*command, "--use_pretokenized", "--no-compile"])
 
         def weights(output: str) -> torch.Tensor:
             path = max((folder / output).glob("step_*"))
@@ -224,13 +242,6 @@ def resumed_like_whole(device: torch.device, tiny: bool) -> Found:
         return holds, figures
 
 
-def run_quietly(command: list[str]) -> None:
-    """Raises RuntimeError with what a failing command said last."""
-    process = subprocess.run(command, capture_output=True, encoding="utf-8")
-    if process.returncode:
-        raise RuntimeError(f"{Path(command[1]).name}: exit code {process.returncode}: {process.stderr[-500:]}")
-
-
 CHECKS: dict[str, Callable[[torch.device, bool], Found]] = {
     "bfloat16 gives float32's loss within 2 % and its gradient within 5 %": bfloat16_like_float32,
     "compiled gives eager's loss and gradient": compiled_like_eager,
@@ -238,11 +249,12 @@ CHECKS: dict[str, Callable[[torch.device, bool], Found]] = {
     "the loss in chunks and its gradients are torch's": chunked_loss_like_torch,
     "Muon's singular values lie between 0.7 and 1.3": muon_orthogonalizes,
     "GaLore steps": galore_steps,
-    "a stopped run ends as a whole one, bit for bit": resumed_like_whole,
+    "a stopped run ends as a whole one, bit for bit": resumed_like_uninterrupted,
 }
 
 
 def check_all(device: torch.device, tiny: bool) -> dict[str, Any]:
+    """Run all checks, and return which hold."""
     checks: dict[str, bool] = {}
     figures: dict[str, dict[str, float]] = {}
     problems, skipped = {}, {}
@@ -254,7 +266,7 @@ def check_all(device: torch.device, tiny: bool) -> dict[str, Any]:
             checks[name], figures[name] = check(device, tiny)
         except Exception as error:  # a device fails in its own way, and the other checks are worth knowing
             checks[name], problems[name] = False, f"{type(error).__name__}: {error}"
-        say(f"{'ok    ' if checks[name] else 'FAILED'} {name}: {figures.get(name) or problems[name]}")
+        log(f"{'ok    ' if checks[name] else 'FAILED'} {name}: {figures.get(name) or problems[name]}")
     return {
         "device": devices.describe_device(device),
         "versions": versions("torch", "galore-torch"),
@@ -267,17 +279,5 @@ def check_all(device: torch.device, tiny: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What must be true on this device, checked")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--tiny", action="store_true", help="models of a few thousand parameters")
-    options = parser.parse_args()
-    try:
-        device = devices.choose_device(options.device)
-    except (ValueError, UserError) as error:
-        parser.error(str(error))
-    write_result("gpu_check", check_all(device, options.tiny))
-
-
 if __name__ == "__main__":
-    main()
+    run_command(GpuCheckConfig, main)

@@ -1,23 +1,25 @@
-"""100,000 draws of each sampler against the exact probabilities, by chi-squared.
+"""Check 100,000 draws of each sampler against the exact probabilities, by chi-squared.
 
-    python benchmarks/sampling.py
+    python benchmarks/checks/sampling.py
 
 The exact probabilities are worked out here, in plain Python, from the definitions of temperature, top-k, top-p and
-min-p; the draws are gptkit/generation.py's.
+min-p; the draws are those of gptkit/generation/sampling.py.
 """
 
-import argparse
 import math
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
+import _path  # noqa: F401  it lets the modules of benchmarks/ be imported
 import torch
-from machine import say, versions, write_result
+from machine import log, versions, write_result
 
+from gptkit.base.cli import run_command, setting
 from gptkit.generation.sampling import SamplingSettings, sample
 
 VOCAB_SIZE = 50
-LEAST_P_VALUE = 1e-3  # a sampler that is right fails so seldom, with the fixed seed never
+LEAST_P_VALUE = 1e-3  # a correct sampler fails this seldom, and with the fixed seed never
 SAMPLERS: dict[str, dict[str, float]] = {
     "temperature 1": {"temperature": 1.0},
     "temperature 0.5": {"temperature": 0.5},
@@ -30,7 +32,33 @@ SAMPLERS: dict[str, dict[str, float]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Check draws of each sampler against the exact probabilities."""
+
+    n_draws: int = setting(100_000, "draws of each sampler", at_least=1)
+
+
+def main(config: SamplingConfig) -> None:
+    logits = torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    seen = list(range(0, VOCAB_SIZE, 3))
+    found: dict[str, Any] = {}
+    for number, (name, values) in enumerate(SAMPLERS.items()):
+        settings = SamplingSettings(**values)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(number)
+        counts = Counter(sample(logits, settings, seen, generator) for _ in range(config.n_draws))
+        probabilities = exact(logits.double().tolist(), seen, settings)
+        p = p_value(counts, probabilities, config.n_draws)
+        found[name] = {"ids_that_can_be_drawn": len(probabilities), "p_value": round(p, 4)}
+        log(f"{name}: {found[name]}")
+    goals = {"each sampler's draws agree": all(each["p_value"] > LEAST_P_VALUE for each in found.values())}
+    write_result(
+        "sampling", {"n_draws": config.n_draws, "samplers": found, "versions": versions("torch"), "goals": goals}
+    )
+
+
 def softmax(logits: dict[int, float]) -> dict[int, float]:
+    """Return the probabilities that the logits of some ids give."""
     largest = max(logits.values())
     weights = {i: math.exp(value - largest) for i, value in logits.items()}
     total = math.fsum(weights.values())
@@ -38,7 +66,7 @@ def softmax(logits: dict[int, float]) -> dict[int, float]:
 
 
 def exact(logits: list[float], seen: list[int], settings: SamplingSettings) -> dict[int, float]:
-    """The probability of each id that can be drawn."""
+    """Return the probability of each id that can be drawn."""
     penalty = settings.repetition_penalty
     changed = {i: (x * penalty if x < 0 else x / penalty) if i in set(seen) else x for i, x in enumerate(logits)}
     left = {i: x / settings.temperature for i, x in changed.items()}
@@ -61,7 +89,7 @@ def exact(logits: list[float], seen: list[int], settings: SamplingSettings) -> d
 
 
 def p_value(counts: Counter[int], probabilities: dict[int, float], n_draws: int) -> float:
-    """How often chance alone gives counts that are further from the expected ones."""
+    """Return how often chance alone gives counts that are further from the expected ones."""
     if not counts.keys() <= probabilities.keys():
         return 0.0
     expected = {i: p * n_draws for i, p in probabilities.items()}
@@ -74,26 +102,5 @@ def p_value(counts: Counter[int], probabilities: dict[int, float], n_draws: int)
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws of each sampler against the exact probabilities")
-    parser.add_argument("--n_draws", type=int, default=100_000)
-    options = parser.parse_args()
-    logits = torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-    seen = list(range(0, VOCAB_SIZE, 3))
-    found: dict[str, Any] = {}
-    for number, (name, values) in enumerate(SAMPLERS.items()):
-        settings = SamplingSettings(**values)  # type: ignore[arg-type]
-        generator = torch.Generator().manual_seed(number)
-        counts = Counter(sample(logits, settings, seen, generator) for _ in range(options.n_draws))
-        probabilities = exact(logits.double().tolist(), seen, settings)
-        p = p_value(counts, probabilities, options.n_draws)
-        found[name] = {"ids_that_can_be_drawn": len(probabilities), "p_value": round(p, 4)}
-        say(f"{name}: {found[name]}")
-    goals = {"each sampler's draws agree": all(each["p_value"] > LEAST_P_VALUE for each in found.values())}
-    write_result(
-        "sampling", {"n_draws": options.n_draws, "samplers": found, "versions": versions("torch"), "goals": goals}
-    )
-
-
 if __name__ == "__main__":
-    main()
+    run_command(SamplingConfig, main)

@@ -1,12 +1,11 @@
-"""Hostile requests to demo.py: lengths, sizes, types, control characters, paths, many at once; and two visitors' texts.
+"""Send hostile requests to demo.py: lengths, sizes, types, control characters, paths, many at once; and two visitors' texts.
 
-The page is a real process. After each burst an ordinary request must be answered; what one visitor gets must never
-hold a word of another's; and the process may not grow. Requests go to this machine alone and are bounded in number.
+The page is a real process. After each burst it must answer an ordinary request; what one visitor gets must never hold a
+word of another's; and the process may not grow. Requests go to this machine only and are bounded in number.
 
-    python benchmarks/demo_requests.py --exp_dir quickstart_run
+    python benchmarks/checks/demo_requests.py --exp_dir quickstart_run
 """
 
-import argparse
 import concurrent.futures
 import json
 import random
@@ -14,13 +13,19 @@ import re
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import say, script, versions, write_result
+import _path  # noqa: F401  it lets the modules of benchmarks/ be imported
+from machine import log, script, versions, write_result
+
+from gptkit.base.cli import run_command, setting
+from gptkit.base.paths import existing_path
 
 N_AT_ONCE = 8
 TIMEOUT_S = 120
@@ -36,25 +41,75 @@ PATHS = [
     "/gradio_api/file=http://127.0.0.1:1/", "/gradio_api/proxy=http://127.0.0.1:1/", "/static/../demo.py",
     "/assets/..%2f..%2fdemo.py", "/gradio_api/upload", "/gradio_api/nothing", "/config", "/gradio_api/info", "/theme.css",
 ]  # fmt: skip
+WORDS = ("XQalphaXQ", "XQbetaXQ", "XQgammaXQ", "XQdeltaXQ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRequestsConfig:
+    """Send hostile requests to demo.py."""
+
+    exp_dir: str = setting(help="an experiment with a trained model")
+    n_requests: int = setting(200, "hostile requests, at least", at_least=1)
+
+
+def main(config: DemoRequestsConfig) -> None:
+    page = Page(existing_path(config.exp_dir, "--exp_dir"))
+    draw = random.Random(0)
+    outcomes: Counter[str] = Counter()
+    own_text: list[bool] = []
+    try:
+        with concurrent.futures.ThreadPoolExecutor(N_AT_ONCE) as pool:
+            own_text += pool.map(lambda word: send_ordinary(page, word), WORDS)  # also warms the page up
+            before_mib = page.resident_mib()
+            while outcomes.total() < config.n_requests:
+                requests = [pool.submit(send_hostile, page, random.Random(draw.random())) for _ in range(N_AT_ONCE)]
+                visitors = [pool.submit(send_ordinary, page, word) for word in WORDS[:2]]
+                outcomes.update(request.result() for request in requests)
+                own_text += [visitor.result() for visitor in visitors]
+                log(f"{outcomes.total()} requests, {page.resident_mib():.0f} MiB: {dict(outcomes)}")
+        after_mib = page.resident_mib()
+        is_alive = page.process.poll() is None
+    finally:
+        page.process.terminate()
+        page.process.wait(30)
+    time.sleep(0.1)
+    result = {
+        "requests": outcomes.total(),
+        "outcomes": dict(outcomes),
+        "ordinary_requests_between": len(own_text),
+        "answered_with_their_own_text": sum(own_text),
+        "resident_mib_before_and_after": [round(before_mib), round(after_mib)],
+        "versions": versions("gradio", "torch"),
+        "goals": {
+            "the page lives": is_alive,
+            "each visitor got their own text alone": all(own_text),
+            f"it grew by less than {MOST_GROWTH_MIB} MiB": after_mib - before_mib < MOST_GROWTH_MIB,
+        },
+    }
+    write_result("demo_requests", result)
 
 
 class Page:
-    """The process of the page, and how to ask it."""
+    """The process of the page, and requests to it."""
 
     def __init__(self, exp_dir: Path) -> None:
-        line = script("demo.py", exp_dir=exp_dir, port=0, device="cpu", most_new_tokens=30)
+        command = script("demo.py", exp_dir=exp_dir, port=0, device="cpu", most_new_tokens=30)
         self.process = subprocess.Popen(
-            [line[0], "-u", *line[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            [command[0], "-u", *command[1:]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         )
         assert self.process.stdout
-        said = ""
-        for shown in self.process.stdout:
-            said += shown
-            if found := re.search(r"http://127\.0\.0\.1:\d+", shown):
+        output = ""
+        for line_of_output in self.process.stdout:
+            output += line_of_output
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line_of_output):
                 self.url = found[0]
                 break
         else:
-            sys.exit(f"error: demo.py did not start\n{said}")
+            sys.exit(f"error: demo.py did not start\n{output}")
         self.log: list[str] = []
         self.pool = concurrent.futures.ThreadPoolExecutor(1)
         self.pool.submit(lambda: self.log.extend(self.process.stdout or ()))
@@ -66,6 +121,7 @@ class Page:
         self.defaults = [values.get(i) for i in self.start["inputs"]]
 
     def get(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        """Request a path, and return the status (0: no answer) and the beginning of the content."""
         request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
@@ -76,7 +132,7 @@ class Page:
             return 0, str(error).encode()
 
     def ask(self, function: Any, data: list[Any]) -> tuple[str, list[Any]]:
-        """("written", all that was shown), ("refused", …), as a visitor of its own."""
+        """Call a function of the page as a new visitor; return the outcome, such as "written", and all that was shown."""
         session = uuid.uuid4().hex
         body = json.dumps({"data": data, "fn_index": function["id"], "session_hash": session}).encode()
         status, _ = self.get("/gradio_api/queue/join", body)
@@ -98,14 +154,15 @@ class Page:
         return outcome, shown
 
     def resident_mib(self) -> float:
+        """Return the memory of the page's process."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"VmRSS:\s+(\d+)", status)
         assert found
         return int(found[1]) / 1024
 
 
-def hostile(page: Page, draw: random.Random) -> str:
-    """One request; what came of it."""
+def send_hostile(page: Page, draw: random.Random) -> str:
+    """Send one hostile request, and return its outcome."""
     how = draw.randrange(6)
     if how == 0:
         status, content = page.get(draw.choice(PATHS), draw.choice([None, b"{}", b"x" * 1000]))
@@ -137,8 +194,8 @@ def hostile(page: Page, draw: random.Random) -> str:
     return page.ask(function, data)[0]
 
 
-def ordinary(page: Page, word: str) -> bool:
-    """Whether a visitor gets a text that begins with their own word, and nothing of another's."""
+def send_ordinary(page: Page, word: str) -> bool:
+    """Return whether a visitor gets a text that begins with their own word, and nothing of another's."""
     data = list(page.defaults)
     data[0] = f"{word}は"
     outcome, shown = page.ask(page.start, data)
@@ -147,49 +204,5 @@ def ordinary(page: Page, word: str) -> bool:
     return outcome == "written" and f"{word}は" in text and not any(other in text for other in others)
 
 
-WORDS = ("XQalphaXQ", "XQbetaXQ", "XQgammaXQ", "XQdeltaXQ")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Hostile requests to demo.py")
-    parser.add_argument("--exp_dir", type=Path, required=True, help="an experiment with a trained model")
-    parser.add_argument("--n_requests", type=int, default=200)
-    options = parser.parse_args()
-    draw = random.Random(0)
-    page = Page(options.exp_dir)
-    outcomes: Counter[str] = Counter()
-    own_text: list[bool] = []
-    try:
-        with concurrent.futures.ThreadPoolExecutor(N_AT_ONCE) as pool:
-            own_text += pool.map(lambda word: ordinary(page, word), WORDS)  # also warms it up
-            before_mib = page.resident_mib()
-            while outcomes.total() < options.n_requests:
-                requests = [pool.submit(hostile, page, random.Random(draw.random())) for _ in range(N_AT_ONCE)]
-                visitors = [pool.submit(ordinary, page, word) for word in WORDS[:2]]
-                outcomes.update(request.result() for request in requests)
-                own_text += [visitor.result() for visitor in visitors]
-                say(f"{outcomes.total()} requests, {page.resident_mib():.0f} MiB: {dict(outcomes)}")
-        after_mib = page.resident_mib()
-        is_alive = page.process.poll() is None
-    finally:
-        page.process.terminate()
-        page.process.wait(30)
-    time.sleep(0.1)
-    result = {
-        "requests": outcomes.total(),
-        "outcomes": dict(outcomes),
-        "ordinary_requests_between": len(own_text),
-        "answered_with_their_own_text": sum(own_text),
-        "resident_mib_before_and_after": [round(before_mib), round(after_mib)],
-        "versions": versions("gradio", "torch"),
-        "goals": {
-            "the page lives": is_alive,
-            "each visitor got their own text alone": all(own_text),
-            f"it grew by less than {MOST_GROWTH_MIB} MiB": after_mib - before_mib < MOST_GROWTH_MIB,
-        },
-    }
-    write_result("demo_requests", result)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(DemoRequestsConfig, main)

@@ -1,32 +1,35 @@
-"""Whether what export_hf.py writes is the model: transformers and llama.cpp, on folders and files it wrote, against ours.
+"""Check that what export_hf.py writes is the model: transformers and llama.cpp read it, and are compared with ours.
 
-transformers runs in an environment with nothing else of ours: --python names its interpreter (this one, if none is
-given). llama.cpp is tried where llama-cpp-python and gguf are installed here.
+transformers runs in an environment with nothing else of ours: --python names its interpreter (by default this one).
+llama.cpp is tried where llama-cpp-python and gguf are installed here.
 
-    python benchmarks/export_truth.py --exp_dir EXP_MODERN EXP_GPT2 --text_path HELDOUT [--python FRESH/bin/python]
+    python benchmarks/checks/export_truth.py --exp_dir EXP_MODERN EXP_GPT2 --text_path HELDOUT [--python FRESH/bin/python]
 """
 
-import argparse
 import json
 import math
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _path  # noqa: F401  it lets the modules of benchmarks/ be imported
 import torch
-from machine import read_texts, run, say, script, versions, write_result
+from machine import log, read_texts, run, script, versions, write_result
+from models import load_experiment
 
 from gpt_model import GPTModel
+from gptkit.base.cli import run_command, setting
+from gptkit.base.paths import existing_path
 from gptkit.generation.generate import generate
 from gptkit.generation.sampling import SamplingSettings
 from gptkit.text.tokenizer import Tokenizer
-from gptkit.training import checkpoints
 
 N_GREEDY, N_CHARACTERS = 50, 20_000
 MOST_LOGIT_ERROR = 1e-4
-# Reads a folder by transformers alone; what it is asked comes as JSON on standard input.
+# Reads a folder by transformers alone; its task comes as JSON on standard input.
 THEIRS = """
 import json, sys
 import torch
@@ -45,13 +48,46 @@ print(json.dumps({"ids": ids, "prompt": prompt[0].tolist(), "written": written.t
 """
 
 
-def load(exp_dir: Path) -> tuple[GPTModel, Tokenizer]:
-    folder = checkpoints.choose_checkpoint(str(exp_dir), "newest")
-    model, tokenizer = checkpoints.load_checkpoint(folder, GPTModel.from_dimensions, torch.device("cpu"))
-    return model.eval(), tokenizer
+@dataclass(frozen=True, kw_only=True)
+class ExportTruthConfig:
+    """Check what export_hf.py writes, read by transformers and llama.cpp."""
+
+    exp_dir: tuple[str, ...] = setting(help="experiments with trained models")
+    text_path: tuple[str, ...] = setting(help="JSONL of documents")
+    n_lines: int = setting(10_000, "lines whose ids are compared", at_least=1)
+    python: str = setting(sys.executable, "of an environment with transformers alone")
+
+
+def main(config: ExportTruthConfig) -> None:
+    paths = [existing_path(path, "--text_path") for path in config.text_path]
+    exp_dirs = [existing_path(exp_dir, "--exp_dir") for exp_dir in config.exp_dir]
+    documents = [document for path in paths for document in read_texts(path)]
+    lines = [line for document in documents for line in document.split("\n") if line][: config.n_lines]
+    result: dict[str, Any] = {"versions": versions("transformers", "tokenizers", "torch")}
+    goals: dict[str, bool] = {}
+    for exp_dir in exp_dirs:
+        model, tokenizer = load_experiment(str(exp_dir))
+        name = f"{exp_dir.name} ({model.config.arch})"
+        with tempfile.TemporaryDirectory() as folder:
+            result[name], reached = against_transformers(exp_dir, lines, config.python, Path(folder))
+            goals |= {f"{name}: {goal}": value for goal, value in reached.items()}
+            try:
+                import llama_cpp
+            except ImportError:
+                log("llama-cpp-python is not installed: llama.cpp is not tried")
+                continue
+            if tokenizer.lower_case:  # llama.cpp has no such thing
+                continue
+            result["versions"]["llama_cpp_python"] = llama_cpp.__version__
+            for kind in ("f16", "q8_0"):
+                found, reached = against_llama_cpp(exp_dir, "".join(documents)[:N_CHARACTERS], Path(folder), kind)
+                result[f"{name}, {kind}"] = found
+                goals |= {f"{name}, {goal}": value for goal, value in reached.items()}
+    write_result("export_truth", result | {"goals": goals})
 
 
 def greedy(model: GPTModel, tokenizer: Tokenizer, prompt: list[int], banned: frozenset[int]) -> list[int]:
+    """Return the most likely continuation of a prompt, at most N_GREEDY ids."""
     steps = generate(
         model, [prompt], SamplingSettings(temperature=0), max_new_tokens=N_GREEDY, banned_ids=banned,
         context_length=model.config.context_length, end_of_text_id=tokenizer.end_of_text_id, generators=[torch.Generator()],
@@ -62,7 +98,8 @@ def greedy(model: GPTModel, tokenizer: Tokenizer, prompt: list[int], banned: fro
 def against_transformers(
     exp_dir: Path, lines: list[str], python: str, folder: Path
 ) -> tuple[dict[str, Any], dict[str, bool]]:
-    model, tokenizer = load(exp_dir)
+    """Export to transformers' form; return its differences from ours, and the goals."""
+    model, tokenizer = load_experiment(str(exp_dir))
     run(script("export_hf.py", exp_dir=exp_dir, output_dir=folder / "hf"))
     ours = [tokenizer.encode(line) for line in lines]
     end = tokenizer.end_of_text_id
@@ -87,7 +124,7 @@ def against_transformers(
         "greedy_tokens_equal": theirs["written"][: len(written)] == written,
         "prompt_equal": theirs["prompt"] == [end, *tokenizer.encode("吾輩は")],
     }
-    say(f"{exp_dir} by transformers: {found}")
+    log(f"{exp_dir} by transformers: {found}")
     goals = {
         "logits within 1e-4": error < MOST_LOGIT_ERROR,
         "the same greedy text": found["greedy_tokens_equal"] and found["prompt_equal"],
@@ -97,9 +134,10 @@ def against_transformers(
 
 
 def against_llama_cpp(exp_dir: Path, text: str, folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Export to GGUF; return llama.cpp's differences from ours, and the goals."""
     from llama_cpp import Llama
 
-    model, tokenizer = load(exp_dir)
+    model, tokenizer = load_experiment(str(exp_dir))
     run(script("export_hf.py", exp_dir=exp_dir, output_dir=folder / kind, format="gguf", gguf_type=kind))
     n_context, end = model.config.context_length, tokenizer.end_of_text_id
     llama = Llama(str(folder / kind / f"model-{kind}.gguf"), n_ctx=n_context, logits_all=True, verbose=False)
@@ -131,7 +169,7 @@ def against_llama_cpp(exp_dir: Path, text: str, folder: Path, kind: str) -> tupl
         "greedy_tokens": len(written),
         "greedy_tokens_equal": theirs == written,
     }
-    say(f"{exp_dir} by llama.cpp, {kind}: {found}")
+    log(f"{exp_dir} by llama.cpp, {kind}: {found}")
     goals = {
         f"{kind}: perplexity within 1 %": abs(perplexity["llama_cpp"] / perplexity["ours"] - 1) < 0.01,
         f"{kind}: the first {N_GREEDY} greedy tokens equal": theirs == written,
@@ -139,37 +177,5 @@ def against_llama_cpp(exp_dir: Path, text: str, folder: Path, kind: str) -> tupl
     return found, goals
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What export_hf.py writes, read by transformers and llama.cpp")
-    parser.add_argument("--exp_dir", type=Path, nargs="+", required=True)
-    parser.add_argument("--text_path", type=Path, nargs="+", required=True, help="JSONL of works")
-    parser.add_argument("--n_lines", type=int, default=10_000)
-    parser.add_argument("--python", default=sys.executable, help="of an environment with transformers alone")
-    options = parser.parse_args()
-    works = [work for path in options.text_path for work in read_texts(path)]
-    lines = [line for work in works for line in work.split("\n") if line][: options.n_lines]
-    result: dict[str, Any] = {"versions": versions("transformers", "tokenizers", "torch")}
-    goals: dict[str, bool] = {}
-    for exp_dir in options.exp_dir:
-        model, tokenizer = load(exp_dir)
-        name = f"{exp_dir.name} ({model.config.arch})"
-        with tempfile.TemporaryDirectory() as folder:
-            result[name], reached = against_transformers(exp_dir, lines, options.python, Path(folder))
-            goals |= {f"{name}: {goal}": value for goal, value in reached.items()}
-            try:
-                import llama_cpp
-            except ImportError:
-                say("llama-cpp-python is not installed: llama.cpp is not tried")
-                continue
-            if tokenizer.lower_case:  # llama.cpp has no such thing
-                continue
-            result["versions"]["llama_cpp_python"] = llama_cpp.__version__
-            for kind in ("f16", "q8_0"):
-                found, reached = against_llama_cpp(exp_dir, "".join(works)[:N_CHARACTERS], Path(folder), kind)
-                result[f"{name}, {kind}"] = found
-                goals |= {f"{name}, {goal}": value for goal, value in reached.items()}
-    write_result("export_truth", result | {"goals": goals})
-
-
 if __name__ == "__main__":
-    main()
+    run_command(ExportTruthConfig, main)
