@@ -228,7 +228,7 @@ def test_mistakes_are_errors_of_one_line(
 
 
 def test_llama_cpp_generates_the_same(learned: tuple[Path, list[object]], tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Where llama-cpp-python is installed, which has to be compiled; benchmarks/gguf_truth.py checks more."""
+    """Where llama-cpp-python is installed, which has to be compiled; benchmarks/checks/export_truth.py checks more."""
     llama_cpp = pytest.importorskip("llama_cpp")
     folder, _ = learned
     result = call_command(
