@@ -401,12 +401,3 @@ class GPTModel(nn.Module):
     def n_parameters(self) -> int:
         """All parameters, a tied embedding counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    def n_flops_per_token(self) -> int:
-        """Floating-point operations of a training step, for each token: PaLM (Chowdhery et al. 2022), appendix B.
-
-        The embedding, which is looked up, does not count; the head does, and attention as if it were not causal.
-        """
-        config = self.config
-        n_matrix = config.n_block_parameters + config.padded_vocab_size * config.emb_dim
-        return 6 * n_matrix + 12 * config.n_layers * config.n_heads * config.head_dim * config.context_length

@@ -703,7 +703,9 @@ def announce(run: Run, progress: Progress, n_steps: int, step_s: dict[str, float
     total_s = sum(step_s.values())
     shares = ", ".join(f"{name} {seconds / total_s:.1%}" for name, seconds in step_s.items())
     tokens_per_s = run.batches.tokens_per_step / total_s
-    mfu = devices.format_mfu(run.model.n_flops_per_token() * tokens_per_s / run.plan.n_processes, run.device, run.dtype)
+    mfu = devices.format_mfu(
+        planning.flops_per_token(run.model.config) * tokens_per_s / run.plan.n_processes, run.device, run.dtype
+    )
     processes = (
         "1 process" if run.plan.n_processes == 1 else f"{run.plan.n_processes} processes ({run.config.parallel})"
     )

@@ -18,6 +18,7 @@ import torch
 
 from gpt_model import PRESETS, GPTConfig, GPTModel, TransformerBlock, rotary_tables
 from gptkit.training.loss import CHUNK_BYTES
+from gptkit.training.planning import flops_per_token
 
 SIZES = {
     **PRESETS,
@@ -80,7 +81,7 @@ def counts(model: GPTConfig) -> dict[str, int]:
         "all": built.n_parameters(),
         "block": block,
         "matrices": matrices,
-        "flops_per_token": built.n_flops_per_token(),
+        "flops_per_token": flops_per_token(model),
     }
 
 

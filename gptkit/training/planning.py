@@ -37,6 +37,16 @@ def steps_within(seconds: float, first_step: int, step_s: float) -> Callable[[in
     return total_steps
 
 
+def flops_per_token(model: Any) -> int:
+    """Return the floating-point operations of a training step per token, for a model with these dimensions.
+
+    By PaLM (Chowdhery et al. 2022), appendix B: the embedding, which is looked up, does not count; the output head does,
+    and so does attention, as if it were not causal. `model` is a config with the fields and properties of GPTConfig.
+    """
+    n_matrix_entries = model.n_block_parameters + model.padded_vocab_size * model.emb_dim
+    return 6 * n_matrix_entries + 12 * model.n_layers * model.n_heads * model.head_dim * model.context_length
+
+
 def sequences_per_step(total_tokens: float, context_length: int) -> int:
     """The batch for a run of so many tokens: a power of two of sequences, for about the steps that suit it."""
     n_steps = STEPS * (total_tokens / STEPS_TOKENS) ** STEPS_POWER
