@@ -14,6 +14,7 @@ from machine import say, versions, write_result
 
 from gpt_model import GPTConfig
 from gptkit.generation import cpu_linear
+from gptkit.training.planning import n_block_parameters
 
 SIZES = ((4, 256), (6, 384), (8, 512), (12, 768))  # layers, width
 VOCAB, CONTEXT = 32_000, 512
@@ -33,7 +34,7 @@ def main() -> None:
         draft = cpu_linear.prepare_for_generation(model, with_draft=True)
         contenders = {"none": ours(model, None)} | {f"{n} guesses": ours(model, draft, n) for n in N_GUESSES}
         found = measure(contenders, options, batch_size=1)
-        n_matrix = model.config.n_block_parameters + model.head_weight.numel()
+        n_matrix = n_block_parameters(model.config) + model.head_weight.numel()
         medians = {name: round(statistics.median(values), 1) for name, values in found.items()}
         result[f"{n_layers}x{emb_dim}"] = {
             "matrix_entries": n_matrix,

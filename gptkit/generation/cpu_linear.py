@@ -95,10 +95,17 @@ def quantized_copy(model: Any) -> Any:
     return copied.eval()
 
 
+def n_matrix_entries(model: Any) -> int:
+    """Count the entries of a model's linear layers, its output head included."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = [weight for weight in weights if weight is not model.head_weight]
+    return sum(weight.numel() for weight in (*weights, model.head_weight))
+
+
 def prepare_for_generation(model: Any, *, with_draft: bool) -> Any | None:
     """Put packed layers into a float32 model on the CPU, for good; the draft, where one is asked for and pays."""
     draft = None
-    if with_draft and model.config.n_block_parameters + model.head_weight.numel() >= MIN_DRAFT_ENTRIES:
+    if with_draft and n_matrix_entries(model) >= MIN_DRAFT_ENTRIES:
         with contextlib.suppress(UserError):
             draft = quantized_copy(model)
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
