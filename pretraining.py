@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from gpt_model import LADDER, PRESETS, Arch, GPTConfig, GPTModel
+from gpt_model import BUDGET_PRESETS, PRESETS, Arch, GPTConfig, GPTModel
 from gptkit.base import devices
 from gptkit.base.cli import UserError, first_line, format_duration, run_command, setting
 from gptkit.base.files import as_dict, folder_lock, read_json, signature, write_json
@@ -542,7 +542,7 @@ def choose_plan(
         )
     return planning.plan_for_budget(
         left_s,
-        {name: choose_model_config(config, name, vocab_size, state) for name in (LADDER if auto else (size,))},
+        {name: choose_model_config(config, name, vocab_size, state) for name in (BUDGET_PRESETS if auto else (size,))},
         lambda model: measure_tokens_per_s(config, model, device, dtype),
         n_training_tokens,
         device.type,
