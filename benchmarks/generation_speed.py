@@ -142,7 +142,7 @@ def tokens_a_reading(
 ) -> float:
     """Tokens written each time the model reads what its draft has guessed: at most one more than there are guesses."""
     n_tokens = 0
-    with mock.patch.object(model, "further_logits", wraps=model.extend) as reading:
+    with mock.patch.object(model, "extend", wraps=model.extend) as reading:
         for seed in range(15):
             steps = generate.generate(
                 model, [prompt], how, max_new_tokens=100, context_length=model.config.context_length, end_of_text_id=-1,

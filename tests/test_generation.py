@@ -450,7 +450,7 @@ TEXT = "吾輩は𠮟られた。\n\n　「ABC、が」 🐈‍⬛ と\t鳴く�
 def pieces_of(text: TextStream, ids: Sequence[int]) -> Iterator[str]:
     for i in ids:
         yield text.push(i)
-        if text.finish:
+        if text.finish_reason:
             return
     yield text.close("length")
 
@@ -495,7 +495,7 @@ def test_stop_strings(tokenizer: Tokenizer, stop: list[str], expected: str) -> N
     """They may lie across tokens; nothing of them is shown, and what only began like one is."""
     text = TextStream(tokenizer, [tokenizer.end_of_text_id], 0, stop)
     assert "".join(pieces_of(text, tokenizer.encode(TEXT))) == expected
-    assert text.finish == ("length" if expected == TEXT else "stop")
+    assert text.finish_reason == ("length" if expected == TEXT else "stop")
 
 
 class Reciting(Bigrams):
@@ -519,10 +519,10 @@ def test_texts_are_written_at_once_each_to_its_own_end(tokenizer: Tokenizer) -> 
     for row, piece in stream_text(model, texts, GREEDY, len(ids), CONTEXT):
         shown[row] += piece
     assert shown == [whole, whole[:5], whole, ""]
-    assert [text.finish for text in texts] == ["end_of_text", "stop", "end_of_text", "end_of_text"]
+    assert [text.finish_reason for text in texts] == ["end_of_text", "stop", "end_of_text", "end_of_text"]
     assert texts[0].n_new == len(ids) - 1
     short = TextStream(tokenizer, ids[:1], 0)
     assert "".join(
         piece for _, piece in stream_text(model, [short], GREEDY, 3, CONTEXT)
     ) == tokenizer.decode_continuation(ids[:1], ids[1:4])
-    assert (short.finish, short.n_new) == ("length", 3)
+    assert (short.finish_reason, short.n_new) == ("length", 3)
