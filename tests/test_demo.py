@@ -116,6 +116,7 @@ def test_writing_in_a_browser(page: Any, poem: tuple[Path, str]) -> None:
         page.wait_for_function("text => text.value.length > 10", arg=element, timeout=60_000)
 
 
+@pytest.mark.slow
 def test_hostile_requests(poem: tuple[Path, str], tmp_path: Path) -> None:
     """Run benchmarks/demo_requests.py with few requests."""
     benchmark = command("benchmarks/demo_requests.py", "--exp_dir", poem[0], "--n_requests", 40)
