@@ -124,7 +124,7 @@ class RequestSizeLimit:
 
 def find_folders(exp_dirs: list[str]) -> dict[str, Path]:
     """Return the checkpoints of the experiments by the names that the page shows, the newest of the first one first."""
-    folders, names = {}, [Path(exp_dir).resolve().name for exp_dir in exp_dirs]  # no visitor needs the whole path
+    folders, names = {}, [Path(exp_dir).resolve().name for exp_dir in exp_dirs]  # no visitor needs the full path
     for number, (exp_dir, name) in enumerate(zip(exp_dirs, names, strict=True)):
         if name in names[:number]:
             name = f"{name} ({number + 1})"

@@ -241,7 +241,7 @@ def append_next_ids(
 
 
 class TextStream:
-    """A text that is being generated: ids come in, whole characters come out, up to a stop string.
+    """A text that is being generated: ids come in, complete characters come out, up to a stop string.
 
     A character may take several tokens (its bytes), and what looks like the beginning of a stop string may turn out to
     be none: such characters are held back until that is known.

@@ -1,4 +1,4 @@
-"""Choose the next token from logits: temperature, top-k, top-p, min-p, repetition penalty, and whole UTF-8 characters.
+"""Choose the next token from logits: temperature, top-k, top-p, min-p, repetition penalty, and complete UTF-8 characters.
 
 Leaves to generate.py how the logits come about. Shapes: V vocabulary, N some ids.
 """
@@ -90,7 +90,7 @@ def sample(logits: torch.Tensor, settings: SamplingSettings, seen: Sequence[int]
 
 
 def next_utf8_bytes(begun: bytes) -> range:
-    """Return the bytes that may follow the first bytes of a UTF-8 character: Unicode 17, table 3-7; none if it is whole."""
+    """Return the bytes that may follow the first bytes of a UTF-8 character: Unicode 17, table 3-7; none after all of it."""
     if not begun or len(begun) == sum(begun[0] >= least for least in (0, 0xC2, 0xE0, 0xF0)):
         return range(0)
     narrower = {0xE0: range(0xA0, 0xC0), 0xED: range(0x80, 0xA0), 0xF0: range(0x90, 0xC0), 0xF4: range(0x80, 0x90)}
