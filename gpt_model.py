@@ -1,14 +1,17 @@
-"""The GPT: token ids in, logits out. Imports torch only.
+"""The GPT model: token ids in, logits out. Imports torch and the standard library only.
 
-Two architectures. "gpt2" is GPT-2's (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"):
-learned positions, layer norm, GELU in its tanh form, tied embeddings. "modern" has exactly the form of transformers'
-Qwen3ForCausalLM: RMS norm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021, "RoFormer"), norms of queries and
-keys (Henry et al. 2020), SwiGLU (Shazeer 2020), grouped-query attention (Ainslie et al. 2023), no biases, an output
-head of its own (where nothing else is asked for). Both have pre-norm blocks. Names follow Raschka's "Build a Large Language Model From Scratch". Loss,
-optimizer, sampling and files live elsewhere.
+There are two architectures. "gpt2" is GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners"): learned positions, layer norm, GELU in its tanh form, tied embeddings. "modern" has exactly the form of
+transformers' Qwen3ForCausalLM: RMS norm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021, "RoFormer"), norms
+of queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020), grouped-query attention (Ainslie et al. 2023), no
+biases, and an output head of its own unless tied_head is set. Both have pre-norm blocks. Names follow Raschka's "Build
+a Large Language Model From Scratch". The loss, the optimizer, sampling and file formats live elsewhere.
 
-Shapes: B batch, T time (at most context_length), C channels (emb_dim), H heads, G heads of keys and values, D channels
-of a head (C / H where nothing else is asked for), V vocabulary (padded), L layers, S slots of a cache.
+Shape letters:
+    B  batch          T  time, at most context_length    C  channels, emb_dim
+    H  query heads    G  key and value heads             D  channels of a head, C / H unless head_width is set
+    L  layers         V  vocabulary, padded              F  inner channels of the feed-forward, hidden_dim
+    S  slots of a KV cache, one per position
 """
 
 import math
@@ -17,70 +20,55 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Arch = Literal["modern", "gpt2"]
 ARCHS = get_args(Arch)
-RMS_NORM_EPS = 1e-6  # as Qwen3's; layer norms have GPT-2's 1e-5, torch's default
-# Far above any GPT, and low enough that a damaged or hostile configuration asks for nothing absurd.
-MAX_DIMENSIONS = {
-    "vocab_size": 1 << 24,
-    "context_length": 1 << 20,
-    "emb_dim": 1 << 16,
-    "n_layers": 1 << 10,
-    "n_heads": 1 << 12,
-    "vocab_multiple": 1 << 12,
-}
+RMS_NORM_EPS = 1e-6  # as in Qwen3; layer norms have GPT-2's 1e-5, which is torch's default
+# Least and most: far above any GPT, and low enough that a damaged or hostile config asks for nothing absurd.
+DIMENSION_BOUNDS = {
+    "vocab_size": (1, 1 << 24), "context_length": (1, 1 << 20), "emb_dim": (1, 1 << 16), "n_layers": (1, 1 << 10),
+    "n_heads": (1, 1 << 12), "vocab_multiple": (1, 1 << 12), "head_width": (0, 1 << 16), "ff_width": (0, 1 << 16),
+}  # fmt: skip
 MAX_ROPE_BASE = 1e9
-Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (T, D) or (B, T, D)
+RotaryTables = tuple[Tensor, Tensor]  # cosines and sines, each (T, D) or (B, T, D)
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The dimensions of a GPT.
+    """The dimensions of a GPT. Raises ValueError where one is out of its bounds or does not fit the others."""
 
-    Raises ValueError where a dimension is not positive, does not divide another as it must, or drop_rate is outside
-    [0, 1).
-    """
-
-    vocab_size: int  # token ids the model may see and write
+    vocab_size: int  # number of token ids
     context_length: int = 1024  # tokens
     emb_dim: int = 768
     n_layers: int = 12
     n_heads: int = 12
     drop_rate: float = 0.0
-    qkv_bias: bool = True  # gpt2 only: a modern one has no biases
+    qkv_bias: bool = True  # gpt2 only: modern has no biases
     vocab_multiple: int = 64  # the embedding has rows up to the next multiple: faster tensor-core products
     arch: Arch = "gpt2"
-    n_kv_heads: int = 0  # modern only: heads of keys and values, each shared by a group of query heads (0: n_heads)
+    n_kv_heads: int = 0  # modern only: key and value heads, each shared by a group of query heads (0: n_heads)
     rope_base: float = 10_000.0  # modern only: RoFormer, section 3.2.2
     head_width: int = 0  # modern only: channels of a head (0: emb_dim / n_heads)
-    ff_width: int = 0  # modern only: channels within the feed-forward (0: 8/3 of emb_dim, up to a multiple of 32)
-    tied_head: bool = False  # modern only: the embedding is the output head too, as it always is in gpt2
+    ff_width: int = 0  # modern only: inner channels of the feed-forward (0: 8/3 of emb_dim, up to a multiple of 32)
+    tied_head: bool = False  # modern only: the embedding is also the output head, as it always is in gpt2
 
     def __post_init__(self) -> None:
-        for name in (*MAX_DIMENSIONS, "n_kv_heads", "head_width", "ff_width"):
+        for name in (*DIMENSION_BOUNDS, "n_kv_heads"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
-        for name, most in MAX_DIMENSIONS.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {most}")
+        for name, (least, most) in DIMENSION_BOUNDS.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least} and at most {most}")
         if self.emb_dim % self.n_heads and not self.head_width:
             raise ValueError(f"emb_dim {self.emb_dim} is not a multiple of n_heads {self.n_heads}")
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate is {self.drop_rate}; it must be at least 0 and below 1")
-        for name in ("head_width", "ff_width"):
-            if not 0 <= getattr(self, name) <= MAX_DIMENSIONS["emb_dim"]:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be at least 0 and at most {MAX_DIMENSIONS['emb_dim']}"
-                )
-        if self.arch == "modern" and self.head_dim % 2:
-            raise ValueError(
-                f"a head has {self.head_dim} channels (emb_dim / n_heads); with arch modern it must be even"
-            )
         if self.arch not in ARCHS:
             raise ValueError(f"arch {self.arch} is unknown; there are {', '.join(ARCHS)}")
+        if self.arch == "modern" and (D := self.head_dim) % 2:
+            raise ValueError(f"a head has {D} channels (emb_dim / n_heads); with arch modern it must be even")
         if not 1 < self.rope_base <= MAX_ROPE_BASE:
             raise ValueError(f"rope_base is {self.rope_base}; it must be more than 1 and at most {MAX_ROPE_BASE:.0e}")
         if self.n_kv_heads < 0 or self.n_heads % self.kv_heads:
@@ -103,15 +91,8 @@ class GPTConfig:
         return self.n_kv_heads or self.n_heads
 
     @property
-    def n_block_parameters(self) -> int:
-        """The entries of the blocks' matrices."""
-        attention = self.emb_dim * self.head_dim * (2 * self.n_heads + 2 * self.kv_heads)
-        feed_forward = (2 if self.arch == "gpt2" else 3) * self.emb_dim * self.hidden_dim
-        return self.n_layers * (attention + feed_forward)
-
-    @property
     def hidden_dim(self) -> int:
-        """The inner width of the feed-forward: four times emb_dim, or with three matrices in place of two 8/3 times."""
+        """Inner channels of the feed-forward: 4 times emb_dim, or with three matrices instead of two 8/3 times."""
         if self.arch == "gpt2":
             return 4 * self.emb_dim
         return self.ff_width or math.ceil(self.emb_dim * 8 / 3 / 32) * 32
@@ -121,8 +102,7 @@ class GPTConfig:
         return self.tied_head or self.arch == "gpt2"
 
 
-# GPT-2's four sizes, and five for less than a day of a GPU.
-PRESETS: dict[str, dict[str, int]] = {
+PRESETS: dict[str, dict[str, int]] = {  # GPT-2's four sizes, and five that train in less than a day of a GPU
     "nano": dict(context_length=128, emb_dim=96, n_layers=2, n_heads=2),
     "micro": dict(context_length=128, emb_dim=128, n_layers=3, n_heads=2),
     "tiny": dict(context_length=128, emb_dim=192, n_layers=3, n_heads=3),
@@ -133,13 +113,13 @@ PRESETS: dict[str, dict[str, int]] = {
     "774M": dict(context_length=1024, emb_dim=1280, n_layers=36, n_heads=20),
     "1558M": dict(context_length=1024, emb_dim=1600, n_layers=48, n_heads=25),
 }
-LADDER = ("nano", "micro", "tiny", "mini", "midi", "124M", "355M")  # what a budget chooses from
+BUDGET_PRESETS = ("nano", "micro", "tiny", "mini", "midi", "124M", "355M")  # a time budget takes one of these
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, in the type of its input also under autocast, where a float32 weight would keep it from fusing."""
+    """nn.RMSNorm in its input's type also under autocast, where a float32 weight would keep it from being fused."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -147,8 +127,8 @@ def build_norm(config: GPTConfig, width: int) -> nn.Module:
     return RMSNorm(width, eps=RMS_NORM_EPS) if config.arch == "modern" else nn.LayerNorm(width)
 
 
-def rotary_tables(config: GPTConfig) -> Rotation:
-    """Cosines and sines of the angle of each position and channel, the two halves of a head alike: each (T, D)."""
+def rotary_tables(config: GPTConfig) -> RotaryTables:
+    """Return cosines and sines of the angle by position and channel, each (T, D), the same in both halves of a head."""
     if torch.get_default_device().type == "meta":  # where only shapes are asked for, arithmetic is slow to start
         return torch.empty(config.context_length, config.head_dim), torch.empty(config.context_length, config.head_dim)
     frequencies = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
@@ -156,109 +136,95 @@ def rotary_tables(config: GPTConfig) -> Rotation:
     return angles.cos(), angles.sin()
 
 
-def apply_rotary_emb(x: torch.Tensor, by: Rotation) -> torch.Tensor:  # (B, T, H, D) -> (B, T, H, D)
-    """Turn channel i and channel i + D / 2 as a pair, by the angle of the position."""
-    cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in by)  # (T, 1, D)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, H, D) -> (B, T, H, D)
+    """Rotate the pairs of channels i and i + D / 2 by the angle of their position."""
+    cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in (cos, sin))  # ([B,] T, 1, D)
+    first_half, second_half = x.chunk(2, dim=-1)  # (B, T, H, D / 2)
+    return x * cos + torch.cat((-second_half, first_half), dim=-1) * sin
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """The keys and values of what each row of a batch has read, so that a further token costs one position's work.
+    """Keys and values of the tokens that each row of a batch has read, so that a new token costs one position's work."""
 
-    Slot i of a row is position i of its text. Slots beyond a row's length hold what is to be overwritten.
-    """
+    keys: Tensor  # (L, B, G, S, D), or of a single layer (B, G, S, D). Slot i is position i of its row's text;
+    values: Tensor  # the same. What slots beyond a row's length hold is never attended to.
 
-    keys: torch.Tensor  # (L, B, G, S, D); of a single layer (B, G, S, D)
-    values: torch.Tensor
-
-    def rows(self, which: slice) -> "KVCache":
-        """Some rows: what is written there is written here."""
-        return KVCache(self.keys[:, which], self.values[:, which])
-
-    def layer(self, number: int) -> "KVCache":
-        return KVCache(self.keys[number], self.values[number])
+    def rows(self, rows: slice) -> "KVCache":
+        """Return a view of some rows of the batch."""
+        return KVCache(self.keys[:, rows], self.values[:, rows])
 
 
 @dataclass(frozen=True)
 class CacheView:
-    """Where the ids of a call that uses a cache stand in its rows: alike in all, or (T = 1) in each elsewhere."""
+    """What one forward call reads of a cache, and where it stores the keys and values of its own tokens."""
 
     cache: KVCache
-    positions: torch.Tensor  # (T,), or where T = 1 (B, 1)
-    mask: torch.Tensor | None  # (…, T, n_slots): what each looks at. None: what stands before it, and itself
-    n_slots: int  # the first so many are looked at; where positions are (T,), the last T of them are the ids' own
+    positions: Tensor  # (T,), the same in all rows; or (B, 1), each row's own, where T = 1
+    mask: Tensor | None  # (…, T, n_slots), true where a token attends; None: to itself and to all before it
+    n_slots: int  # attention reads the first n_slots slots; positions (T,) are the last T of them
 
-    def for_layer(self, number: int) -> "CacheView":
-        return replace(self, cache=self.cache.layer(number))
+    def layer(self, index: int) -> "CacheView":
+        return replace(self, cache=KVCache(self.cache.keys[index], self.cache.values[index]))
+
+    def update_cache(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # (B, G, T, D) -> (B, G, n_slots, D)
+        """Store a layer's new keys and values, and return all that attention reads."""
+        keys, values = self.cache.keys, self.cache.values  # (B, G, S, D)
+        if self.positions.dim() == 1:
+            new_slots = slice(self.n_slots - k.shape[2], self.n_slots)
+            keys[:, :, new_slots], values[:, :, new_slots] = k, v
+        else:
+            rows, slots = torch.arange(len(k), device=k.device), self.positions[:, 0]
+            keys[rows, :, slots], values[rows, :, slots] = k[:, :, 0], v[:, :, 0]
+        return keys[:, :, : self.n_slots], values[:, :, : self.n_slots]
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what stands before it."""
+    """Multi-head attention in which each position attends to itself and to those before it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         modern = config.arch == "modern"
-        self.widths = [heads * config.head_dim for heads in (config.n_heads, config.kv_heads, config.kv_heads)]
-        self.qkv = nn.Linear(config.emb_dim, sum(self.widths), bias=config.qkv_bias and not modern)
-        self.out_proj = nn.Linear(self.widths[0], config.emb_dim, bias=not modern)
+        self.qkv_widths = [n_heads * config.head_dim for n_heads in (config.n_heads, config.kv_heads, config.kv_heads)]
+        self.qkv = nn.Linear(config.emb_dim, sum(self.qkv_widths), bias=config.qkv_bias and not modern)
+        self.out_proj = nn.Linear(self.qkv_widths[0], config.emb_dim, bias=not modern)
         self.q_norm, self.k_norm = (build_norm(config, config.head_dim) if modern else nn.Identity() for _ in range(2))
 
-    def forward(
-        self, x: torch.Tensor, by: Rotation | None, reading: CacheView | None = None
-    ) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
-        B, T, _ = x.shape
-        q, k, v = (t.view(B, T, -1, self.config.head_dim) for t in self.qkv(x).split(self.widths, dim=-1))
-        if by is not None:
-            q, k = apply_rotary_emb(self.q_norm(q), by), apply_rotary_emb(self.k_norm(k), by)
+    def forward(self, x: Tensor, rotary: RotaryTables | None, cache_view: CacheView | None = None) -> Tensor:
+        B, T, _ = x.shape  # (B, T, C)
+        q, k, v = (t.view(B, T, -1, self.config.head_dim) for t in self.qkv(x).split(self.qkv_widths, dim=-1))
+        if rotary is not None:
+            q, k = apply_rotary_emb(self.q_norm(q), *rotary), apply_rotary_emb(self.k_norm(k), *rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
-        dropout = self.config.drop_rate if self.training else 0.0
-        grouped = self.config.kv_heads < self.config.n_heads
         mask = None
-        if reading is not None:
-            k, v, mask = self.update_cache(k, v, reading)
-        context = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p=dropout, is_causal=T > 1 and mask is None, enable_gqa=grouped
-        )  # (B, H, T, D)
-        return self.out_proj(context.transpose(1, 2).reshape(B, T, -1))
-
-    @staticmethod
-    def update_cache(
-        k: torch.Tensor, v: torch.Tensor, reading: CacheView
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Put keys and values, each (B, G, T, D), into the cache of a layer; those to attend to, and which of them."""
-        keys, values, n_slots = reading.cache.keys, reading.cache.values, reading.n_slots
-        if reading.positions.dim() == 1:
-            own = slice(n_slots - k.shape[2], n_slots)
-            keys[:, :, own], values[:, :, own] = k, v
-        else:
-            rows, slots = torch.arange(len(k), device=k.device), reading.positions[:, 0]
-            keys[rows, :, slots], values[rows, :, slots] = k[:, :, 0], v[:, :, 0]
-        return keys[:, :, :n_slots], values[:, :, :n_slots], reading.mask
+        if cache_view is not None:
+            (k, v), mask = cache_view.update_cache(k, v), cache_view.mask  # (B, G, n_slots, D)
+        dropout, grouped = self.config.drop_rate if self.training else 0.0, self.config.kv_heads < self.config.n_heads
+        causal = T > 1 and mask is None
+        x = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)  # (B, H, T, D)
+        return self.out_proj(x.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
 class FeedForward(nn.Module):
-    """Two layers with GELU between them, or (modern) SwiGLU: SiLU of one half times the other half."""
+    """Two linear layers with GELU between them, or (modern) SwiGLU: the SiLU of one half times the other half."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.modern = config.arch == "modern"
-        n_inner = 2 * config.hidden_dim if self.modern else config.hidden_dim
-        self.up_proj = nn.Linear(config.emb_dim, n_inner, bias=not self.modern)  # modern: gate, then up
+        up_width = 2 * config.hidden_dim if self.modern else config.hidden_dim  # modern: gate, then up
+        self.up_proj = nn.Linear(config.emb_dim, up_width, bias=not self.modern)
         self.out_proj = nn.Linear(config.hidden_dim, config.emb_dim, bias=not self.modern)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
-        x = self.up_proj(x)
-        if self.modern:
-            gate, up = x.chunk(2, dim=-1)
-            return self.out_proj(F.silu(gate) * up)
-        return self.out_proj(F.gelu(x, approximate="tanh"))
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        if not self.modern:
+            return self.out_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        gate, up = self.up_proj(x).chunk(2, dim=-1)  # (B, T, F)
+        return self.out_proj(F.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each behind a norm and beside a shortcut."""
+    """Attention and feed-forward, each after a norm and with a residual connection around it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -268,145 +234,117 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(config)
         self.dropout = nn.Dropout(config.drop_rate)
 
-    def forward(
-        self, x: torch.Tensor, by: Rotation | None, reading: CacheView | None = None
-    ) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.dropout(self.att(self.norm1(x), by, reading))
+    def forward(self, x: Tensor, rotary: RotaryTables | None, cache_view: CacheView | None = None) -> Tensor:
+        x = x + self.dropout(self.att(self.norm1(x), rotary, cache_view))  # (B, T, C)
         return x + self.dropout(self.ff(self.norm2(x)))
 
 
 class GPTModel(nn.Module):
-    """ids (B, T) int64 -> logits (B, T, padded_vocab_size); ids that only pad the vocabulary get -inf."""
-
-    padding_bias: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    """ids (B, T) int64 -> logits (B, T, V); the ids that only pad the vocabulary get -inf."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.tok_emb = nn.Embedding(config.padded_vocab_size, config.emb_dim)  # tied: also the output head
+        self.tok_emb = nn.Embedding(config.padded_vocab_size, config.emb_dim)
         if config.arch == "gpt2":
             self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         else:
             if not config.is_tied:
                 self.out_head = nn.Linear(config.emb_dim, config.padded_vocab_size, bias=False)
-            for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
-                self.register_buffer(name, table, persistent=False)
+            self.cos, self.sin = (nn.Buffer(table, persistent=False) for table in rotary_tables(config))  # (T, D)
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.final_norm = build_norm(config, config.emb_dim)
-        self.inference_head: nn.Module | None = (
-            None  # in place of the last product where it is only to write, not to train
-        )
-        # A bias of the last product, not a mask after it: padding costs no second pass over the logits.
+        self.inference_head: nn.Module | None = None  # a faster output head for generation; it cannot be trained
         padding_bias = torch.zeros(config.padded_vocab_size)
         padding_bias[config.vocab_size :] = -torch.inf
-        self.register_buffer("padding_bias", padding_bias, persistent=False)
-        self.apply(self._initialize_gpt2 if config.arch == "gpt2" else self._initialize_modern)
-        for name, parameter in self.named_parameters():  # two a block add to the stream
-            if name.endswith("out_proj.weight"):
-                if config.arch == "gpt2":
-                    nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers))  # GPT-2, section 2.3
-                else:
-                    nn.init.zeros_(parameter)
+        self.padding_bias = nn.Buffer(padding_bias, persistent=False)  # costs no second pass over the logits
+        self._initialize_weights()
 
     @classmethod
     def from_dimensions(cls, dimensions: Mapping[str, Any]) -> "GPTModel":
-        """Build a model of GPTConfig's fields by name. Raises TypeError and ValueError where they are none."""
+        """Build a model from GPTConfig's fields by name. Raises TypeError and ValueError where they are invalid."""
         return cls(GPTConfig(**dimensions))
 
-    @staticmethod
-    def _initialize_gpt2(module: nn.Module) -> None:
-        """Normal with standard deviation 0.02, as in OpenAI's GPT-2 code; biases zero."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-    def _initialize_modern(self, module: nn.Module) -> None:
-        """As modded-nanogpt (Jordan et al. 2024): a block begins as the identity, the head with all words alike."""
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5 if self.config.is_tied else 1.0)
-        elif not self.config.is_tied and module is self.out_head:
-            nn.init.zeros_(self.out_head.weight)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=(2 * module.in_features) ** -0.5)
+    def _initialize_weights(self) -> None:
+        """Initialize as OpenAI's GPT-2, or (modern: blocks that do nothing yet) modded-nanogpt (Jordan et al. 2024)."""
+        gpt2, C, L = self.config.arch == "gpt2", self.config.emb_dim, self.config.n_layers
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02 if gpt2 else C**-0.5 if self.config.is_tied else 1.0)
+            elif name == "out_head":
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02 if gpt2 else (2 * module.in_features) ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("out_proj.weight") and gpt2:  # two per block add to the residual stream
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * L))  # GPT-2, section 2.3
+            elif name.endswith("out_proj.weight"):
+                nn.init.zeros_(parameter)
 
     @property
-    def head_weight(self) -> torch.Tensor:
-        """The matrix of the last product: (V, C)."""
+    def head_weight(self) -> Tensor:  # (V, C)
         return self.tok_emb.weight if self.config.is_tied else self.out_head.weight
 
-    def hidden_states(self, ids: torch.Tensor, reading: CacheView | None = None) -> torch.Tensor:  # (B, T) -> (B, T, C)
-        """What the last product turns into logits."""
+    def hidden_states(self, ids: Tensor, cache_view: CacheView | None = None) -> Tensor:  # (B, T) -> (B, T, C)
+        """Return what the output head turns into logits. Raises ValueError where T is more than context_length."""
         T = ids.shape[1]
         if T > self.config.context_length:
             raise ValueError(f"{T} tokens do not fit the context of {self.config.context_length}")
-        positions = torch.arange(T, device=ids.device) if reading is None else reading.positions
-        x = self.tok_emb(ids)  # (B, T, C)
-        by: Rotation | None = None
+        positions = torch.arange(T, device=ids.device) if cache_view is None else cache_view.positions
+        x, rotary = self.tok_emb(ids), None  # (B, T, C)
         if self.config.arch == "gpt2":
             x = x + self.pos_emb(positions)
         else:
-            by = (self.cos[:T], self.sin[:T]) if reading is None else (self.cos[positions], self.sin[positions])
+            rows = slice(T) if cache_view is None else positions
+            rotary = self.cos[rows], self.sin[rows]  # (T, D) or (B, T, D)
         x = self.drop_emb(x)
-        for number, block in enumerate(self.trf_blocks):
-            x = block(x, by, reading.for_layer(number) if reading else None)
+        for i, block in enumerate(self.trf_blocks):
+            x = block(x, rotary, cache_view.layer(i) if cache_view else None)
         return self.final_norm(x)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:  # (…, C) -> (…, V)
+    def logits(self, hidden_states: Tensor) -> Tensor:  # (…, C) -> (…, V)
+        if self.inference_head is not None:
+            return self.inference_head(hidden_states)
         bias = self.padding_bias if self.config.vocab_size < self.config.padded_vocab_size else None
-        return F.linear(x, self.head_weight, bias) if self.inference_head is None else self.inference_head(x)
+        return F.linear(hidden_states, self.head_weight, bias)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T) -> (B, T, V)
+    def forward(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
         return self.logits(self.hidden_states(ids))
 
     def new_cache(self, batch_size: int, n_slots: int) -> KVCache:
-        """An empty cache, of the weights' type and on their device."""
-        weight = self.tok_emb.weight
-        shape = (self.config.n_layers, batch_size, self.config.kv_heads, n_slots, self.config.head_dim)
+        """Return an empty cache in the weights' type and on their device."""
+        config, weight = self.config, self.tok_emb.weight
+        shape = (config.n_layers, batch_size, config.kv_heads, n_slots, config.head_dim)  # (L, B, G, S, D)
         keys, values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
         return KVCache(keys, values)
 
-    def next_logits(
-        self, ids: torch.Tensor, lengths: torch.Tensor, cache: KVCache, n_slots: int | None
-    ) -> torch.Tensor:  # (B, T), (B,) -> (B, V)
-        """Logits of the id that follows each row, which then has `lengths` ids, by means of what the cache holds.
+    def next_logits(self, ids: Tensor, lengths: Tensor, cache: KVCache, n_slots: int | None) -> Tensor:
+        """Read ids (B, T) into the cache; return logits (B, V) of each row's next id. `lengths` (B,) includes the ids.
 
-        With T > 1 a row is read from its beginning, its ids to the left, and what stands beyond its length is not
-        looked at; with T = 1 its last id is read. Then only the first n_slots of the cache are looked at: as many as
-        the longest row has ids, or (for shapes that never change) None, all of them.
+        With T > 1 the rows are read from their beginning, padded on the right. With T = 1 each row's last id is read,
+        and attention reads the cache's first n_slots slots: as many as the longest row has ids, or, for shapes that
+        never change, None: all of them.
         """
         B, T = ids.shape
         if T > 1:
-            reading = CacheView(cache, torch.arange(T, device=ids.device), None, T)
-        elif B == 1 and n_slots:
+            x = self.hidden_states(ids, CacheView(cache, torch.arange(T, device=ids.device), None, T))  # (B, T, C)
+            return self.logits(x[torch.arange(B, device=ids.device), lengths - 1])
+        if B == 1 and n_slots:
             return self.extend(ids, cache, n_slots - 1)
-        else:
-            n_looked_at = n_slots or cache.keys.shape[3]
-            is_filled = torch.arange(n_looked_at, device=ids.device) < lengths[:, None]  # (B, n_slots)
-            reading = CacheView(cache, lengths[:, None] - 1, is_filled[:, None, None], n_looked_at)
-        x = self.hidden_states(ids, reading)  # (B, T, C)
-        last = x[torch.arange(B, device=ids.device), lengths - 1] if T > 1 else x[:, 0]  # (B, C)
-        return self.logits(last)
+        n_slots = n_slots or cache.keys.shape[3]
+        is_filled = torch.arange(n_slots, device=ids.device) < lengths[:, None]  # (B, n_slots)
+        cache_view = CacheView(cache, lengths[:, None] - 1, is_filled[:, None, None], n_slots)
+        return self.logits(self.hidden_states(ids, cache_view)[:, 0])
 
-    def extend(self, ids: torch.Tensor, cache: KVCache, n_read: int) -> torch.Tensor:  # (1, T) -> (T, V)
-        """Logits of the id that follows each of some ids, which come after the first n_read of a cache's only row."""
-        T, n_slots = ids.shape[1], n_read + ids.shape[1]
-        positions = torch.arange(n_read, n_slots, device=ids.device)
+    def extend(self, ids: Tensor, cache: KVCache, n_cached: int) -> Tensor:  # (1, T) -> (T, V)
+        """Read ids after the first n_cached of the cache's only row; return the logits of the id after each of them."""
+        T, n_slots = ids.shape[1], n_cached + ids.shape[1]
+        positions = torch.arange(n_cached, n_slots, device=ids.device)
         mask = torch.arange(n_slots, device=ids.device) <= positions[:, None] if T > 1 else None  # (T, n_slots)
         return self.logits(self.hidden_states(ids, CacheView(cache, positions, mask, n_slots)))[0]
 
-    def n_parameters(self) -> int:
-        """All parameters, a tied embedding counted once."""
+    def n_parameters(self) -> int:  # a tied embedding counts once
         return sum(parameter.numel() for parameter in self.parameters())
-
-    def n_flops_per_token(self) -> int:
-        """Floating-point operations of a training step, for each token: PaLM (Chowdhery et al. 2022), appendix B.
-
-        The embedding, which is looked up, does not count; the head does, and attention as if it were not causal.
-        """
-        config = self.config
-        n_matrix = config.n_block_parameters + config.padded_vocab_size * config.emb_dim
-        return 6 * n_matrix + 12 * config.n_layers * config.n_heads * config.head_dim * config.context_length

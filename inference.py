@@ -1,10 +1,10 @@
-"""Write with a trained GPT: an experiment folder and a prompt in, text out as it is written.
+"""Generate text with a trained GPT: an experiment folder and a prompt in, text out as it is generated.
 
     python inference.py --exp_dir exp001 --prompt "吾輩は猫である。名前は" --max_new_tokens 200
     python inference.py --exp_dir exp001 --interactive
     python inference.py --exp_dir exp001 --prompts_file prompts.txt > texts.jsonl
 
-Needs the checkpoint alone: no network, no dataset. All but the text goes to standard error.
+Needs only the checkpoint: no network, no dataset. Everything but the text goes to standard error.
 """
 
 import codecs
@@ -32,88 +32,87 @@ from gptkit.text.tokenizer import Tokenizer, encode_prompt
 from gptkit.training import checkpoints
 
 MAX_SEED = 2**63 - 1
+COMPILE_FROM_TOKENS = 500  # on CUDA: fewer do not make up for the time that compilation takes
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings(SamplingSettings):
-    """What may change from text to text."""
+    """The settings that may change from text to text."""
 
-    max_new_tokens: int = setting(200, "most tokens to write", at_least=1, at_most=1_000_000)
+    max_new_tokens: int = setting(200, "most tokens to generate", at_least=1, at_most=1_000_000, group="text")
     seed: int | None = setting(
-        None, "the same seed gives the same text (default: another text each time)", at_least=0, at_most=MAX_SEED
+        None, "the same seed gives the same text (default: any)", at_least=0, at_most=MAX_SEED, group="sampling"
     )
-    stop: tuple[str, ...] = setting((), "end before one of these texts")
+    stop: tuple[str, ...] = setting((), "end before the first of these texts", group="text")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig(GenerationSettings):
-    """Write with a trained GPT."""
+    """Generate text with a trained GPT."""
 
-    exp_dir: str = setting(help="experiment folder (or the folder of checkpoints in it)")
-    prompt: str | None = setting(None, "how the text begins; - reads it from standard input")
+    exp_dir: str = setting(help="experiment folder (or the folder of checkpoints in it)", group="model")
+    prompt: str | None = setting(None, "beginning of the text; - reads it from standard input", group="prompt")
     prompts_file: str | None = setting(
-        None, "many beginnings, one a line of a .txt file or the prompt of each line of a .jsonl file; JSONL comes out"
+        None,
+        "many prompts: the lines of a .txt file, or the prompt of each line of .jsonl; prints JSONL",
+        group="prompt",
     )
-    interactive: bool = setting(False, "write in turns: a beginning, a text, the next beginning or how to go on")
-    num_samples: int = setting(1, "texts for each prompt; the i-th has the seed + i - 1", at_least=1, at_most=1024)
-    batch_size: int = setting(8, "texts written at once", at_least=1, at_most=1024)
-    checkpoint: checkpoints.Choice = setting("newest", "best: the one with the lowest validation loss")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    interactive: bool = setting(
+        False, "write in turns: type a beginning, read the text, continue it or change the beginning", group="prompt"
+    )
+    num_samples: int = setting(1, "texts per prompt, by seeds from --seed on", at_least=1, at_most=1024, group="text")
+    batch_size: int = setting(8, "texts generated at once", at_least=1, at_most=1024, group="text")
+    checkpoint: checkpoints.Choice = setting("newest", "best: the one with the lowest validation loss", group="model")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="device")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of the weights (auto: bfloat16 on GPUs that multiply it)"
+        "auto", "type of the weights (auto: bfloat16 on GPUs that multiply it)", group="device"
     )
-    quantize: Literal["none", "int8"] = setting("none", "int8: weights in 8 bits, quicker on a CPU")
-    compile: bool | None = setting(None, "torch.compile a token's work (default: for 500 tokens or more on CUDA)")
+    quantize: Literal["none", "int8"] = setting("none", "int8: weights in 8 bits, faster on a CPU", group="device")
+    compile: bool | None = setting(
+        None, f"use torch.compile for each token (default: for {COMPILE_FROM_TOKENS} or more on CUDA)", group="device"
+    )
 
 
 @dataclass(frozen=True)
 class TextGenerator:
-    """A model that is ready to write."""
+    """A model with all that it needs to generate text."""
 
     model: GPTModel
     tokenizer: Tokenizer
     decode: Decode
     draft: GPTModel | None
 
-    def begin(self, prompt: str, settings: GenerationSettings, seed: int, number: int = 0) -> TextStream:
-        """Raises UserError where the prompt is none for the tokenizer."""
-        return TextStream(
-            self.tokenizer, encode_prompt(self.tokenizer, prompt), (seed + number) % MAX_SEED, settings.stop
-        )
+    def new_text(self, prompt: str, settings: GenerationSettings, seed: int) -> TextStream:
+        """Return a text that begins with the prompt. Raises UserError where the tokenizer cannot encode it."""
+        return TextStream(self.tokenizer, encode_prompt(self.tokenizer, prompt), seed % MAX_SEED, settings.stop)
 
-    def write(self, texts: list[TextStream], settings: GenerationSettings) -> Generator[tuple[int, str], None, None]:
-        context_length = self.model.config.context_length
-        return stream_text(
-            self.model, texts, settings, settings.max_new_tokens, context_length, self.decode, self.draft
-        )
+    def stream(self, texts: list[TextStream], settings: GenerationSettings) -> Generator[tuple[int, str], None, None]:
+        """Yield (row, characters) of the texts as they are generated."""
+        model, context_length = self.model, self.model.config.context_length
+        return stream_text(model, texts, settings, settings.max_new_tokens, context_length, self.decode, self.draft)
 
 
 def main(config: InferenceConfig) -> None:
-    ways = [config.prompt is not None, config.prompts_file is not None, config.interactive]
-    if sum(ways) != 1:
+    if [config.prompt is not None, config.prompts_file is not None, config.interactive].count(True) != 1:
         raise UserError("give one of --prompt, --prompts_file and --interactive")
+    if config.prompt == "-" and sys.stdin is None:
+        raise UserError("--prompt - reads standard input, which is closed; pipe a text into it")
     prompts = read_prompts(existing_path(config.prompts_file, "--prompts_file")) if config.prompts_file else []
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is told with the prompt
-    writer = load_generator(config)
+        sys.stdin.reconfigure(errors="surrogateescape")  # encode_prompt reports bytes that are not UTF-8
+    generator = load_generator(config)
     seed = random.SystemRandom().randrange(2**32) if config.seed is None else config.seed
     if config.interactive:
-        converse(writer, config, seed)
+        converse(generator, config, seed)
     elif config.prompts_file is not None:
-        write_many(writer, config, prompts, seed)
+        print_json_lines(generator, config, prompts, seed)
     else:
-        prompt = read_stdin() if config.prompt == "-" else config.prompt or ""
-        write_prompt(writer, config, prompt, seed)
-
-
-def read_stdin() -> str:
-    """Raises UserError."""
-    if sys.stdin is None:
-        raise UserError("--prompt - reads standard input, which is closed; pipe a text into it")
-    return sys.stdin.read().removesuffix("\n")
+        prompt = sys.stdin.read().removesuffix("\n") if config.prompt == "-" else config.prompt or ""
+        print_samples(generator, config, prompt, seed)
 
 
 def load_generator(config: InferenceConfig) -> TextGenerator:
+    """Load the checkpoint that the settings name and make it fast. Raises UserError."""
     device = devices.choose_device(config.device)
     if config.quantize == "int8" and (device.type != "cpu" or config.dtype == "bfloat16"):
         raise UserError(
@@ -125,41 +124,40 @@ def load_generator(config: InferenceConfig) -> TextGenerator:
     model, tokenizer = checkpoints.load_checkpoint(folder, GPTModel.from_dimensions, device)
     dtype = devices.choose_dtype(config.dtype, device)
     model = model.to(dtype).eval()
-    kind = "int8" if config.quantize == "int8" else str(dtype).removeprefix("torch.")
-    about = f"{model.n_parameters():,} parameters on {devices.describe_device(device)}, {kind}"
-    print(f"{folder}: {about}", file=sys.stderr)
-    compile = config.compile
+    precision = "int8" if config.quantize == "int8" else devices.dtype_name(dtype)
+    size, where = f"{model.n_parameters():,} parameters", devices.describe_device(device)
+    print(f"{folder}: {size} on {where}, {precision}", file=sys.stderr)
+    compile, draft = config.compile, None
     if compile is None:
-        compile = device.type == "cuda" and config.max_new_tokens >= 500
-    draft = None
+        compile = device.type == "cuda" and config.max_new_tokens >= COMPILE_FROM_TOKENS
     if config.quantize == "int8":
         replace_linear_layers(model, Int8Linear)
     elif device.type == "cpu" and dtype == torch.float32 and not compile:
-        alone = config.interactive or config.batch_size == 1 or (config.num_samples == 1 and not config.prompts_file)
-        draft = prepare_for_generation(model, with_draft=alone)
+        one_at_a_time = config.batch_size == 1 or (config.num_samples == 1 and not config.prompts_file)
+        draft = prepare_for_generation(model, with_draft=config.interactive or one_at_a_time)
     return TextGenerator(model, tokenizer, compiled_decode() if compile else decode_one_token, draft)
 
 
-def write_prompt(writer: TextGenerator, config: InferenceConfig, prompt: str, seed: int) -> None:
-    """One prompt's texts on standard output, as they are written, one below the other."""
-    texts = [writer.begin(prompt, config, seed, number) for number in range(config.num_samples)]
-    warn_about_prompt(writer, texts[0], config)
+def print_samples(generator: TextGenerator, config: InferenceConfig, prompt: str, seed: int) -> None:
+    """Print the texts of one prompt as they are generated, one below the other."""
+    texts = [generator.new_text(prompt, config, seed + i) for i in range(config.num_samples)]
+    warn_about_prompt(generator, texts[0], config)
     start = time.monotonic()
     for first in range(0, len(texts), config.batch_size):
         batch = texts[first : first + config.batch_size]
-        began = -1
-        for row, piece in in_order(batch, writer.write(batch, config)):
-            if row > began:
-                began = row
+        last_row = -1
+        for row, piece in in_row_order(batch, generator.stream(batch, config)):
+            if row > last_row:
+                last_row = row
                 heading = f"―― {first + row + 1} / {len(texts)} ――\n" if len(texts) > 1 else ""
-                print(f"{2 * chr(10) if first + row else ''}{heading}{prompt}", end="")
+                print("\n\n" if first + row else "", heading, prompt, sep="", end="")
             print(piece, end="", flush=True)
     print(flush=True)
     report_speed(texts, start)
 
 
-def in_order(texts: list[TextStream], pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """The same pieces, all of a text before those of the next; each text has at least an empty one."""
+def in_row_order(texts: list[TextStream], pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Yield the pieces sorted by text, as early as possible; each text has at least an empty one."""
     waiting = [""] * len(texts)
     current = 0
     for row, piece in pieces:
@@ -167,28 +165,28 @@ def in_order(texts: list[TextStream], pieces: Iterator[tuple[int, str]]) -> Iter
         while current < len(texts):
             yield current, waiting[current]
             waiting[current] = ""
-            if not texts[current].finish:
+            if not texts[current].finish_reason:
                 break
             current += 1
 
 
-def write_many(writer: TextGenerator, config: InferenceConfig, prompts: list[str], seed: int) -> None:
-    """A JSON object a line for each text, in the order of the prompts."""
+def print_json_lines(generator: TextGenerator, config: InferenceConfig, prompts: list[str], seed: int) -> None:
+    """Print a JSON object on a line for each text, in the order of the prompts."""
     for prompt in prompts:
-        encode_prompt(writer.tokenizer, prompt)  # a mistake in the last one is told before the first is written
-    jobs = [(prompt, number) for prompt in prompts for number in range(config.num_samples)]
+        encode_prompt(generator.tokenizer, prompt)  # so that a mistake in the last one shows before the first is done
+    jobs = [(prompt, (seed + i) % MAX_SEED) for prompt in prompts for i in range(config.num_samples)]
     start, done = time.monotonic(), []
-    is_utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"  # else an escape of the locale's comes in
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"  # else only JSON's own escapes are JSON
     with progress_bar(len(jobs), "text", "write") as progress:
         for first in range(0, len(jobs), config.batch_size):
             batch = jobs[first : first + config.batch_size]
-            texts = [writer.begin(prompt, config, seed, number) for prompt, number in batch]
-            written = [""] * len(batch)
-            for row, piece in writer.write(texts, config):
-                written[row] += piece
-            for (prompt, number), text, words in zip(batch, texts, written, strict=True):
-                line = {"prompt": prompt, "text": words, "seed": (seed + number) % MAX_SEED}
-                line |= {"tokens": text.n_new, "finish": text.finish}
+            texts = [generator.new_text(prompt, config, job_seed) for prompt, job_seed in batch]
+            continuations = [""] * len(batch)
+            for row, piece in generator.stream(texts, config):
+                continuations[row] += piece
+            for (prompt, job_seed), text, continuation in zip(batch, texts, continuations, strict=True):
+                line = {"prompt": prompt, "text": continuation, "seed": job_seed}
+                line |= {"tokens": text.n_new, "finish": text.finish_reason}
                 print(json.dumps(line, ensure_ascii=not is_utf8), flush=True)
             done += texts
             progress(len(batch))
@@ -196,13 +194,13 @@ def write_many(writer: TextGenerator, config: InferenceConfig, prompts: list[str
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Raises UserError."""
+    """Return the prompts of a .jsonl file, or of any other the lines. Raises UserError where there are none."""
     try:
         lines = [line.removesuffix("\r") for line in path.read_text("utf-8-sig").split("\n")]  # a text may hold U+2028
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"--prompts_file {path}: no UTF-8 text ({error}); name a .txt or .jsonl file")
     if path.name.lower().endswith(".jsonl"):
-        prompts = [prompt_of_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        prompts = [parse_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         prompts = [line for line in lines if line.strip()]
     if not prompts:
@@ -210,7 +208,8 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def prompt_of_line(path: Path, number: int, line: str) -> str:
+def parse_prompt(path: Path, number: int, line: str) -> str:
+    """Return the prompt of a line of JSON. Raises UserError where it has none."""
     try:
         prompt = json.loads(line)["prompt"]
         if isinstance(prompt, str):
@@ -231,48 +230,80 @@ HELP = """\
   /quit             終わる(Ctrl-D でも)"""
 
 
-def converse(writer: TextGenerator, config: InferenceConfig, seed: int) -> None:
-    """Texts in turns, on a terminal: a beginning is typed, changed, gone on from."""
-    settings: GenerationSettings = GenerationSettings(
-        **{field.name: getattr(config, field.name) for field in dataclasses.fields(GenerationSettings)}
-    )
+def converse(generator: TextGenerator, config: InferenceConfig, seed: int) -> None:
+    """Answer the lines that the user types until /quit or the end of input."""
+    names = [field.name for field in dataclasses.fields(GenerationSettings)]
+    conversation = Conversation(generator, GenerationSettings(**{name: getattr(config, name) for name in names}), seed)
     print(HELP)
-    prompt, text, n_again = "", "", 0
-    while (line := ask()) is not None:
-        command, _, rest = line.partition(" ")
+    while (line := ask()) is not None and line.partition(" ")[0] != "/quit":
         try:
-            if command == "/quit":
-                return
-            elif command == "/help":
-                print(HELP)
-            elif command == "/settings":
-                print(", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings).items()))
-            elif command == "/text":
-                print(text)
-            elif command == "/set":
-                name, _, value = rest.strip().partition(" ")
-                value = unescape(value.strip())
-                settings = replace_setting(settings, name, "" if (name, value) == ("stop", "none") else value)
-            elif command in ("/again", "/edit", "") or not command.startswith("/"):
-                if command == "/edit":
-                    edited = ask(prompt.replace("\n", "\\n"))
-                    if edited is None:  # Ctrl-C: as it was
-                        continue
-                    prompt = text = unescape(edited or prompt)
-                elif command == "/again":
-                    text, n_again = prompt, n_again + 1
-                elif line:
-                    prompt = text = unescape(line)
-                n_again = n_again if command == "/again" else 0
-                if not text:
-                    print("まだ文章がありません。書き出しを入れてください。")
-                    continue
-                text += write_live(writer, text, settings, seed if settings.seed is None else settings.seed + n_again)
-                seed += 1
-            else:
-                print(f"{command} というコマンドはありません(/help で使い方)")
+            conversation.answer(line)
         except UserError as error:
             print(f"error: {error}")
+
+
+@dataclass
+class Conversation:
+    """What --interactive remembers from line to line."""
+
+    generator: TextGenerator
+    settings: GenerationSettings
+    seed: int  # of the next text, unless the settings have one
+    prompt: str = ""
+    text: str = ""  # the prompt and what was generated after it
+    n_again: int = 0  # how often /again was given for this prompt
+
+    def answer(self, line: str) -> None:
+        """Run a command, or generate text after a new prompt or (empty line) the text so far. Raises UserError."""
+        command, _, argument = line.partition(" ")
+        if command == "/help":
+            print(HELP)
+        elif command == "/settings":
+            print(", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self.settings).items()))
+        elif command == "/text":
+            print(self.text)
+        elif command == "/set":
+            name, _, value = argument.strip().partition(" ")
+            value = unescape(value.strip())
+            self.settings = replace_setting(self.settings, name, "" if (name, value) == ("stop", "none") else value)
+        elif command == "/again":
+            self.text, self.n_again = self.prompt, self.n_again + 1
+            self.continue_text()
+        elif command == "/edit":
+            edited = ask(self.prompt.replace("\n", "\\n"))
+            if edited is not None:  # Ctrl-C leaves the prompt as it was
+                self.prompt = self.text = unescape(edited or self.prompt)
+                self.n_again = 0
+                self.continue_text()
+        elif command.startswith("/"):
+            print(f"{command} というコマンドはありません(/help で使い方)")
+        else:
+            if line:
+                self.prompt = self.text = unescape(line)
+            self.n_again = 0
+            self.continue_text()
+
+    def continue_text(self) -> None:
+        """Print the text and what is generated after it, as it comes, to its end or to Ctrl-C."""
+        if not self.text:
+            print("まだ文章がありません。書き出しを入れてください。")
+            return
+        seed = self.seed if self.settings.seed is None else self.settings.seed + self.n_again
+        stream = self.generator.new_text(self.text, self.settings, seed)
+        warn_about_prompt(self.generator, stream, self.settings)
+        start, continuation = time.monotonic(), ""
+        print(self.text, end="", flush=True)
+        pieces = self.generator.stream([stream], self.settings)
+        try:
+            for _, piece in pieces:
+                continuation += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pieces.close()
+        print(flush=True)
+        report_speed([stream], start)
+        self.text += continuation
+        self.seed += 1
 
 
 def unescape(line: str) -> str:
@@ -280,13 +311,13 @@ def unescape(line: str) -> str:
 
 
 def ask(prefilled: str = "") -> str | None:
-    """A line of the user's, None at the end of input; with `prefilled`, that is there to be changed."""
+    """Return a line that the user types, or None at the end of input; `prefilled` is there to be edited."""
     try:
         import readline
 
         readline.set_startup_hook(lambda: readline.insert_text(prefilled))
     except ImportError:
-        pass  # a Python without it: the line is typed anew
+        pass  # without readline, the user types the line anew
     try:
         return input("> ")
     except (EOFError, KeyboardInterrupt):
@@ -294,45 +325,20 @@ def ask(prefilled: str = "") -> str | None:
         return None
 
 
-def write_live(writer: TextGenerator, prompt: str, settings: GenerationSettings, seed: int) -> str:
-    """What is written after the prompt, shown as it comes, to its end or to Ctrl-C."""
-    text = writer.begin(prompt, settings, seed)
-    warn_about_prompt(writer, text, settings)
-    start, written = time.monotonic(), ""
-    print(prompt, end="", flush=True)
-    pieces = writer.write([text], settings)
-    try:
-        for _, piece in pieces:
-            written += piece
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pieces.close()
-    print(flush=True)
-    report_speed([text], start)
-    return written
-
-
-def warn_about_prompt(writer: TextGenerator, text: TextStream, settings: GenerationSettings) -> None:
-    """What a user may not expect: unknown tokens, and where the model cannot see all of the text."""
-    unknown_id, context_length = writer.tokenizer.unknown_id, writer.model.config.context_length
-    n_unknown = text.prompt.count(unknown_id) if unknown_id is not None else 0
-    if n_unknown:
-        print(
-            f"note: {n_unknown} of the prompt's {len(text.prompt) - 1} tokens are unknown to the tokenizer",
-            file=sys.stderr,
-        )
-    start = window_start(len(text.prompt), context_length)
-    if start:
-        print(
-            f"note: the prompt is {len(text.prompt)} tokens and the model sees {context_length}; it reads the last"
-            f" {len(text.prompt) - start}",
-            file=sys.stderr,
-        )
-    elif len(text.prompt) + settings.max_new_tokens > context_length:
-        print(
-            f"note: the model sees {context_length} tokens; past that it goes on from the last half of them",
-            file=sys.stderr,
-        )
+def warn_about_prompt(generator: TextGenerator, text: TextStream, settings: GenerationSettings) -> None:
+    """Print a note where the prompt has unknown tokens, and where the model cannot see all of the text."""
+    unknown_id, context_length = generator.tokenizer.unknown_id, generator.model.config.context_length
+    n_prompt = len(text.prompt)  # tokens, of which the first is end-of-text
+    notes = []
+    if unknown_id is not None and (n_unknown := text.prompt.count(unknown_id)):
+        notes.append(f"{n_unknown} of the prompt's {n_prompt - 1} tokens are unknown to the tokenizer")
+    if start := window_start(n_prompt, context_length):
+        n_read = n_prompt - start
+        notes.append(f"the prompt is {n_prompt} tokens and the model sees {context_length}; it reads the last {n_read}")
+    elif n_prompt + settings.max_new_tokens > context_length:
+        notes.append(f"the model sees {context_length} tokens; past that it continues from the last half of them")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def report_speed(texts: list[TextStream], start: float) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from gpt_model import LADDER, PRESETS, Arch, GPTConfig, GPTModel
+from gpt_model import BUDGET_PRESETS, PRESETS, Arch, GPTConfig, GPTModel
 from gptkit.base import devices
 from gptkit.base.cli import UserError, run_command, setting
 from gptkit.base.files import as_dict
@@ -268,7 +268,7 @@ def model_sizes(config: PretrainingConfig, vocab_size: int, state: Mapping[str, 
         name = config.model_size or ("the one of --init_from" if config.init_from else "124M")
         return {name: model_config(config, name, vocab_size, state)}
     if not state:
-        return {name: model_config(config, name, vocab_size, state) for name in LADDER}
+        return {name: model_config(config, name, vocab_size, state) for name in BUDGET_PRESETS}
     try:
         return {"auto": GPTConfig(**state["identity"]["model"])}  # as the run chose it when it began
     except (KeyError, TypeError, ValueError) as error:

@@ -16,6 +16,7 @@ from machine import log, versions, write_result
 from gpt_model import GPTConfig
 from gptkit.base.cli import run_command, setting
 from gptkit.generation import cpu_linear
+from gptkit.training.planning import n_block_parameters
 
 SIZES = ((4, 256), (6, 384), (8, 512), (12, 768))  # layers, width
 VOCAB_SIZE, CONTEXT_LENGTH, N_PROMPT = 32_000, 512, 32
@@ -42,7 +43,7 @@ def measure_size(n_layers: int, emb_dim: int, config: DraftConfig) -> dict[str, 
     draft = cpu_linear.prepare_for_generation(model, with_draft=True)
     contenders = {"none": ours(model, None)} | {f"{n} guesses": ours(model, draft, n) for n in N_DRAFT_TOKENS}
     found = measure(contenders, 1, N_PROMPT, config.n_new, VOCAB_SIZE, config.n_rounds)
-    n_entries = model.config.n_block_parameters + model.head_weight.numel()
+    n_entries = n_block_parameters(model.config) + model.head_weight.numel()
     medians = {name: round(statistics.median(values), 1) for name, values in found.items()}
     log(f"{n_layers}x{emb_dim}, {n_entries / 1e6:.0f} M: " + ", ".join(f"{n} {v}" for n, v in medians.items()))
     return {

@@ -31,6 +31,7 @@ from models import make_config
 from gpt_model import GPTConfig
 from gptkit.base import devices
 from gptkit.base.cli import UserError, first_line, run_command, setting
+from gptkit.training.planning import flops_per_token
 
 N_WARM_UP = 2  # steps of each before the first round; the first one compiles
 CONTENDERS = OURS, TRANSFORMERS, MODERN, NANOGPT, LLMS_FROM_SCRATCH
@@ -96,7 +97,7 @@ def measure(
     times_s = measure_rounds(ready, losses, config, batch, device, dtypes)
     speed = {name: batch[0].numel() / statistics.median(values) for name, values in times_s.items()}
     # These are the architecture's, whoever runs it: each GPT-2 has the same matrices.
-    per_token = {name: ready[MODERN if name == MODERN else OURS][0].n_flops_per_token() for name in ready}
+    per_token = {name: flops_per_token(ready[MODERN if name == MODERN else OURS][0].config) for name in ready}
     flops = {name: value * per_token[name] for name, value in speed.items()}
     mfu = {name: devices.format_mfu(value, device, dtypes[name]) for name, value in flops.items()}
     return {

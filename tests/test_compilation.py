@@ -22,6 +22,7 @@ from gptkit.training.compilation import (
     time_optimizer_step,
 )
 from gptkit.training.optimizers import build_optimizer
+from gptkit.training.planning import flops_per_token
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 VOCAB = 60  # of 64 rows
@@ -173,7 +174,7 @@ def test_operations_a_token_are_those_that_torch_counts(arch: str, n_kv_heads: i
     model, (inputs, _) = model_and_batch(arch=arch, n_kv_heads=n_kv_heads, n_layers=3, drop_rate=0.0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         F.linear(model.hidden_states(inputs), model.head_weight).sum().backward()
-    assert counter.get_total_flops() == model.n_flops_per_token() * inputs.numel()
+    assert counter.get_total_flops() == flops_per_token(model.config) * inputs.numel()
 
 
 @pytest.mark.parametrize(

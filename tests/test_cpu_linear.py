@@ -1,4 +1,4 @@
-"""gptkit/quick_linear.py: the products of torch's own layers."""
+"""gptkit/generation/cpu_linear.py: its layers against torch's own."""
 
 import pytest
 import torch
@@ -19,15 +19,15 @@ from gptkit.generation.cpu_linear import (
 @pytest.mark.parametrize("n_rows", [1, 3, 4, 8, 50])
 @pytest.mark.parametrize("n_outputs", [64, 96, 7, 1])
 @pytest.mark.parametrize("bias", [True, False])
-def test_packed_the_product_is_the_same(n_rows: int, n_outputs: int, bias: bool) -> None:
+def test_packed_product_equals_torch(n_rows: int, n_outputs: int, bias: bool) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(40, n_outputs, bias=bias), torch.randn(n_rows, 1, 40)
     with torch.inference_mode():
         torch.testing.assert_close(PackedLinear(layer.weight, layer.bias)(x), layer(x))
 
 
-def in_eight_bits(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:  # (M, K) -> (M, N) float64
-    """Exactly what the rounded weights and inputs give: each row by 127 levels around 0."""
+def exact_int8_product(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:  # (M, K) -> (M, N) float64
+    """Return the exact product of the rounded weights and inputs, each row of them by 127 levels around 0."""
     scales, largest = layer.weight.double().abs().amax(1) / 127, x.double().abs().amax(1).clamp_min(1e-12)
     weight = (layer.weight.double() / scales[:, None]).round() * scales[:, None]
     rounded = (x.double() / largest[:, None] * 63).round() * largest[:, None] / 63
@@ -35,47 +35,47 @@ def in_eight_bits(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:  # (M, K) 
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_in_eight_bits_it_is_nearly_the_same(bias: bool) -> None:
+def test_int8_product_is_nearly_the_same(bias: bool) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(64, 48, bias=bias), torch.randn(5, 64) * torch.tensor([1e-3, 1.0, 30.0, 1.0, 1e4])[:, None]
     x[3] = 0
     with torch.inference_mode():
-        quantized, exact, expected = Int8Linear(layer.weight, layer.bias), layer(x), in_eight_bits(x, layer)
-        found, one_by_one = quantized(x), torch.cat([quantized(row[None]) for row in x])
+        quantized, exact, expected = Int8Linear(layer.weight, layer.bias), layer(x), exact_int8_product(x, layer)
+        batched, one_by_one = quantized(x), torch.cat([quantized(row[None]) for row in x])
     for row in range(5):
-        error = (found[row] - expected[row]).abs().max() / expected[row].abs().max().clamp_min(1e-9)
+        error = (batched[row] - expected[row]).abs().max() / expected[row].abs().max().clamp_min(1e-9)
         assert error < 0.01, row  # a value halfway between two levels may go either way
-        for written in (found[row], one_by_one[row]):
-            assert (written - exact[row]).norm() < 0.03 * exact[row].norm() + 1e-6
+        for found in (batched[row], one_by_one[row]):
+            assert (found - exact[row]).norm() < 0.03 * exact[row].norm() + 1e-6
 
 
-def test_in_eight_bits_one_row_of_one_sign_is_rounded_more_finely() -> None:
-    """As after GELU: its 128 levels lie where its values do."""
+def test_int8_rounds_a_single_row_of_one_sign_more_finely() -> None:
+    """Such rows come after GELU: the 128 levels lie where the values do."""
     torch.manual_seed(0)
     layer = nn.Linear(256, 48)
     with torch.inference_mode():
         quantized = Int8Linear(layer.weight, layer.bias)
-        alone, in_a_batch = 0.0, 0.0
+        single_error, batch_error = 0.0, 0.0
         for _ in range(20):
             x = torch.rand(1, 256)
-            alone += float((quantized(x) - layer(x)).norm())
-            in_a_batch += float((quantized(x.repeat(2, 1))[:1] - layer(x)).norm())
-    assert alone < in_a_batch
+            single_error += float((quantized(x) - layer(x)).norm())
+            batch_error += float((quantized(x.repeat(2, 1))[:1] - layer(x)).norm())
+    assert single_error < batch_error
 
 
-def test_in_eight_bits_a_row_does_not_depend_on_the_others() -> None:
+def test_int8_row_does_not_depend_on_the_others() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(64, 48), torch.randn(6, 64) * torch.arange(1, 7)[:, None]
     quantized = Int8Linear(layer.weight, layer.bias)
     with torch.inference_mode():
-        together = quantized(x)
+        batched = quantized(x)
         for first in range(0, 6, 2):
-            assert torch.equal(quantized(x[first : first + 2]), together[first : first + 2])
+            assert torch.equal(quantized(x[first : first + 2]), batched[first : first + 2])
 
 
 @both_archs
 @pytest.mark.parametrize(("kind", "most"), [(PackedLinear, 1e-5), (Int8Linear, 0.1)])
-def test_a_model_with_its_layers_replaced(arch: str, kind: type, most: float) -> None:
+def test_a_model_with_replaced_layers_has_nearly_the_same_logits(arch: str, kind: type, most: float) -> None:
     model, ids = random_model(arch=arch), random_ids(1, CONTEXT)
     with torch.inference_mode():
         before = model(ids)
@@ -92,7 +92,7 @@ def test_a_model_with_its_layers_replaced(arch: str, kind: type, most: float) ->
 
 
 @both_archs
-def test_an_int8_copy_shares_all_but_its_layers(arch: str) -> None:
+def test_a_quantized_copy_shares_all_but_its_layers(arch: str) -> None:
     model, ids = random_model(arch=arch, drop_rate=0.5).train(), random_ids(1, CONTEXT)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     copied = quantized_copy(model)
@@ -100,7 +100,7 @@ def test_an_int8_copy_shares_all_but_its_layers(arch: str) -> None:
     assert copied.final_norm.weight is model.final_norm.weight
     assert copied.padding_bias is model.padding_bias
     with torch.inference_mode():
-        found = copied(ids)  # without dropout: it is only to write
+        found = copied(ids)  # without dropout: it is for inference only
         assert torch.equal(found, copied(ids))
         exact = model.eval()(ids)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -108,9 +108,9 @@ def test_an_int8_copy_shares_all_but_its_layers(arch: str) -> None:
     assert 1e-4 < (found - exact)[..., :VOCAB].norm() / exact[..., :VOCAB].norm() < 0.1
 
 
-def test_a_draft_is_made_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_is_made_where_it_pays_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prepare_for_generation(random_model(), with_draft=True) is None  # too small
-    monkeypatch.setattr(cpu_linear, "DRAFT_FROM", 0)
+    monkeypatch.setattr(cpu_linear, "MIN_DRAFT_ENTRIES", 0)
     assert prepare_for_generation(random_model(), with_draft=False) is None
     model = random_model()
     draft = prepare_for_generation(model, with_draft=True)
@@ -118,7 +118,7 @@ def test_a_draft_is_made_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(isinstance(module, kind) for module in prepared.modules()) == 4 * model.config.n_layers + 1
 
     def fail(*_: object) -> None:
-        raise UserError("no such product")
+        raise UserError("no int8 product")
 
     monkeypatch.setattr(cpu_linear, "Int8Linear", fail)
     assert prepare_for_generation(random_model(), with_draft=True) is None

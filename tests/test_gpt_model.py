@@ -1,6 +1,6 @@
-"""gpt_model.py: GPT-2 against transformers' and known parameter counts, and what no causal model may do.
+"""gpt_model.py: GPT-2 against transformers' GPT-2 and known parameter counts, and what must hold for any causal model.
 
-What only arch modern has is in test_modern_model.py.
+Tests of what only arch modern has are in test_modern_model.py.
 """
 
 import math
@@ -23,7 +23,7 @@ def tiny_config(**changes: float | str) -> GPTConfig:
 
 
 def random_model(seed: int = 0, **changes: float | str) -> GPTModel:
-    """A tiny model, in evaluation mode, whose weights are all random: a norm or a bias in the wrong place shows."""
+    """Return a tiny model in evaluation mode. All its weights are random, so that a misplaced norm or bias shows."""
     torch.manual_seed(seed)
     model = GPTModel(tiny_config(**changes)).eval()
     with torch.no_grad():
@@ -37,7 +37,7 @@ def random_ids(n_sequences: int = 2, n_tokens: int = CONTEXT, seed: int = 1) -> 
 
 
 def hugging_face_twin(model: GPTModel) -> nn.Module:
-    """transformers' GPT2LMHeadModel with the weights of `model`, without the rows that pad the vocabulary."""
+    """Return transformers' GPT2LMHeadModel with the weights of `model`, without the rows that pad the vocabulary."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = model.config
@@ -77,7 +77,7 @@ def test_logits_equal_transformers(changes: dict[str, float]) -> None:
     with torch.no_grad():
         ours, theirs = model(ids), hugging_face_twin(model)(ids).logits
     assert ours.shape == (2, CONTEXT, model.config.padded_vocab_size)
-    assert theirs.std() > 1  # so that 1e-4 says something
+    assert theirs.std() > 1  # so that 1e-4 means something
     assert (ours[..., :VOCAB] - theirs).abs().max() < 1e-4
 
 
@@ -102,12 +102,13 @@ def test_padding_ids_have_no_probability_and_no_gradient(dtype: torch.dtype, arc
 
 @both_archs
 @pytest.mark.parametrize("vocab_multiple", [64, 1])
-def test_logits_are_features_times_head_weight(vocab_multiple: int, arch: str) -> None:
+def test_logits_are_hidden_states_times_head_weight(vocab_multiple: int, arch: str) -> None:
     model, ids = random_model(vocab_multiple=vocab_multiple, arch=arch), random_ids()
     with torch.no_grad():
-        logits, features = model(ids), model.hidden_states(ids)
-    assert features.shape == (2, CONTEXT, 48)
-    torch.testing.assert_close(logits[..., :VOCAB], (features @ model.head_weight.T)[..., :VOCAB], atol=1e-5, rtol=1e-5)
+        logits, hidden_states = model(ids), model.hidden_states(ids)
+    assert hidden_states.shape == (2, CONTEXT, 48)
+    expected = hidden_states @ model.head_weight.T
+    torch.testing.assert_close(logits[..., :VOCAB], expected[..., :VOCAB], atol=1e-5, rtol=1e-5)
     assert (logits[..., VOCAB:] == -torch.inf).all()
 
 
@@ -124,7 +125,7 @@ def test_a_token_changes_no_earlier_logits(position: int, arch: str) -> None:
 
 
 @both_archs
-def test_logits_of_a_text_begin_with_those_of_its_beginning(arch: str) -> None:
+def test_logits_of_a_prefix_are_the_first_logits_of_the_text(arch: str) -> None:
     model, ids = random_model(arch=arch), random_ids()
     with torch.no_grad():
         torch.testing.assert_close(model(ids)[:, :7], model(ids[:, :7]), atol=1e-4, rtol=0)
@@ -136,7 +137,7 @@ def test_input_and_output_share_one_embedding() -> None:
     unused = next(i for i in range(VOCAB) if i not in ids)
     with torch.no_grad():
         before = model(ids)
-        model.tok_emb.weight[unused] *= 2  # as an input it is not used, as an output it writes twice the logit
+        model.tok_emb.weight[unused] *= 2  # not an input of these ids, but an output: its logit doubles
         after = model(ids)
     before[..., unused] *= 2
     torch.testing.assert_close(after, before)
@@ -147,7 +148,7 @@ def test_input_and_output_share_one_embedding() -> None:
     [("124M", 124_439_808), ("355M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
 )
 def test_parameters_of_gpt2(size: str, published: int) -> None:
-    """The counts of OpenAI's released weights; padding adds whole rows of the embedding and nothing else."""
+    """Compare with OpenAI's released weights; padding adds full rows of the embedding and nothing else."""
     with torch.device("meta"):
         padded = GPTModel(GPTConfig(50257, **PRESETS[size]))
         plain = GPTModel(GPTConfig(50257, **PRESETS[size], vocab_multiple=1))
@@ -156,7 +157,7 @@ def test_parameters_of_gpt2(size: str, published: int) -> None:
     assert padded.n_parameters() == published + (50304 - 50257) * PRESETS[size]["emb_dim"]
 
 
-def test_qkv_bias_is_three_widths_a_block() -> None:
+def test_qkv_bias_adds_three_widths_per_block() -> None:
     with_bias, without = random_model(), random_model(qkv_bias=False)
     assert with_bias.n_parameters() - without.n_parameters() == 3 * 3 * 48
 
@@ -185,19 +186,19 @@ def test_presets_are_valid(size: str) -> None:
     ],
     ids=str,
 )
-def test_impossible_dimensions_are_refused(changes: dict[str, float], named: str) -> None:
+def test_impossible_dimensions_raise_an_error(changes: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         tiny_config(**changes)
 
 
 @both_archs
-def test_a_text_longer_than_the_context_is_refused(arch: str) -> None:
+def test_a_text_longer_than_the_context_raises_an_error(arch: str) -> None:
     with pytest.raises(ValueError, match=f"{CONTEXT + 1} tokens do not fit the context of {CONTEXT}"):
         random_model(arch=arch)(random_ids(1, CONTEXT + 1))
 
 
 @both_archs
-def test_dropout_in_training_only(arch: str) -> None:
+def test_dropout_acts_in_training_only(arch: str) -> None:
     plain, dropping, ids = random_model(arch=arch), random_model(drop_rate=0.5, arch=arch), random_ids()
     with torch.no_grad():
         assert torch.equal(dropping(ids), plain(ids))
@@ -208,14 +209,14 @@ def test_dropout_in_training_only(arch: str) -> None:
 
 
 @both_archs
-def test_dropout_reaches_embeddings_attention_and_shortcuts(arch: str) -> None:
+def test_dropout_reaches_embeddings_attention_and_residuals(arch: str) -> None:
     model = random_model(drop_rate=0.5, arch=arch).train()
     assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [0.5] * (1 + 3)
     attention, x = CausalSelfAttention(model.config), torch.randn(2, CONTEXT, 48)
-    by = rotary_tables(model.config) if arch == "modern" else None
-    assert not torch.allclose(attention(x, by), attention(x, by))
+    rotary = rotary_tables(model.config) if arch == "modern" else None
+    assert not torch.allclose(attention(x, rotary), attention(x, rotary))
     attention.eval()
-    assert torch.equal(attention(x, by), attention(x, by))
+    assert torch.equal(attention(x, rotary), attention(x, rotary))
 
 
 @both_archs
@@ -223,12 +224,12 @@ def test_initial_weights(arch: str) -> None:
     torch.manual_seed(0)
     model = GPTModel(tiny_config(emb_dim=128, n_layers=8, arch=arch))
     deviations = {name: parameter.std().item() for name, parameter in model.named_parameters() if parameter.dim() == 2}
-    special, other = {"out_proj.weight": 0.02 / 4}, 0.02  # 8 layers of two products each: 0.02 / sqrt(16)
-    if arch == "modern":  # a block adds nothing yet, and the head knows nothing
+    special, other = {"out_proj.weight": 0.02 / 4}, 0.02  # 8 layers with two of them each: 0.02 / sqrt(16)
+    if arch == "modern":  # blocks add nothing yet, and all logits are equal
         special, other = {"out_proj.weight": 0.0, "out_head.weight": 0.0, "tok_emb.weight": 1.0}, (2 * 128) ** -0.5
     for name, deviation in deviations.items():
-        wanted = next((value for ending, value in special.items() if name.endswith(ending)), other)
-        assert deviation == pytest.approx(wanted, rel=0.1), name
+        expected = next((value for ending, value in special.items() if name.endswith(ending)), other)
+        assert deviation == pytest.approx(expected, rel=0.1), name
     ids = random_ids(8, CONTEXT + 1)
     loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-    assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.1)  # it knows nothing yet
+    assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.1)  # all ids are about equally likely

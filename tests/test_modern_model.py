@@ -1,4 +1,4 @@
-"""gpt_model.py, arch modern: against transformers' Qwen3, and its rotation and dimensions against known answers."""
+"""gpt_model.py, arch modern: against transformers' Qwen3, and rotary embedding and dimensions against known answers."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ QWEN3_NAMES = {
 }
 
 
-def renamed(tensors: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
-    """Weights, or their gradients, under Qwen3's names: products taken apart, no rows that pad the vocabulary."""
+def as_qwen3(tensors: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
+    """Return weights, or gradients, under Qwen3's names: fused matrices are split, rows that pad the vocabulary left out."""
     theirs = {
         "model.embed_tokens.weight": tensors["tok_emb.weight"][: config.vocab_size],
         "model.norm.weight": tensors["final_norm.weight"],
@@ -37,7 +37,7 @@ def renamed(tensors: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, to
 
 
 def qwen3_twin(model: GPTModel) -> nn.Module:
-    """transformers' Qwen3ForCausalLM with the weights of `model`, without the rows that pad the vocabulary."""
+    """Return transformers' Qwen3ForCausalLM with the weights of `model`, without the rows that pad the vocabulary."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = model.config
@@ -57,10 +57,10 @@ def qwen3_twin(model: GPTModel) -> nn.Module:
             attention_bias=False,
             use_sliding_window=False,
             tie_word_embeddings=False,
-            attn_implementation="eager",  # products and a mask: not the kernel that ours calls
+            attn_implementation="eager",  # matrix products and a mask: not the kernel that ours calls
         )
     ).eval()
-    twin.load_state_dict(renamed(model.state_dict(), config))
+    twin.load_state_dict(as_qwen3(model.state_dict(), config))
     return twin
 
 
@@ -77,12 +77,12 @@ def test_logits_equal_transformers(changes: dict[str, float]) -> None:
         with torch.no_grad():
             ours, theirs = model(ids), twin(ids).logits
         assert ours.shape == (2, n_tokens, model.config.padded_vocab_size)
-        assert theirs.std() > 1  # so that 1e-4 says something
+        assert theirs.std() > 1  # so that 1e-4 means something
         assert (ours[..., :VOCAB] - theirs).abs().max() < 1e-4
 
 
 def test_logits_equal_transformers_where_activations_are_tiny() -> None:
-    """There the constant beneath the root of a norm counts, which normal activations hide."""
+    """With tiny activations the epsilon of a norm matters, which normal activations hide."""
     model = random_model(arch="modern")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -103,7 +103,7 @@ def test_gradients_equal_transformers(n_kv_heads: int) -> None:
     ours.backward()
     theirs.backward()
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
-    gradients = renamed({name: parameter.grad for name, parameter in model.named_parameters()}, model.config)
+    gradients = as_qwen3({name: parameter.grad for name, parameter in model.named_parameters()}, model.config)
     expected = {name: parameter.grad for name, parameter in twin.named_parameters()}
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
@@ -112,20 +112,20 @@ def test_gradients_equal_transformers(n_kv_heads: int) -> None:
         torch.testing.assert_close(gradient, expected[name], atol=1e-4 * largest, rtol=0, msg=name)
 
 
-def test_rotation_is_a_product_of_complex_numbers() -> None:
-    """RoFormer, equation 12, with channels i and i + D / 2 as real and imaginary part."""
+def test_rotary_embedding_is_a_product_of_complex_numbers() -> None:
+    """Compare with RoFormer, equation 12, with channels i and i + D / 2 as real and imaginary part."""
     config = tiny_config(arch="modern", rope_base=100.0)
     x = torch.randn(2, CONTEXT, 3, 12, generator=torch.Generator().manual_seed(0))
     angles = torch.arange(CONTEXT).double()[:, None] * 100.0 ** (-torch.arange(6).double() / 6)  # (T, D / 2)
-    turned = torch.complex(x[..., :6].double(), x[..., 6:].double()) * torch.exp(1j * angles)[:, None]
-    expected = torch.cat((turned.real, turned.imag), dim=-1)
-    torch.testing.assert_close(apply_rotary_emb(x, rotary_tables(config)).double(), expected, atol=1e-5, rtol=0)
+    rotated = torch.complex(x[..., :6].double(), x[..., 6:].double()) * torch.exp(1j * angles)[:, None]
+    expected = torch.cat((rotated.real, rotated.imag), dim=-1)
+    torch.testing.assert_close(apply_rotary_emb(x, *rotary_tables(config)).double(), expected, atol=1e-5, rtol=0)
 
 
 def test_products_of_queries_and_keys_depend_on_their_distance_alone() -> None:
     q, k = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
-    by = rotary_tables(tiny_config(arch="modern"))
-    queries, keys = (apply_rotary_emb(x.expand(1, CONTEXT, 1, 12), by)[0, :, 0] for x in (q, k))  # (T, D)
+    cos, sin = rotary_tables(tiny_config(arch="modern"))
+    queries, keys = (apply_rotary_emb(x.expand(1, CONTEXT, 1, 12), cos, sin)[0, :, 0] for x in (q, k))  # (T, D)
     products = queries @ keys.T  # (T, T): row, the query's position; column, the key's
     assert products[0, 0].item() == pytest.approx((q @ k).item(), abs=1e-5)
     assert products[0].unique().numel() == products[:, 0].unique().numel() == CONTEXT
@@ -140,7 +140,7 @@ def test_hidden_dim_is_eight_thirds_up_to_a_multiple_of_32(emb_dim: int, hidden_
 
 
 @pytest.mark.parametrize("n_kv_heads", [0, 2, 1])
-def test_parameters_are_as_many_as_those_of_transformers(n_kv_heads: int) -> None:
+def test_number_of_parameters_equals_transformers(n_kv_heads: int) -> None:
     model = random_model(arch="modern", n_kv_heads=n_kv_heads)
     n_padding = 2 * (model.config.padded_vocab_size - VOCAB) * 48  # rows of the embedding and of the head
     assert model.n_parameters() == sum(weight.numel() for weight in qwen3_twin(model).parameters()) + n_padding
@@ -148,7 +148,7 @@ def test_parameters_are_as_many_as_those_of_transformers(n_kv_heads: int) -> Non
 
 @pytest.mark.parametrize("n_kv_heads", [0, 1])
 @pytest.mark.parametrize("size", PRESETS)
-def test_parameters_by_formula(size: str, n_kv_heads: int) -> None:
+def test_number_of_parameters_by_formula(size: str, n_kv_heads: int) -> None:
     with torch.device("meta"):
         model = GPTModel(GPTConfig(32_000, **PRESETS[size], arch="modern", n_kv_heads=n_kv_heads))
     C, L, H = (PRESETS[size][name] for name in ("emb_dim", "n_layers", "n_heads"))
@@ -159,7 +159,7 @@ def test_parameters_by_formula(size: str, n_kv_heads: int) -> None:
         assert model.n_parameters() == 134_107_392
 
 
-def test_state_dict_holds_weights_alone() -> None:
+def test_state_dict_has_only_weights() -> None:
     model = random_model(arch="modern", qkv_bias=True)
     assert model.state_dict().keys() == {name for name, _ in model.named_parameters()}
     assert all(name.endswith(".weight") for name in model.state_dict())
@@ -176,7 +176,7 @@ def test_state_dict_holds_weights_alone() -> None:
     ],
     ids=str,
 )
-def test_impossible_dimensions_are_refused(changes: dict[str, float | str], named: str) -> None:
+def test_impossible_dimensions_raise_an_error(changes: dict[str, float | str], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         tiny_config(**{"arch": "modern"} | changes)
 

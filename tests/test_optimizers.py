@@ -21,6 +21,7 @@ from gptkit.training.optimizers import (
     orthogonalize,
     set_learning_rate,
 )
+from gptkit.training.planning import n_block_parameters
 
 NAMES = ("muon", "adamw", "galore_adamw")
 LR, ADAM_LR, DECAY = 0.1, 0.02, 0.5
@@ -88,7 +89,7 @@ def test_each_parameter_is_in_one_group_of_its_settings(name: str, arch: str) ->
 def test_the_model_counts_as_block_parameters_what_muon_takes(arch: str) -> None:
     model = tiny_model(arch)
     blocks = build_optimizer(model, "muon", LR, ADAM_LR, DECAY).param_groups[0]["params"]
-    assert sum(parameter.numel() for parameter in blocks) == model.config.n_block_parameters
+    assert sum(parameter.numel() for parameter in blocks) == n_block_parameters(model.config)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,6 +22,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # gpt_model and gp
 from gpt_model import PRESETS, GPTConfig, GPTModel, TransformerBlock, rotary_tables
 from gptkit.base.cli import run_command, setting
 from gptkit.training.loss import CHUNK_BYTES
+from gptkit.training.planning import flops_per_token
 
 SIZES = {
     **PRESETS,
@@ -138,7 +139,7 @@ def counts(model: GPTConfig) -> dict[str, int]:
         "all": built.n_parameters(),
         "block": block,
         "matrices": matrices,
-        "flops_per_token": built.n_flops_per_token(),
+        "flops_per_token": flops_per_token(model),
     }
 
 

@@ -115,7 +115,8 @@ class Page:
         self.pool.submit(lambda: self.log.extend(self.process.stdout or ()))
         config = json.loads(self.get("/config")[1])
         self.start, self.more, self.both = (
-            next(d for d in config["dependencies"] if d["api_name"] == name) for name in ("begin", "go_on_from", "both")
+            next(d for d in config["dependencies"] if d["api_name"] == name)
+            for name in ("write", "continue_text", "write_both")
         )
         values = {component["id"]: component["props"].get("value") for component in config["components"]}
         self.defaults = [values.get(i) for i in self.start["inputs"]]

@@ -1,11 +1,12 @@
-"""Linear layers for writing on a CPU, where a token costs as long as the weights take to come out of memory.
+"""Linear layers for generation on a CPU, where a token takes as long as reading the weights from memory.
 
-For few rows torch hands a float32 product to a routine that reads the weights with one core, or, for some rows, again
-and again. `PackedLinear` has oneDNN do it, with the weights laid out for it; `Int8Linear` has a quarter of the bytes
-to read. Both are for inference alone: they have no parameters of their own. `prepare_to_write` puts the first into a
-model, and makes of the second a draft that guesses what the model will write (generation.py).
+For few rows, torch gives a float32 product to a routine that reads the weights with one core, or, for some numbers of
+rows, several times. `PackedLinear` has oneDNN do the product, with the weights laid out for it; `Int8Linear` reads a
+quarter of the bytes. Both are for inference only: they have no parameters of their own. `prepare_for_generation` puts
+PackedLinear layers into a model, and makes a draft of Int8Linear layers that guesses what the model will generate
+(generate.py).
 
-Shapes: M rows (of all dimensions but the last), K inputs, N outputs.
+Shapes: M rows (all dimensions but the last), K inputs, N outputs.
 """
 
 import contextlib
@@ -19,13 +20,13 @@ from torch import nn
 
 from gptkit.base.cli import UserError, first_line
 
-PACKED_FOR_ROWS = 8
-MIN_DRAFT_ENTRIES = 20_000_000  # entries of all matrices of a model from which a draft pays: benchmarks/draft_sizes.py
+PACKED_FOR_ROWS = 8  # the number of rows for which oneDNN chooses the layout of the weights
+MIN_DRAFT_ENTRIES = 20_000_000  # entries of a model's matrices from which a draft pays off: benchmarks/draft_sizes.py
 INPUT_LEVELS = 63  # AVX2 adds products of inputs and weights in pairs, in 16 bits: 2 x 127 x 127 is the most that fits
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b in float32, by the product that torch.compile would choose, where torch has it."""
+    """A linear layer, x W^T + b, in float32, by the product that torch.compile would choose."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -37,11 +38,11 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """x W^T + b with weights in 8 bits, one scale an output, and inputs in 7 bits, one scale a row.
+    """A linear layer, x W^T + b, with weights in 8 bits (one scale per output) and inputs in 7 bits (one scale per row).
 
-    As LLM.int8 (Dettmers et al. 2022, section 2.1, "row-wise" and vector-wise scales), without its outliers. A row's
-    result does not depend on the rows beside it. A single row has a quicker kernel, whose 128 levels lie between its
-    least and its largest input and 0: no further apart, unless all inputs are below 0.004. torch's FBGEMM kernels do
+    As in LLM.int8 (Dettmers et al. 2022, section 2.1, row-wise and vector-wise scales), without its outliers. A row's
+    result does not depend on the other rows. A single row has a faster kernel, whose 128 levels span the least input,
+    the largest one and 0: they are no further apart, unless all inputs are below 0.004. torch's FBGEMM kernels compute
     the product. Raises UserError where torch has none for this processor.
     """
 
@@ -53,17 +54,17 @@ class Int8Linear(nn.Module):
         zeros = torch.zeros(len(weight), dtype=torch.int64)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch means to move these tensors to another library
+                warnings.simplefilter("ignore")  # torch plans to move these tensors to another library
                 quantized = torch._make_per_channel_quantized_tensor(levels, scales.double(), zeros, 0)
             self.packed: Any = torch.ops.quantized.linear_prepack(quantized, None)
-            self(torch.zeros(2, weight.shape[1]))  # some of torch's engines pack, and have no such product
+            self(torch.zeros(2, weight.shape[1]))  # some of torch's engines can pack the weights but not multiply them
         except (RuntimeError, AttributeError) as error:
             raise UserError(
-                f"--quantize int8: this torch has no such product for this processor ({first_line(error)}); leave it out"
+                f"--quantize int8: this torch has no int8 product for this processor ({first_line(error)}); leave it out"
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (…, M, K) -> (…, M, N)
-        if x.numel() == x.shape[-1]:
+        if x.numel() == x.shape[-1]:  # a single row
             product = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)  # 7 bits
             return product if self.bias is None else product.add_(self.bias)
         largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_min(1e-12)  # (…, 1)
@@ -74,13 +75,13 @@ class Int8Linear(nn.Module):
 
 
 def replace_linear_layers(model: Any, layer: Callable[[torch.Tensor, torch.Tensor | None], nn.Module]) -> None:
-    """Put layers made of (weight, bias) in place of a model's nn.Linear ones and of its last product, for good.
+    """Replace a model's linear layers and its output head, for good, by layers made from (weight, bias).
 
-    The model has the matrix of its last product as head_weight, a bias of it as padding_bias, and takes another layer
-    for it as quick_head.
+    The model has the weight of its output head as head_weight, its bias as padding_bias, and uses a layer assigned to
+    inference_head in its place.
     """
     head: Any = model.head_weight
-    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:  # those go as they can
+    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:  # a list: they change
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and child.weight is not head:
                 setattr(module, name, layer(child.weight, child.bias))
@@ -88,19 +89,34 @@ def replace_linear_layers(model: Any, layer: Callable[[torch.Tensor, torch.Tenso
 
 
 def quantized_copy(model: Any) -> Any:
-    """A model to write with that has Int8Linear layers and shares all else with the one given. Raises UserError."""
+    """Return a model in evaluation mode with Int8Linear layers that shares everything else with the one given.
+
+    Raises UserError where torch has no int8 product for this processor.
+    """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)
     replace_linear_layers(copied, Int8Linear)
     return copied.eval()
 
 
+def n_matrix_entries(model: Any) -> int:
+    """Count the entries of a model's linear layers, its output head included."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    blocks = sum(layer.weight.numel() for layer in layers if layer.weight is not model.head_weight)
+    entries: int = blocks + model.head_weight.numel()
+    return entries
+
+
 def prepare_for_generation(model: Any, *, with_draft: bool) -> Any | None:
-    """Put packed layers into a float32 model on the CPU, for good; the draft, where one is asked for and pays."""
+    """Put PackedLinear layers into a float32 model on the CPU, for good; return its draft.
+
+    Returns None without with_draft, and where the model is too small for a draft to pay off or torch has no int8
+    product for this processor.
+    """
     draft = None
-    if with_draft and model.config.n_block_parameters + model.head_weight.numel() >= MIN_DRAFT_ENTRIES:
+    if with_draft and n_matrix_entries(model) >= MIN_DRAFT_ENTRIES:
         with contextlib.suppress(UserError):
             draft = quantized_copy(model)
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        replace_linear_layers(model, PackedLinear)  # else torch's own layers stay
+        replace_linear_layers(model, PackedLinear)  # elsewhere torch's own layers stay
     return draft

@@ -1,51 +1,71 @@
-"""Text by a language model, one token after the other, with a cache; several texts at once.
+"""Generate text with a language model, token by token, with a KV cache; several texts at once.
 
-`prefill` reads prompts, `decode_one_token` goes one token further, `sample` chooses: each a function of its arguments
-(and of the cache, which the first two fill). `generate` is the loop over them, in ids, and `write` gives their text
-as it comes.
+`prefill` reads prompts, `decode_one_token` reads one more id of each row: functions of their arguments and of the
+cache, which both fill. `decode_steps` and `speculate` yield the logits of step after step, `generate` draws ids from
+them (sampling.py says how), and `stream_text` turns the ids into characters as they come.
 
-Past the context's end: a text of n ids is read from `window_start(n)` on. So the window moves on by half a context at
-a time, when it is full, and is read anew; in between a token costs one position's work.
+Past the end of the context, a text of n ids is read from id `window_start(n)` on: whenever the window is full, it moves
+by half a context and is read anew. In between, a token costs one position's work.
 
-A single text may be written with a draft's help (speculative decoding, Leviathan et al. 2023, arXiv 2211.17192): a
-quicker model guesses a few ids, and the model reads them all at once, which costs it hardly more than one. What is
-written is what the model itself draws, with the random numbers it would have drawn it with alone.
+A single text may be generated with the help of a draft model (speculative decoding, Leviathan et al. 2023, arXiv
+2211.17192): the faster draft guesses a few ids, and the model reads them all at once, which costs it hardly more than
+reading one. The text is the one that the model draws itself, with the random numbers it would have used alone.
 
-The model gives new_cache(B, S) and next_logits(ids, lengths, cache, n_slots), as gpt_model.py describes them, and with
-a draft both of them further_logits(ids, cache, n_read).
+The model provides new_cache(B, S) and next_logits(ids, lengths, cache, n_slots) as in gpt_model.py; with a draft, both
+models provide extend(ids, cache, n_cached) too.
 
 Shapes: B batch (rows), T time, V vocabulary, S slots of the cache.
 """
 
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from gptkit.base.cli import first_line
-from gptkit.generation.sampling import SamplingSettings, allowed_next_bytes, sample
+from gptkit.generation.sampling import SamplingSettings, TokenSampler
 
 if TYPE_CHECKING:
     from gptkit.text.tokenizer import Tokenizer
 
 
-N_DRAFT_TOKENS = 6  # of a draft, at a time: benchmarks/draft_sizes.py
-REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
-Decode = Callable[[Any, torch.Tensor, torch.Tensor, Any, int | None], torch.Tensor]
-Choose = Callable[[torch.Tensor, Sequence[int], torch.Generator], int]  # logits (V,), the ids before -> the next id
-Finish = Literal["length", "end_of_text", "stop"]
+N_DRAFT_TOKENS = 6  # that a draft guesses at a time: benchmarks/draft_sizes.py
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not a character, or not yet
+Decode = Callable[[Any, torch.Tensor, torch.Tensor, Any, int | None], torch.Tensor]  # as decode_one_token
+FinishReason = Literal["length", "end_of_text", "stop"]
+
+
+@dataclass
+class CachedRows:
+    """Rows of ids, and a cache that holds each row's window but for its last id."""
+
+    ids: list[list[int]]  # the prompts; the caller appends each id it draws
+    starts: list[int]  # index of the first id in each row's window
+    cache: Any
+    n_slots: int  # of the cache
+    context_length: int
 
 
 def window_start(n_ids: int, context_length: int) -> int:
-    """From which id on a text of n_ids is read: from the first, or a multiple of half the context later."""
+    """Return the index of the first of n_ids ids that the model reads: 0, or a multiple of half the context."""
     hop = max(context_length // 2, 1)
     return hop * max(-(-(n_ids - context_length) // hop), 0)
 
 
+def start_rows(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, context_length: int) -> CachedRows:
+    """Return rows that begin with the prompts, and an empty cache that is large enough for max_new_tokens more ids."""
+    starts = [window_start(len(prompt), context_length) for prompt in prompts]
+    longest = max(len(prompt) - start for prompt, start in zip(prompts, starts, strict=True))
+    n_slots = min(longest + max_new_tokens, context_length)
+    cache = model.new_cache(len(prompts), n_slots)
+    return CachedRows([list(prompt) for prompt in prompts], starts, cache, n_slots, context_length)
+
+
 def prefill(model: Any, rows: Sequence[Sequence[int]], cache: Any) -> torch.Tensor:
-    """Read each row from its beginning into the cache; logits (B, V) of what follows each."""
+    """Read each row from its beginning into the cache; return the logits (B, V) of the id after each."""
     longest = max(map(len, rows))
     device = next(model.parameters()).device
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)  # (B, T)
@@ -55,83 +75,101 @@ def prefill(model: Any, rows: Sequence[Sequence[int]], cache: Any) -> torch.Tens
 def decode_one_token(
     model: Any, ids: torch.Tensor, lengths: torch.Tensor, cache: Any, n_slots: int | None
 ) -> torch.Tensor:  # (B, 1), (B,) -> (B, V)
-    """Read the last id of each row into the cache; logits of what follows each. n_slots: the longest row's length."""
+    """Read the last id of each row into the cache; return the logits of the id after each.
+
+    n_slots is the length of the longest row; None lets attention read the full cache.
+    """
     return model.next_logits(ids, lengths, cache, n_slots)
 
 
 def compiled_decode() -> Decode:
-    """decode_one_token by torch.compile: shapes stay what they are, so all of the cache is looked at each time.
+    """Return decode_one_token by torch.compile, which reads the full cache each time so that shapes never change.
 
-    Where that fails, it warns and goes on without.
+    Where compilation fails, it prints a warning and continues without it.
     """
     step = torch.compile(
         lambda model, ids, lengths, cache: decode_one_token(model, ids, lengths, cache, None),
         mode="reduce-overhead",
         fullgraph=True,
     )
-
-    works = True
+    compiles = True
 
     def decode(model: Any, ids: torch.Tensor, lengths: torch.Tensor, cache: Any, n_slots: int | None) -> torch.Tensor:
-        nonlocal works
-        if works:
+        nonlocal compiles
+        if compiles:
             try:
-                return step(model, ids, lengths, cache).clone()  # what it gives is overwritten by its next call
+                return step(model, ids, lengths, cache).clone()  # the next call overwrites the result of this one
             except torch._dynamo.exc.TorchDynamoException as error:
-                works = False
-                print(f"warning: torch.compile failed ({first_line(error)}); going on without it", file=sys.stderr)
+                compiles = False
+                print(f"warning: torch.compile failed ({first_line(error)}); continuing without it", file=sys.stderr)
         return decode_one_token(model, ids, lengths, cache, n_slots)
 
     return decode
 
 
-def shift_windows(
-    model: Any, rows: Sequence[Sequence[int]], starts: list[int], cache: Any, context_length: int
-) -> None:
-    """Read a row whose window must move anew, up to its last id."""
-    for i, row in enumerate(rows):
-        start = window_start(len(row), context_length)
-        if start > starts[i]:
-            starts[i] = start
-            if len(row) - start > 1:
-                prefill(model, [row[start:-1]], cache.rows(slice(i, i + 1)))
+def prefill_windows(model: Any, rows: CachedRows) -> torch.Tensor:
+    """Read the window of each row; return the logits (B, V) of the id after each."""
+    windows = [ids[start:] for ids, start in zip(rows.ids, rows.starts, strict=True)]
+    return prefill(model, windows, rows.cache)
 
 
-def decode_rows(
-    model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int], cache: Any, decode: Decode
-) -> torch.Tensor:
-    """Logits (B, V) after the last id of each row."""
+def shift_windows(model: Any, rows: CachedRows) -> None:
+    """Move the windows that are full by half a context, and read these rows anew up to their last id."""
+    for i, ids in enumerate(rows.ids):
+        start = window_start(len(ids), rows.context_length)
+        if start > rows.starts[i]:
+            rows.starts[i] = start
+            if len(ids) - start > 1:
+                prefill(model, [ids[start:-1]], rows.cache.rows(slice(i, i + 1)))
+
+
+def decode_steps(model: Any, rows: CachedRows, decode: Decode) -> Iterator[torch.Tensor]:
+    """Yield the logits (B, V) of the id after each row, without end; the caller appends ids to the rows in between."""
+    yield prefill_windows(model, rows)
     device = next(model.parameters()).device
-    lengths = [len(row) - start for row, start in zip(rows, starts, strict=True)]
-    ids = torch.tensor([[row[-1]] for row in rows], device=device)
-    return decode(model, ids, torch.tensor(lengths, device=device), cache, max(lengths))
+    while True:
+        shift_windows(model, rows)
+        lengths = [len(ids) - start for ids, start in zip(rows.ids, rows.starts, strict=True)]
+        last_ids = torch.tensor([[ids[-1]] for ids in rows.ids], device=device)  # (B, 1)
+        yield decode(model, last_ids, torch.tensor(lengths, device=device), rows.cache, max(lengths))
 
 
 def speculate(
-    model: Any,
-    draft: Any,
-    row: Sequence[int],
-    starts: Sequence[int],
-    cache: Any,
-    n_slots: int,
-    choose: Choose,
-    generator: torch.Generator,
+    model: Any, draft: Any, rows: CachedRows, sampler: TokenSampler, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
-    """Logits (1, V) after the last id of the only row, again and again; the reader puts an id to the row in between.
+    """Yield what decode_steps yields for a single row (1, V), by fewer calls of the model.
 
-    The draft's guesses are chosen with the random numbers that the reader's ids will be, so most of them are right. It
-    reads from the cache what the model has put there, and writes to it what the model then overwrites.
+    The draft's guesses are drawn with the random numbers with which the caller will draw, so that most of them are
+    right. The draft reads from the cache what the model stored; what the draft stores, the model overwrites.
     """
+    yield prefill_windows(model, rows)
+    (row,) = rows.ids
     while True:
-        ids, n_read = [row[-1]], len(row) - 1 - starts[0]
-        alike = generator.clone_state()
-        for n_guessed in range(min(N_DRAFT_TOKENS, n_slots - n_read - 1)):
-            logits = draft.extend(torch.tensor([ids[-1:]]), cache, n_read + n_guessed)
-            ids.append(choose(logits[0], [*row, *ids[1:]], alike))
-        for guess, logits in zip(ids, model.extend(torch.tensor([ids]), cache, n_read), strict=True):
-            if guess != row[-1]:
+        shift_windows(model, rows)
+        n_cached = len(row) - 1 - rows.starts[0]
+        n_guesses = min(N_DRAFT_TOKENS, rows.n_slots - n_cached - 1)
+        ids = [row[-1], *guess_ids(draft, row, n_guesses, rows.cache, n_cached, sampler, generator.clone_state())]
+        for i, logits in zip(ids, model.extend(torch.tensor([ids]), rows.cache, n_cached), strict=True):
+            if i != row[-1]:
                 break
             yield logits[None]
+
+
+def guess_ids(
+    draft: Any,
+    row: Sequence[int],
+    n_guesses: int,
+    cache: Any,
+    n_cached: int,
+    sampler: TokenSampler,
+    generator: torch.Generator,
+) -> list[int]:
+    """Return the ids with which the draft continues a row whose last id alone is not yet in the cache."""
+    ids = list(row)
+    for n in range(n_guesses):
+        logits = draft.extend(torch.tensor([ids[-1:]]), cache, n_cached + n)  # (1, V)
+        ids.append(sampler.draw(logits[0], ids, generator))
+    return ids[len(row) :]
 
 
 def generate(
@@ -149,113 +187,107 @@ def generate(
     decode: Decode = decode_one_token,
     draft: nn.Module | None = None,
 ) -> Iterator[list[int | None]]:
-    """The next id of each prompt's text, step by step, at most max_new_tokens times; None once a text has ended.
+    """Yield the next id of each prompt's text, at most max_new_tokens times; None for a text that has ended.
 
-    A text ends at (and without) end-of-text, or where the reader adds its row to `stopped`. byte_ids are the ids of the
-    bytes 0 … 255, where there are such: they are drawn in an order only that makes characters. Each row draws from its
-    own generator, of the CPU: the same seed and prompt give the same text, alone or in a batch, on every device
-    whose logits agree. (In bfloat16 and int8 they do not: a batch rounds otherwise.) A draft
-    helps with a single text only, in place of `decode`; it and the model are on the CPU.
+    A text ends before end-of-text, or when the caller adds its row to `stopped`. byte_ids are the ids of the bytes 0 to
+    255, where the vocabulary has them: they are drawn only in an order that makes characters. Each row draws from its
+    own generator, which is on the CPU: the same seed and prompt give the same text, alone or in a batch, on all devices
+    whose logits agree. (In bfloat16 and int8 they do not: a batch is rounded differently.) A draft is used, instead of
+    `decode`, for a single prompt only; then it and the model are on the CPU.
     """
-    byte_of = {i: byte for byte, i in enumerate(byte_ids)}
-    begins_nothing = {i for i, byte in byte_of.items() if 0x80 <= byte < 0xC2 or byte > 0xF4}
-    banned = torch.tensor(sorted({*banned_ids, *begins_nothing}), dtype=torch.int64)
-    rows = [list(prompt) for prompt in prompts]
+    sampler = TokenSampler(settings, banned_ids, byte_ids)
     ended = set() if stopped is None else stopped
-
-    def choose(logits: torch.Tensor, row: Sequence[int], generator: torch.Generator) -> int:
-        if may_follow := [byte_ids[byte] for byte in allowed_next_bytes(row, byte_of)]:
-            logits = torch.full_like(logits, -torch.inf).index_copy(0, torch.tensor(may_follow), logits[may_follow])
-        elif len(banned):
-            logits = logits.index_fill(0, banned, -torch.inf)
-        return sample(logits, settings, row, generator)
-
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            starts = [window_start(len(row), context_length) for row in rows]
-            windows = [row[start:] for row, start in zip(rows, starts, strict=True)]
-            n_slots = min(max(map(len, windows)) + max_new_tokens, context_length)
-            cache = model.new_cache(len(rows), n_slots)  # type: ignore[operator]
-        ahead = None
-        if draft is not None and len(rows) == 1:
-            ahead = speculate(model, draft, rows[0], starts, cache, n_slots, choose, generators[0])
-        for n_written in range(max_new_tokens):
-            with torch.inference_mode():
-                shift_windows(model, rows, starts, cache, context_length)
-                if n_written == 0:
-                    logits = prefill(model, windows, cache)
-                elif ahead is not None:
-                    logits = next(ahead)
-                else:
-                    logits = decode_rows(model, rows, starts, cache, decode)
-                shown = logits.float().cpu()
-                new: list[int | None] = [None] * len(rows)
-                for i, row in enumerate(rows):
-                    if i in ended:
-                        continue
-                    drawn = choose(shown[i], row, generators[i])
-                    if drawn == end_of_text_id:
-                        ended.add(i)
-                    else:
-                        new[i] = drawn
-                        row.append(drawn)
-            if len(ended) < len(rows):
-                yield new
-            if len(ended) == len(rows):
+            rows = start_rows(model, prompts, max_new_tokens, context_length)
+        if draft is not None and len(prompts) == 1:
+            steps = speculate(model, draft, rows, sampler, generators[0])
+        else:
+            steps = decode_steps(model, rows, decode)
+        for _ in range(max_new_tokens):
+            with torch.inference_mode():  # not around the yield: the caller may train in between
+                logits = next(steps).float().cpu()  # (B, V)
+                new_ids = append_next_ids(rows.ids, logits, sampler, generators, end_of_text_id, ended)
+            if len(ended) < len(prompts):
+                yield new_ids
+            if len(ended) == len(prompts):
                 return
     finally:
         model.train(was_training)
 
 
-class TextStream:
-    """A text that is being written: ids come in, whole characters come out, up to a stop string.
+def append_next_ids(
+    rows: Sequence[list[int]],
+    logits: torch.Tensor,
+    sampler: TokenSampler,
+    generators: Sequence[torch.Generator],
+    end_of_text_id: int,
+    ended: set[int],
+) -> list[int | None]:
+    """Draw an id for each row that has not ended, and append it; return the new ids. End-of-text ends its row instead."""
+    new_ids: list[int | None] = [None] * len(rows)
+    for i, row in enumerate(rows):
+        if i in ended:
+            continue
+        drawn = sampler.draw(logits[i], row, generators[i])
+        if drawn == end_of_text_id:
+            ended.add(i)
+        else:
+            new_ids[i] = drawn
+            row.append(drawn)
+    return new_ids
 
-    A character may take several tokens (its bytes), and the beginning of a stop string may be nothing of the kind:
-    such characters are held until it is known what they are.
+
+class TextStream:
+    """A text that is being generated: ids come in, complete characters come out, up to a stop string.
+
+    A character may take several tokens (its bytes), and what looks like the beginning of a stop string may turn out to
+    be none: such characters are held back until that is known.
     """
 
     def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int], seed: int, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.prompt, self.stop = tokenizer, list(prompt), [text for text in stop if text]
-        self.generator = torch.Generator().manual_seed(seed)  # of the CPU
-        self.n_new = 0  # tokens written
-        self.finish: Finish | None = None  # why it has ended
+        self.generator = torch.Generator().manual_seed(seed)  # on the CPU
+        self.n_new = 0  # tokens generated
+        self.finish_reason: FinishReason | None = None  # None while the text has not ended
         self._context, self._pending = self.prompt, []  # type: tuple[list[int], list[int]]
-        self._held = ""
+        self._held_back = ""
 
-    def push(self, new: int) -> str:
-        """What can be shown now that `new` has come."""
+    def push(self, new_id: int) -> str:
+        """Add an id; return the characters that are certain now."""
         self.n_new += 1
-        self._pending.append(new)
+        self._pending.append(new_id)
         text = self.tokenizer.decode_continuation(self._context, self._pending)
         if not text or text.endswith(REPLACEMENT):
             return ""
         self._context, self._pending = self._pending, []
         return self._release(text)
 
-    def close(self, finish: "Finish") -> str:
-        """What was still held, for the text ends here; bytes of a character that did not come whole are left out."""
+    def close(self, finish_reason: FinishReason) -> str:
+        """End the text; return the characters still held back, without the bytes of an incomplete character."""
         rest = self.tokenizer.decode_continuation(self._context, self._pending).rstrip(REPLACEMENT)
-        rest = self._release(rest) + self._held
-        self.finish = self.finish or finish
-        self._pending, self._held = [], ""
+        rest = self._release(rest) + self._held_back
+        self.finish_reason = self.finish_reason or finish_reason
+        self._pending, self._held_back = [], ""
         return rest
 
     def _release(self, text: str) -> str:
-        self._held += text
-        found = [at for at in map(self._held.find, self.stop) if at >= 0]
+        self._held_back += text
+        found = [at for at in map(self._held_back.find, self.stop) if at >= 0]
         if found:
-            self.finish = "stop"
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        n_sure = len(self._held) - max((_n_begun(self._held, stop) for stop in self.stop), default=0)
-        shown, self._held = self._held[:n_sure], self._held[n_sure:]
-        return shown
+            self.finish_reason = "stop"
+            released, self._held_back = self._held_back[: min(found)], ""
+            return released
+        n_held = max((_n_possible_stop(self._held_back, stop) for stop in self.stop), default=0)
+        n_released = len(self._held_back) - n_held
+        released, self._held_back = self._held_back[:n_released], self._held_back[n_released:]
+        return released
 
 
-def _n_begun(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
+def _n_possible_stop(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` may be the beginning of `stop`."""
     longest = min(len(stop) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -269,7 +301,7 @@ def stream_text(
     decode: Decode = decode_one_token,
     draft: nn.Module | None = None,
 ) -> Generator[tuple[int, str], None, None]:
-    """Write the texts, all by one tokenizer, at once: (row, characters) as they come, the last ones when it ends."""
+    """Generate texts, all with one tokenizer, at once; yield (row, characters) as they come, and once as a text ends."""
     tokenizer = texts[0].tokenizer
     stopped: set[int] = set()
     steps = generate(
@@ -286,16 +318,15 @@ def stream_text(
         decode=decode,
         draft=draft,
     )
-    for new in steps:
-        for i, text in enumerate(texts):
-            drawn = new[i]
-            if text.finish:
+    for new_ids in steps:
+        for i, (text, new_id) in enumerate(zip(texts, new_ids, strict=True)):
+            if text.finish_reason:
                 continue
-            shown = text.close("end_of_text") if drawn is None else text.push(drawn)
-            if text.finish:
+            piece = text.close("end_of_text") if new_id is None else text.push(new_id)
+            if text.finish_reason:
                 stopped.add(i)
-            if shown or text.finish:
-                yield i, shown
+            if piece or text.finish_reason:
+                yield i, piece
     for i, text in enumerate(texts):
-        if not text.finish:
+        if not text.finish_reason:
             yield i, text.close("end_of_text" if i in stopped else "length")

@@ -157,7 +157,7 @@ def plan_for_budget(
     for size, model in sizes.items():
         speed = n_processes * tokens_per_s(model)
         total_tokens = left_s * speed
-        n_passes, per_parameter = total_tokens / n_training_tokens, total_tokens / model.n_block_parameters
+        n_passes, per_parameter = total_tokens / n_training_tokens, total_tokens / n_block_parameters(model)
         print(
             f"{size}: {speed:,.0f} tokens/s, so {total_tokens:,.0f} tokens in {format_duration(left_s)}:"
             f" {n_passes:.2f} passes over the text, {per_parameter:.1f} for each parameter of the blocks",
@@ -184,6 +184,24 @@ def plan_for_budget(
         flush=True,
     )
     return plan
+
+
+def n_block_parameters(model: Any) -> int:
+    """Return the number of entries in the matrices of all blocks, without norms and biases. `model` as below."""
+    attention = model.emb_dim * model.head_dim * (2 * model.n_heads + 2 * model.kv_heads)
+    feed_forward = (2 if model.arch == "gpt2" else 3) * model.emb_dim * model.hidden_dim
+    entries: int = model.n_layers * (attention + feed_forward)
+    return entries
+
+
+def flops_per_token(model: Any) -> int:
+    """Return the floating-point operations of a training step per token, for a model with these dimensions.
+
+    By PaLM (Chowdhery et al. 2022), appendix B: the embedding, which is looked up, does not count; the output head does,
+    and so does attention, as if it were not causal. `model` is a config with the fields and properties of GPTConfig.
+    """
+    n_matrix_entries = n_block_parameters(model) + model.padded_vocab_size * model.emb_dim
+    return 6 * n_matrix_entries + 12 * model.n_layers * model.n_heads * model.head_dim * model.context_length
 
 
 def sequences_per_step(total_tokens: float, context_length: int) -> int:

@@ -38,7 +38,7 @@ from gptkit.training.compilation import (
 )
 from gptkit.training.guard import as_count
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, load_optimizer_tensors, optimizer_tensors
-from gptkit.training.planning import Plan
+from gptkit.training.planning import Plan, flops_per_token
 from gptkit.training.run_log import CURVE_FILE, RUN_FILE, RUN_FORMAT
 from gptkit.training.settings import TrainingSettings, configure_optimizer
 
@@ -206,7 +206,7 @@ def announce(run: Run, n_steps: int, step_s: Mapping[str, float]) -> None:
     total_s = sum(step_s.values())
     shares = ", ".join(f"{name} {seconds / total_s:.1%}" for name, seconds in step_s.items())
     tokens_per_s = batches.tokens_per_step / total_s
-    mfu = devices.format_mfu(run.model.n_flops_per_token() * tokens_per_s / plan.n_processes, run.device, run.dtype)
+    mfu = devices.format_mfu(flops_per_token(run.model.config) * tokens_per_s / plan.n_processes, run.device, run.dtype)
     processes = "1 process" if plan.n_processes == 1 else f"{plan.n_processes} processes ({run.settings.parallel})"
     print(
         f"data: {describe_tokens(run.tokens.manifest)}\n"
