@@ -26,7 +26,7 @@ from gptkit.training.checkpoints import load_checkpoint, verify
 STEPS = 40
 RUN = (
     *("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER, "--use_pretokenized"),
-    *("--device", "cpu", "--dtype", "float32"),  # in bfloat16 the order of sums tells
+    *("--device", "cpu", "--dtype", "float32"),  # in bfloat16 the order of sums shows
     *("--n_layers", 2, "--emb_dim", 32, "--n_heads", 2, "--context_length", 32, "--batch_size", 4, "--eval_iter", 3),
     *("--eval_freq", 10, "--save_ckpt_freq", 10, "--print_sample_iter", 20, "--bigram_steps", 2),
 )
