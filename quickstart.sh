@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From a fresh machine to generated Japanese: environment, sample corpus, training, text.
+# Take a fresh machine to generated Japanese: make the environment, prepare the sample corpus, train, write a text.
 #
-#     ./quickstart.sh                         all of it; a second run starts at once
-#     ./quickstart.sh --install_only FILE     only the environment, from a requirements file (run_tests.sh uses it)
+#     ./quickstart.sh                         do all of it; a second run finds the environment and starts at once
+#     ./quickstart.sh --install_only FILE     only make the environment, from a requirements file (used by run_tests.sh)
 set -euo pipefail
 cd "$(dirname "$0")"
 
-find_python() { # a Python of 3.10 or newer, with venv
+find_python() { # print the name of a Python 3.10 or newer that has venv
   local candidate
   for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
     if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
@@ -18,23 +18,23 @@ find_python() { # a Python of 3.10 or newer, with venv
   exit 2
 }
 
-make_environment() { # $1: a requirements file
+make_environment() { # install the packages of $1, a requirements file, into .venv
   local stamp=".venv/installed_from_${1//\//_}"
   if cat requirements.txt "$1" constraints.txt | cmp -s - "$stamp"; then
     return
   fi
   local python
   python=$(find_python)
-  echo "making the environment .venv (some minutes, once)"
+  echo "making the environment .venv (this takes some minutes, once)"
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" -c constraints.txt || {
-    echo "error: the packages of $1 could not be installed; see pip's lines above, then run this again" >&2
+    echo "error: the packages of $1 could not be installed; see pip's messages above, then run this again" >&2
     exit 2
   }
   cat requirements.txt "$1" constraints.txt >"$stamp"
 }
 
-run() { # say a command, then do it
+run() { # print a command, then run it
   printf '\n$ %s\n' "$*"
   "$@"
 }
@@ -44,7 +44,7 @@ if [ "${1:-}" = --install_only ]; then
   exit
 fi
 if [ $# -gt 0 ]; then
-  echo "error: quickstart.sh knows no $1; run it without arguments" >&2
+  echo "error: quickstart.sh has no argument $1; run it without arguments" >&2
   exit 2
 fi
 make_environment requirements.txt

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# From a fresh machine to passed tests: environment, linter, types, shell scripts, tests. Arguments go to pytest.
+# Make the environment, then run the linter, the type checker, shellcheck and the tests. Arguments are passed to pytest:
+#
+#     ./run_tests.sh                  all tests
+#     ./run_tests.sh -m "not slow"    all but those that take more than 10 seconds each
 set -euo pipefail
 cd "$(dirname "$0")"
 ./quickstart.sh --install_only tests/requirements.txt
 export PATH="$PWD/.venv/bin:$PATH"
-export OMP_NUM_THREADS=1 # two test processes on two cores
+export OMP_NUM_THREADS=1 # two test processes share two cores
 ruff check .
 ruff format --check .
 mypy

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# GPT-2 small (124M) with rinna's tokenizer, one epoch over Aozora Bunko. A machine that has only the repository is
-# enough: what is not there yet is installed, downloaded, prepared and tokenized first.
+# Train a GPT of 124M parameters with rinna's tokenizer for one epoch on Aozora Bunko. A machine that has only the
+# repository is enough: this first installs packages and downloads, prepares and tokenizes the data, where missing.
 #
 #     nohup ./command.sh > training.log 2>&1 &
 #
-# Runs from anywhere. Killed or stopped, the same command goes on from the newest checkpoint. The exit code is that of
-# pretraining.py: 0 finished, 2 a mistake, 75 stopped by a signal. For a rented machine there are two variables:
+# It runs from any folder. After a kill or a stop, run the same command to resume from the newest checkpoint. The exit
+# code is that of pretraining.py: 0 finished, 2 a mistake, 75 stopped by a signal. Two variables serve rented machines:
 #
-#     HOURLY_USD=PRICE   the closing line says what this session cost, too
-#     STOP_POD=1         a RunPod pod is stopped at the end, after a failure too, but not where a signal ended the run
+#     HOURLY_USD=PRICE   also print at the end what this session cost
+#     STOP_POD=1         stop this RunPod pod at the end, also after a failure, but not where a signal ended the run
 set -euo pipefail
 cd "$(dirname "$0")"
 python=../.venv/bin/python
@@ -16,8 +16,8 @@ python=../.venv/bin/python
 
 tokenizer=(--tokenizer hf --hf_name rinna/japanese-gpt2-small)
 
-road() { # each step is done only where its result is not there
-  if ! "$python" -c 'import sentencepiece, tiktoken' 2>/dev/null; then # no image that has torch has these
+train() { # run each step whose result does not exist yet
+  if ! "$python" -c 'import sentencepiece, tiktoken' 2>/dev/null; then # images that bring torch lack these
     run "$python" -m pip install --quiet -r ../requirements.txt || return
   fi
   if [ ! -e ../dataset/001_pretok/manifest.json ]; then
@@ -35,35 +35,35 @@ road() { # each step is done only where its result is not there
     --output_dir model_checkpoints
 }
 
-set -m # each command gets a process group of its own: a signal to this one reaches it once, from forward
+set -m # each command gets its own process group, so that a signal to this one reaches it just once, through forward
 signalled=
 
 # shellcheck disable=SC2329 # the traps call it
-forward() { # $1: a signal for the command that runs
+forward() { # pass the signal $1 to the running command
   signalled=$1
   kill -"$1" "${!:-}" 2>/dev/null || true
 }
 
-run() { # a command, with this script awake for signals; its exit code
+run() { # run a command while this script handles signals; return the command's exit code
   [ -z "$signalled" ] || return 75
   "$@" &
-  while kill -0 $! 2>/dev/null; do wait $! || true; done # a signal ends wait, and not the command
+  while kill -0 $! 2>/dev/null; do wait $! || true; done # a signal ends wait but not the command
   wait $!
 }
 
-pod_problem() { # why no pod can be stopped from here, if so
+pod_problem() { # print why the pod cannot be stopped from here, or nothing
   if [ -z "${RUNPOD_POD_ID:-}" ]; then
-    echo "RUNPOD_POD_ID is not set, so this is no RunPod pod"
+    echo "RUNPOD_POD_ID is not set, so this is not a RunPod pod"
   elif ! command -v runpodctl >/dev/null; then
     echo "runpodctl is not installed"
   fi
 }
 
-stop_pod() { # $1: the exit code
+stop_pod() { # stop the pod, unless the exit code $1 shows that a signal ended the run
   local problem
   problem=$(pod_problem)
   if [ "$1" -eq 75 ]; then
-    problem="a signal ended the run, and the same command goes on"
+    problem="a signal ended the run; run the same command to resume"
   fi
   if [ -n "$problem" ]; then
     echo "the pod is not stopped: $problem"
@@ -81,11 +81,11 @@ if [ "${STOP_POD:-0}" = 1 ] && [ -n "$(pod_problem)" ]; then
 fi
 trap 'forward TERM' TERM
 trap 'forward INT' INT
-trap 'forward HUP' HUP # nothing under nohup: what was ignored before, bash leaves so
+trap 'forward HUP' HUP # no effect under nohup: bash keeps ignoring a signal that was ignored when it started
 
 code=0
-road || code=$?
-[ -z "$signalled" ] || [ "$code" -eq 0 ] || code=75 # a signal may also come where pretraining.py is not running yet
+train || code=$?
+[ -z "$signalled" ] || [ "$code" -eq 0 ] || code=75 # a signal may also arrive before pretraining.py runs
 awk -v seconds="$SECONDS" -v usd="${HOURLY_USD:-}" 'BEGIN {
   printf "this session took %.2f hours", seconds / 3600
   if (usd != "") printf ", %.2f USD at %s USD an hour", seconds / 3600 * usd, usd

@@ -1,1 +1,3 @@
-"""The machinery behind the root commands. It is given models, configs and state dicts, and knows no architecture."""
+"""The machinery behind the commands: one package per layer (CONTRIBUTING.md)."""
+
+__version__ = "0.2.0"

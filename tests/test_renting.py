@@ -1,5 +1,5 @@
-"""exp001/command.sh and SkyPilot's tasks on a machine that has only the repository, with stand-ins for the hub, for
-runpodctl and for the mounted storage. The model is tiny; everything else is what a rented machine runs.
+"""Test exp001/command.sh and SkyPilot's tasks on a machine that has only the repository, with stand-ins for the hub, for
+runpodctl, for the mounted storage and for torch._dynamo. The model is tiny; everything else is what a rented machine runs.
 """
 
 import gzip
@@ -15,28 +15,35 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, environment, run_command
-from test_download import Hub, address, heed_interrupts, settings
+from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, environment
+from test_download import Hub, address, heed_interrupts, hub, settings  # noqa: F401  hub is a fixture
 from test_resume import n_reported, newest
 
 from gptkit.training.checkpoints import verify
 from gptkit.training.signals import STOPPED
 
-TASKS = ("sky.yaml", "sky_runpod.yaml")
+TASKS = ("cloud/sky.yaml", "cloud/sky_runpod.yaml")
 PROGRAMS = ("gpt_model.py", "pretraining.py", "pretokenize.py", "requirements.txt")
 TOKENIZER = f"--tokenizer sentencepiece --tokenizer_path {SAMPLE_TOKENIZER}"
 TINY = "--n_layers 1 --emb_dim 32 --n_heads 2 --context_length 32 --bigram_steps 0 --batch_size 2 --eval_iter 1"
-# What is changed in a copy of exp001, so that a run takes seconds.
+# The changes to a copy of exp001 that make a run take seconds.
 CHANGES = {
     "--tokenizer hf --hf_name rinna/japanese-gpt2-small": TOKENIZER,
     "--batch_size 16 --eval_freq 100 --print_sample_iter 100": f"{TINY} --device cpu --eval_freq 2 --max_steps 6",
 }
 SESSION = re.compile(r"^this session took \d+\.\d\d hours, \d+\.\d\d USD at 2\.5 USD an hour$", re.MULTILINE)
 NOWHERE = "http://127.0.0.1:1"
+# torch.optim imports torch._dynamo, though nothing here is compiled: half of the time that a command takes to start.
+WITHOUT_DYNAMO = """
+import sys, types
+dynamo = sys.modules["torch._dynamo"] = types.ModuleType("torch._dynamo")
+dynamo.disable = lambda function, *_, **__: function
+dynamo.graph_break = lambda: None
+"""
 
 
 def new_machine(folder: Path) -> Path:
-    """The repository on a new machine, without .venv and data, and in it exp002, a copy of exp001 with a few changes."""
+    """Make the repository of a new machine: no .venv, no data, and exp002, a copy of exp001 with a few changes."""
     folder.mkdir()
     for name in PROGRAMS:
         shutil.copy(ROOT / name, folder)
@@ -63,32 +70,24 @@ def repository(tmp_path: Path) -> Path:
     return new_machine(tmp_path / "repository")
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -> Path:
-    """Token shards as command.sh makes them."""
-    folder = tmp_path_factory.mktemp("renting") / "001_pretok"
-    made = run_command("pretokenize.py", *TOKENIZER.split(), "--data_dir", sample_shards, "--output_dir", folder)
-    assert made.returncode == 0, made.stderr
-    return folder
-
-
 @pytest.fixture
-def prepared(repository: Path, tokens: Path) -> Path:
-    """A repository to which the token shards were brought."""
-    shutil.copytree(tokens, repository / "dataset" / "001_pretok")
+def prepared(repository: Path, sample_tokens: Path) -> Path:
+    """Copy token shards, made as command.sh makes them, into the repository."""
+    shutil.copytree(sample_tokens, repository / "dataset" / "001_pretok")
     return repository
 
 
 @pytest.fixture
 def pod(tmp_path: Path) -> dict[str, str]:
-    """The variables of a pod that is to be stopped; runpodctl there only writes down what it is told."""
+    """Return the variables of a pod that is to be stopped, with a runpodctl that only records its arguments."""
     programs = tmp_path / "bin"
     programs.mkdir()
     write_program(programs / "python3", f'exec "{sys.executable}" "$@"')
-    write_program(programs / "runpodctl", f'echo "$@" >>"{programs}/told.txt"')
-    known = environment() | settings(NOWHERE, tmp_path) | {"HF_HUB_OFFLINE": "0"}
-    known |= {"PATH": f"{programs}:{os.environ['PATH']}", "HOURLY_USD": "2.5"}
-    return known | {"STOP_POD": "1", "RUNPOD_POD_ID": "pod123"}
+    write_program(programs / "runpodctl", f'echo "$@" >>"{programs}/calls.txt"')
+    (programs / "sitecustomize.py").write_text(WITHOUT_DYNAMO)  # Python imports it when it starts
+    variables = environment() | settings(NOWHERE, tmp_path) | {"HF_HUB_OFFLINE": "0"}
+    variables |= {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(programs), "HOURLY_USD": "2.5"}
+    return variables | {"STOP_POD": "1", "RUNPOD_POD_ID": "pod123"}
 
 
 def write_program(path: Path, line: str) -> None:
@@ -96,33 +95,35 @@ def write_program(path: Path, line: str) -> None:
     path.chmod(0o755)
 
 
-def ends_with(tmp_path: Path, line: str) -> None:
-    """Have a line of shell stand for pretraining.py, where it matters only how that ends."""
-    how = f'case $1 in *pretraining.py) {line} ;; *) exec "{sys.executable}" "$@" ;; esac'
-    write_program(tmp_path / "bin" / "python3", how)
+def replace_pretraining(tmp_path: Path, line: str) -> None:
+    """Run a line of shell in place of pretraining.py, for tests that depend only on how that ends."""
+    program = f'case $1 in *pretraining.py) {line} ;; *) exec "{sys.executable}" "$@" ;; esac'
+    write_program(tmp_path / "bin" / "python3", program)
 
 
-def told(tmp_path: Path) -> str:
-    """What runpodctl was told."""
-    path = tmp_path / "bin" / "told.txt"
+def runpodctl_calls(tmp_path: Path) -> str:
+    """Return the arguments of runpodctl, one line per call."""
+    path = tmp_path / "bin" / "calls.txt"
     return path.read_text() if path.exists() else ""
 
 
 def run(repository: Path, variables: dict[str, str]) -> tuple[int, str]:
-    """command.sh to its end, from elsewhere: exit code and all that it printed."""
+    """Run command.sh to its end from another folder; return its exit code and all that it printed."""
     process = start(repository, variables)
     printed = process.communicate(timeout=300)[0]
     return process.returncode, printed
 
 
 def start(repository: Path, variables: dict[str, str], *before: str) -> subprocess.Popen:
+    """Start command.sh, behind a command such as nohup, in a session of its own."""
     arguments = [*before, repository / "exp002" / "command.sh"]
-    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-    how |= {"preexec_fn": heed_interrupts, "start_new_session": True, "encoding": "utf-8"}
-    return subprocess.Popen(arguments, cwd="/", env=variables, **how)
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    options |= {"preexec_fn": heed_interrupts, "start_new_session": True, "encoding": "utf-8"}
+    return subprocess.Popen(arguments, cwd="/", env=variables, **options)
 
 
 def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
+    """Wait until the run has reported `step`; fail if it ends before."""
     deadline = time.monotonic() + 120
     while n_reported(output) < step:
         assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
@@ -130,31 +131,32 @@ def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-def test_the_whole_road_alone_and_then_only_what_is_missing(
+@pytest.mark.slow
+def test_command_runs_all_steps_and_later_only_those_whose_result_is_missing(
     tmp_path: Path,
     repository: Path,
     pod: dict[str, str],
-    hub: Hub,
+    hub: Hub,  # noqa: F811
 ) -> None:
     hub.body = hub.told_body = gzip.compress(SAMPLE.read_bytes(), mtime=0)
     code, printed = run(repository, pod | {"HF_ENDPOINT": address(hub)})
     assert code == 0, printed
     assert "finished 6 steps" in printed
     assert SESSION.search(printed), printed
-    assert told(tmp_path) == "stop pod pod123\n"
+    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
     verify(newest(repository / "exp002" / "model_checkpoints"))
     assert len(hub.ranges) == 1
 
     shards = [*(repository / "dataset").rglob("manifest.json")]
     assert len(shards) == 2
     before = [path.stat().st_mtime_ns for path in shards]
-    code, printed = run(repository, pod)  # nobody at HF_ENDPOINT
+    code, printed = run(repository, pod)  # no server at HF_ENDPOINT
     assert code == 0, printed
     assert "the run is finished, step 6" in printed
     assert [path.stat().st_mtime_ns for path in shards] == before
     assert len(hub.ranges) == 1
 
-    shutil.rmtree(repository / "dataset" / "001")  # a machine to which only the token shards were brought
+    shutil.rmtree(repository / "dataset" / "001")  # a machine that got only the token shards
     change_script(repository, "--max_steps 6", "--max_steps 8")
     code, printed = run(repository, pod)
     assert code == 0, printed
@@ -162,11 +164,12 @@ def test_the_whole_road_alone_and_then_only_what_is_missing(
     assert not (repository / "dataset" / "001").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGHUP, True)])
 def test_a_signal_reaches_training_once_and_leaves_the_pod_running(
     tmp_path: Path, prepared: Path, pod: dict[str, str], number: signal.Signals, to_all: bool
 ) -> None:
-    """From kill it comes to the script alone, from a terminal to all processes of its group."""
+    """Send the signal to the script alone, as kill does, or to all processes of its group, as a terminal does."""
     change_script(prepared, "--max_steps 6", "--max_steps 100000")
     output = prepared / "exp002" / "model_checkpoints"
     process = start(prepared, pod)
@@ -179,22 +182,22 @@ def test_a_signal_reaches_training_once_and_leaves_the_pod_running(
     assert process.returncode == STOPPED, printed
     assert f"stopped by {number.name}: step" in printed
     assert SESSION.search(printed), printed
-    assert printed.endswith("the pod is not stopped: a signal ended the run, and the same command goes on\n")
-    assert told(tmp_path) == ""
+    assert printed.endswith("the pod is not stopped: a signal ended the run; run the same command to resume\n")
+    assert runpodctl_calls(tmp_path) == ""
     verify(newest(output))
 
     change_script(prepared, "--max_steps 100000", f"--max_steps {n_reported(output) + 4}")
     code, printed = run(prepared, pod)
     assert code == 0, printed
-    assert "going on from" in printed
-    assert told(tmp_path) == "stop pod pod123\n"
+    assert "resuming from" in printed
+    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
 
 
-def test_a_signal_before_training_begins(
+def test_a_signal_during_the_download_ends_the_command(
     tmp_path: Path,
     repository: Path,
     pod: dict[str, str],
-    hub: Hub,
+    hub: Hub,  # noqa: F811
 ) -> None:
     hub.n_sent_at_most, hub.hangs = 10, True
     process = start(repository, pod | {"HF_ENDPOINT": address(hub)})
@@ -205,38 +208,38 @@ def test_a_signal_before_training_begins(
     printed = process.communicate(timeout=60)[0]
     assert process.returncode == STOPPED, printed
     assert "a signal ended the run" in printed
-    assert told(tmp_path) == ""
+    assert runpodctl_calls(tmp_path) == ""
     assert not (repository / "dataset" / "001").exists()
 
 
-def test_under_nohup_a_closed_terminal_is_not_heard(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
-    change_script(prepared, "--max_steps 6", "--max_steps 200")
+def test_under_nohup_a_closed_terminal_is_ignored(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+    change_script(prepared, "--max_steps 6", "--max_steps 60")
     process = start(prepared, pod, "nohup")
     wait_for_step(process, prepared / "exp002" / "model_checkpoints", 2)
     os.killpg(process.pid, signal.SIGHUP)
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0, printed
-    assert "finished 200 steps" in printed
-    assert told(tmp_path) == "stop pod pod123\n"
+    assert "finished 60 steps" in printed
+    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
 
 
-def test_a_crash_of_training_stops_the_pod_too(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
-    ends_with(tmp_path, "kill -9 $$")
+def test_a_crash_of_training_stops_the_pod(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+    replace_pretraining(tmp_path, "kill -9 $$")
     code, printed = run(prepared, pod)
     assert code == 128 + signal.SIGKILL, printed
-    assert told(tmp_path) == "stop pod pod123\n"
+    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
 
 
-def test_a_mistake_stops_the_pod_too(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+def test_a_user_error_stops_the_pod(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
     change_script(prepared, "--n_heads 2", "--n_heads 3")
     code, printed = run(prepared, pod)
     assert code == 2, printed
     assert "error: " in printed
     assert SESSION.search(printed), printed
-    assert told(tmp_path) == "stop pod pod123\n"
+    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
 
 
-def test_a_step_that_fails_ends_the_road(tmp_path: Path, repository: Path, pod: dict[str, str]) -> None:
+def test_a_step_that_fails_ends_the_command(tmp_path: Path, repository: Path, pod: dict[str, str]) -> None:
     code, printed = run(repository, pod)
     assert code == 2, printed
     assert printed.count("error: ") == 1, printed
@@ -244,8 +247,8 @@ def test_a_step_that_fails_ends_the_road(tmp_path: Path, repository: Path, pod: 
     assert not (repository / "exp002" / "model_checkpoints").exists()
 
 
-def test_why_a_pod_is_not_stopped(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
-    ends_with(tmp_path, "exit 0")
+def test_command_prints_why_a_pod_is_not_stopped(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+    replace_pretraining(tmp_path, "exit 0")
     write_program(tmp_path / "bin" / "runpodctl", "exit 1")
     code, printed = run(prepared, pod)
     assert code == 0, printed
@@ -257,23 +260,23 @@ def test_why_a_pod_is_not_stopped(tmp_path: Path, prepared: Path, pod: dict[str,
         code, printed = run(prepared, variables)
         assert code == 0, printed
         lines = printed.splitlines()
-        assert lines[0].startswith(f"warning: STOP_POD=1 will not stop the pod: {problem}")  # told early, too
+        assert lines[0].startswith(f"warning: STOP_POD=1 will not stop the pod: {problem}")  # also before the run
         assert lines[-1].startswith(f"the pod is not stopped: {problem}")
 
 
-def test_without_the_two_variables_it_only_says_how_long_it_took(
+def test_without_variables_command_only_prints_the_duration(
     tmp_path: Path, prepared: Path, pod: dict[str, str]
 ) -> None:
-    ends_with(tmp_path, "exit 0")
+    replace_pretraining(tmp_path, "exit 0")
     variables = {name: value for name, value in pod.items() if name not in ("HOURLY_USD", "STOP_POD")}
     code, printed = run(prepared, variables)
     assert code == 0, printed
     assert re.fullmatch(r"this session took \d+\.\d\d hours", printed.splitlines()[-1])
-    assert told(tmp_path) == ""
+    assert runpodctl_calls(tmp_path) == ""
 
 
 @pytest.mark.parametrize("wrong", [{"HOURLY_USD": "$2"}, {"HOURLY_USD": "1,5"}, {"STOP_POD": "yes"}])
-def test_variables_that_mean_nothing(repository: Path, pod: dict[str, str], wrong: dict[str, str]) -> None:
+def test_invalid_variables_are_user_errors(repository: Path, pod: dict[str, str], wrong: dict[str, str]) -> None:
     code, printed = run(repository, pod | wrong)
     assert code == 2
     ((name, value),) = wrong.items()
@@ -282,7 +285,7 @@ def test_variables_that_mean_nothing(repository: Path, pod: dict[str, str], wron
     assert len(printed.splitlines()) == 1
 
 
-def test_packages_are_installed_where_they_are_missing(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+def test_missing_packages_are_installed(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
     log = tmp_path / "python.txt"
     write_program(tmp_path / "bin" / "python3", f'case $1 in -c) exit 1 ;; *) echo "$@" >>"{log}" ;; esac')
     assert run(prepared, pod)[0] == 0
@@ -291,13 +294,14 @@ def test_packages_are_installed_where_they_are_missing(tmp_path: Path, prepared:
     assert training.startswith("../pretraining.py ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
-def test_a_machine_after_the_first_goes_on_from_the_storage(
-    tmp_path: Path, repository: Path, tokens: Path, pod: dict[str, str], name: str
+def test_a_second_machine_resumes_from_the_storage(
+    tmp_path: Path, repository: Path, sample_tokens: Path, pod: dict[str, str], name: str
 ) -> None:
-    """The run section of a SkyPilot task on two machines, one after the other."""
+    """Execute the run section of a SkyPilot task on two machines, one after the other."""
     storage = tmp_path / "storage"
-    shutil.copytree(tokens, storage / "001_pretok")
+    shutil.copytree(sample_tokens, storage / "001_pretok")
     task = yaml.safe_load((ROOT / name).read_text("utf-8"))
     assert "/storage" in (task.get("file_mounts") or task["volumes"])
     script = task["run"].replace("/storage", str(storage))
@@ -308,12 +312,12 @@ def test_a_machine_after_the_first_goes_on_from_the_storage(
         assert result.returncode == 0, result.stdout + result.stderr
         assert f"finished {n_steps} steps" in result.stdout
         assert newest(storage / "exp002").name == f"step_{n_steps:08d}"
-    assert "going on from" in result.stdout
+    assert "resuming from" in result.stdout
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_what_a_task_of_skypilot_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """By SkyPilot's own parser where it is installed: too large to be among tests/requirements.txt."""
+def test_skypilot_tasks_request_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Check the tasks, also by SkyPilot's own parser where it is installed: tests/requirements.txt does without it."""
     task = yaml.safe_load((ROOT / name).read_text("utf-8"))
     resources = task["resources"]
     assert resources["any_of"] == [{"use_spot": True}, {"use_spot": False}]
@@ -321,12 +325,12 @@ def test_what_a_task_of_skypilot_asks_for(tmp_path: Path, monkeypatch: pytest.Mo
     assert (ROOT / task["envs"]["EXP_DIR"] / "command.sh").is_file()
     first = yaml.safe_load((ROOT / TASKS[0]).read_text("utf-8"))
     assert (task["setup"], task["run"]) == (first["setup"], first["run"])
-    if name == "sky_runpod.yaml":
+    if name == TASKS[1]:
         assert resources["infra"] == "runpod"
         assert "file_mounts" not in task  # RunPod has no buckets to mount
     else:
         assert task["file_mounts"]["/storage"]["mode"] == "MOUNT_CACHED"
-    monkeypatch.setenv("HOME", str(tmp_path))  # where SkyPilot keeps notes
+    monkeypatch.setenv("HOME", str(tmp_path))  # SkyPilot writes there
     try:
         import sky
     except ImportError:
@@ -335,4 +339,4 @@ def test_what_a_task_of_skypilot_asks_for(tmp_path: Path, monkeypatch: pytest.Mo
     assert {each.use_spot for each in parsed.resources} == {True, False}
     assert {tuple(each.job_recovery["recover_on_exit_codes"]) for each in parsed.resources} == {(STOPPED,)}
     unsupported = sky.clouds.RunPod._CLOUD_UNSUPPORTED_FEATURES.keys()
-    assert parsed.get_required_cloud_features().isdisjoint(unsupported) == (name == "sky_runpod.yaml")
+    assert parsed.get_required_cloud_features().isdisjoint(unsupported) == (name == TASKS[1])
