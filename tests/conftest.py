@@ -33,6 +33,8 @@ POEM_CONTEXT = 64
 N_SHORT = 13  # documents of the sample that make 10,000 tokens in two shards
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network; huggingface_hub reads this when it is imported
+
 
 def command(script: str, *arguments: object) -> list[str]:
     """Return the command line that runs a script of the repository, from any folder."""
@@ -40,8 +42,8 @@ def command(script: str, *arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the variables of a command: no network, and one thread, so that two tests run side by side."""
-    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    """Return the variables of a command: one thread, so that two tests run side by side."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
 
 
 def run_command(script: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -65,7 +67,6 @@ def call_command(script: str, *arguments: object, cwd: Path = ROOT) -> subproces
         patch.setattr(sys, "path", [str(path.parent), *sys.path])
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", errors)
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.chdir(cwd)
         threads = set(threading.enumerate())
         try:

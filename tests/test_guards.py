@@ -304,7 +304,7 @@ torch.nn.utils.clip_grad_norm_ = fill
 
 
 def test_a_disk_too_small_from_the_start(tmp_path: Path, short_shards: Path) -> None:
-    wide = ("--emb_dim", 1024, "--max_steps", 3)
+    wide = ("--emb_dim", 512, "--max_steps", 3)
     arguments = (*small_run(short_shards, tmp_path / "disk" / "out", "muon"), *wide)
     script = " ".join(f"'{part}'" for part in command("pretraining.py", *arguments))
     result = in_a_small_disk(tmp_path, script)
