@@ -114,6 +114,7 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (3_000_000_000, 3_000_000_000))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to RLIMIT_AS")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="CUDA's libraries alone take more addresses")
 def test_too_little_memory(tmp_path: Path, shards: Path) -> None:

@@ -25,6 +25,7 @@ def test_every_preset_can_be_named() -> None:
     assert set(get_args(choices)) == {"auto", *PRESETS}
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_budget_and_not_long_before(tmp_path: Path, data: tuple[object, ...]) -> None:
     output = tmp_path / "out"
     arguments = (*data, "--output_dir", output, *TINY, "--budget_minutes", 0.4)

@@ -258,6 +258,7 @@ def in_a_small_disk(tmp_path: Path, script: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_within_a_run(tmp_path: Path, short_shards: Path) -> None:
     """At step 12 something else fills the disk: saves fail, and the run continues to its end and reports that.
 

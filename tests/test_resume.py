@@ -26,6 +26,7 @@ def run_and_kill(arguments: tuple[object, ...], output: Path, step: int) -> None
     process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "arch"), [("muon", "modern"), ("adamw", "gpt2"), ("galore_adamw", "modern")])
 def test_killed_twice_equals_never_stopped(tmp_path: Path, short_shards: Path, optimizer: str, arch: str) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
