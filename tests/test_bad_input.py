@@ -1,9 +1,8 @@
-"""What users get wrong, given to the real commands: one line that names the value and the remedy, exit code 2.
+"""What users get wrong, given to the commands: they print one line that names the value and the remedy, and exit with 2.
 
 The mistakes that concern dataset/prepare_aozora_jsonl.py stand in test_prepare.py.
 """
 
-import json
 import os
 import resource
 import shutil
@@ -13,47 +12,47 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAMPLE, SAMPLE_TOKENIZER, SEPARATOR, assert_user_error, command, environment, run_command
+from conftest import (
+    ROOT,
+    SAMPLE,
+    SAMPLE_TOKENIZER,
+    SAMPLE_TOKENS,
+    SEPARATOR,
+    TINY_MODEL,
+    assert_user_error,
+    call_command,
+    command,
+    environment,
+    file_size_limit,
+)
 
 from gptkit.base.files import acquire_lock
 
-TOKENIZER = ("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER)
-TINY = ("--n_layers", 1, "--emb_dim", 16, "--n_heads", 1, "--context_length", 16, "--batch_size", 2, "--max_steps", 2)
+TWO_STEPS = (*SAMPLE_TOKENS, *TINY_MODEL, "--max_steps", 2)
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    """A folder of plain text shards."""
+def shards(tmp_path: Path, sample_works: list[str]) -> Path:
+    """Return a folder with a plain text shard."""
     folder = tmp_path / "001"
     folder.mkdir()
-    works = [json.loads(line)["text"] for line in SAMPLE.read_text("utf-8").splitlines()[:4]]
-    (folder / "combined_0001.txt").write_text("".join(work + SEPARATOR for work in works), "utf-8")
+    text = "".join(document + SEPARATOR for document in sample_works[:4])
+    (folder / "combined_0001.txt").write_text(text, "utf-8")
     return folder
 
 
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -> Path:
-    """A trained experiment folder (of two steps)."""
-    folder = tmp_path_factory.mktemp("exp")
-    output = folder / "model_checkpoints"
-    result = run_command("pretraining.py", *TOKENIZER, "--data_dir", sample_shards, "--output_dir", output, *TINY)
-    assert result.returncode == 0, result.stderr
-    return folder
-
-
-def pretrain(shards: Path | str, output: Path, *more: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    arguments = (*TOKENIZER, *TINY, "--data_dir", shards, "--output_dir", output, *more)
-    return run_command("pretraining.py", *arguments, **({"cwd": cwd} if cwd else {}))
+def pretrain(shards: Path | str, output: Path, *more: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return call_command("pretraining.py", *TWO_STEPS, "--data_dir", shards, "--output_dir", output, *more, cwd=cwd)
 
 
 def test_unknown_tokenizer(tmp_path: Path, shards: Path) -> None:
     assert_user_error(pretrain(shards, tmp_path / "out", "--tokenizer", "mecab"), "mecab")
     data = ("--data_dir", shards, "--output_dir", tmp_path / "out")
-    hub = run_command("pretraining.py", *data, "--tokenizer", "hf", "--hf_name", "no/such-thing")
+    hub = call_command("pretraining.py", *data, "--tokenizer", "hf", "--hf_name", "no/such-thing")
     assert_user_error(hub, "no/such-thing")
-    tiktoken = run_command("pretraining.py", *data, "--tokenizer", "tiktoken", "--tiktoken_name", "gpt9")
+    tiktoken = call_command("pretraining.py", *data, "--tokenizer", "tiktoken", "--tiktoken_name", "gpt9")
     assert_user_error(tiktoken, "gpt9")
-    alone = run_command("pretraining.py", *data, "--tokenizer_path", SAMPLE_TOKENIZER)
+    alone = call_command("pretraining.py", *data, "--tokenizer_path", SAMPLE_TOKENIZER)
     assert_user_error(alone, "--tokenizer_path", "--tokenizer sentencepiece")
     missing = pretrain(shards, tmp_path / "out", "--tokenizer_path", tmp_path / "no.model")
     assert_user_error(missing, "no.model")
@@ -63,8 +62,8 @@ def test_unknown_tokenizer(tmp_path: Path, shards: Path) -> None:
 def test_data_folder_without_shards(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert_user_error(pretrain(tmp_path / "empty", tmp_path / "out"), "empty", "prepare_aozora_jsonl.py")
-    result = run_command(
-        "pretokenize.py", *TOKENIZER, "--data_dir", tmp_path / "empty", "--output_dir", tmp_path / "tok"
+    result = call_command(
+        "pretokenize.py", *SAMPLE_TOKENS, "--data_dir", tmp_path / "empty", "--output_dir", tmp_path / "tok"
     )
     assert_user_error(result, "empty", "prepare_aozora_jsonl.py")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
@@ -100,7 +99,7 @@ def test_folders_that_hold_something_else(tmp_path: Path, shards: Path) -> None:
     (other / "cat.jpg").write_bytes(b"cat")
     (other / "notes.json").write_text("[1]")
     assert_user_error(pretrain(shards, tmp_path / "out", "--use_pretokenized", "--pretokenized_dir", other), "photos")
-    result = run_command("pretokenize.py", *TOKENIZER, "--data_dir", shards, "--output_dir", other)
+    result = call_command("pretokenize.py", *SAMPLE_TOKENS, "--data_dir", shards, "--output_dir", other)
     assert_user_error(result, "photos", "cat.jpg")
     assert sorted(path.name for path in other.iterdir()) == ["cat.jpg", "notes.json"]
     assert_user_error(pretrain(shards, other / "cat.jpg"), "cat.jpg")
@@ -110,23 +109,19 @@ def test_folders_that_hold_something_else(tmp_path: Path, shards: Path) -> None:
     assert_user_error(pretrain(shards, tmp_path / "out", "--pretokenized_dir", tmp_path / "tok"), "--use_pretokenized")
 
 
-def limit_file_size() -> None:
-    """In the child: no file over 50 kB, as on a full disk (writing fails with an OSError)."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-
 def limit_memory() -> None:
-    """In the child: 3 GB of addresses, of which the libraries take some."""
+    """Limit a child process to 3 GB of addresses, of which the libraries take some."""
     resource.setrlimit(resource.RLIMIT_AS, (3_000_000_000, 3_000_000_000))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to RLIMIT_AS")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="CUDA's libraries alone take more addresses")
 def test_too_little_memory(tmp_path: Path, shards: Path) -> None:
-    """For the optimizer's state, which comes after the trial, and for the model itself."""
+    """The memory is too small for the optimizer's state, which comes after the trial step, and for the model itself."""
     small = ("--data_dir", shards, "--context_length", 16, "--batch_size", 2, "--max_steps", 2)
     for size in (("--emb_dim", 2048, "--n_layers", 4, "--n_heads", 8), ("--model_size", "1558M")):
-        train = command("pretraining.py", *TOKENIZER, *small, *size, "--output_dir", tmp_path / "out")
+        train = command("pretraining.py", *SAMPLE_TOKENS, *small, *size, "--output_dir", tmp_path / "out")
         result = subprocess.run(
             train, env=environment(), capture_output=True, encoding="utf-8", preexec_fn=limit_memory
         )
@@ -134,26 +129,21 @@ def test_too_little_memory(tmp_path: Path, shards: Path) -> None:
 
 
 def test_full_disk_while_tokenizing_and_saving(tmp_path: Path, shards: Path) -> None:
-    shutil.copy(SAMPLE, tmp_path / "sample.jsonl")
-    large = tmp_path / "large"
+    large, tokens, output = tmp_path / "large", tmp_path / "tokens", tmp_path / "out"
     large.mkdir()
     (large / "a.txt").write_text(SAMPLE.read_text("utf-8").replace("\n", SEPARATOR), "utf-8")
-    arguments = (*TOKENIZER, "--data_dir", large, "--output_dir", tmp_path / "tokens")
-    tokenize = command("pretokenize.py", *arguments)
-    result = subprocess.run(
-        tokenize, env=environment(), capture_output=True, encoding="utf-8", preexec_fn=limit_file_size
-    )
+    tokenize = ("pretokenize.py", *SAMPLE_TOKENS, "--data_dir", large, "--output_dir", tokens)
+    with file_size_limit(50_000):
+        result = call_command(*tokenize)
     assert_user_error(result, "train_a.npy")
-    assert not list((tmp_path / "tokens").glob("*"))
-    assert run_command("pretokenize.py", *arguments).returncode == 0
+    assert not list(tokens.glob("*"))
+    assert call_command(*tokenize).returncode == 0
 
-    train = command(
-        "pretraining.py", *TOKENIZER, *TINY, "--emb_dim", 64, "--data_dir", shards, "--output_dir", tmp_path / "out"
-    )
-    result = subprocess.run(train, env=environment(), capture_output=True, encoding="utf-8", preexec_fn=limit_file_size)
+    with file_size_limit(50_000):
+        result = pretrain(shards, output, "--emb_dim", 64)
     assert_user_error(result, "make room")
-    assert not list((tmp_path / "out").glob("*step_*"))
-    assert subprocess.run(train, env=environment(), capture_output=True).returncode == 0
+    assert not list(output.glob("*step_*"))
+    assert pretrain(shards, output, "--emb_dim", 64).returncode == 0
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -172,7 +162,7 @@ def test_second_run_in_a_folder_in_use(tmp_path: Path, shards: Path) -> None:
 
 
 def test_locale_that_cannot_show_japanese(tmp_path: Path, shards: Path) -> None:
-    arguments = (*TOKENIZER, *TINY, "--data_dir", shards, "--output_dir", tmp_path / "out", "--print_sample_iter", 1)
+    arguments = (*TWO_STEPS, "--data_dir", shards, "--output_dir", tmp_path / "out", "--print_sample_iter", 1)
     ascii_only = environment() | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     train = command("pretraining.py", *arguments)
     result = subprocess.run(train, env=ascii_only, capture_output=True, encoding="utf-8")
@@ -182,14 +172,12 @@ def test_locale_that_cannot_show_japanese(tmp_path: Path, shards: Path) -> None:
 
 def test_settings_that_contradict(tmp_path: Path, shards: Path) -> None:
     assert_user_error(pretrain(shards, tmp_path / "out", "--min_lr", 1), "--min_lr 1.0", "--lr")
-    broken = [*command("pretraining.py", *TOKENIZER, "--data_dir", shards, "--start_context"), b"\xff"]
-    assert_user_error(
-        subprocess.run(broken, env=environment(), capture_output=True, encoding="utf-8"), "--start_context"
-    )
+    not_utf8 = pretrain(shards, tmp_path / "out", "--start_context", os.fsdecode(b"\xff"))
+    assert_user_error(not_utf8, "--start_context")
 
 
 def infer(exp_dir: Path, prompt: str, *more: object) -> subprocess.CompletedProcess:
-    return run_command("inference.py", "--exp_dir", exp_dir, "--prompt", prompt, *more)
+    return call_command("inference.py", "--exp_dir", exp_dir, "--prompt", prompt, *more)
 
 
 def test_experiment_without_checkpoint(tmp_path: Path) -> None:
@@ -198,26 +186,25 @@ def test_experiment_without_checkpoint(tmp_path: Path) -> None:
     assert_user_error(infer(tmp_path / "exp02", "雨"), "did you mean", "exp002")
 
 
-def test_prompts_that_cannot_be(experiment: Path) -> None:
-    assert_user_error(infer(experiment, ""), "prompt ''")
-    assert_user_error(infer(experiment, "雨", "--max_new_tokens", 0), "--max_new_tokens 0")
-    assert_user_error(infer(experiment, "雨", "--temperature", -1), "--temperature -1")
-    assert_user_error(infer(experiment, "雨", "--top_k", 0), "--top_k 0")
-    not_utf8 = [*command("inference.py", "--exp_dir", experiment, "--prompt"), b"\xff\xfe"]
-    assert_user_error(subprocess.run(not_utf8, env=environment(), capture_output=True, encoding="utf-8"), "UTF-8")
+def test_prompts_that_cannot_be(trained: Path) -> None:
+    assert_user_error(infer(trained, ""), "prompt ''")
+    assert_user_error(infer(trained, "雨", "--max_new_tokens", 0), "--max_new_tokens 0")
+    assert_user_error(infer(trained, "雨", "--temperature", -1), "--temperature -1")
+    assert_user_error(infer(trained, "雨", "--top_k", 0), "--top_k 0")
+    assert_user_error(infer(trained, os.fsdecode(b"\xff\xfe")), "UTF-8")
 
 
-def test_damaged_checkpoint(tmp_path: Path, experiment: Path) -> None:
+def test_damaged_checkpoint(tmp_path: Path, trained: Path) -> None:
     for file, content in (("model.safetensors", b"\x00" * 50), ("state.json", b"{"), ("tokenizer/spiece.model", b"")):
-        copy = Path(shutil.copytree(experiment, tmp_path / file.replace("/", "_")))
+        copy = Path(shutil.copytree(trained, tmp_path / file.replace("/", "_")))
         (path,) = copy.glob(f"model_checkpoints/step_*/{file}")
         path.write_bytes(content)
         assert_user_error(infer(copy, "雨"), "step_00000002")
 
 
-def test_checkpoint_that_is_a_pickle_is_not_opened(tmp_path: Path, experiment: Path) -> None:
-    """A pickle that would create a file, in place of the weights."""
-    copy = Path(shutil.copytree(experiment, tmp_path / "exp"))
+def test_checkpoint_that_is_a_pickle_is_not_opened(tmp_path: Path, trained: Path) -> None:
+    """In place of the weights there is a pickle that would create a file."""
+    copy = Path(shutil.copytree(trained, tmp_path / "exp"))
     (path,) = copy.glob("model_checkpoints/step_*/model.safetensors")
     path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
     assert_user_error(infer(copy, "雨"), "model.safetensors")

@@ -1,4 +1,4 @@
-"""gptkit/bigrams.py: against the smoothed table counted by hand, through the model whose start it is."""
+"""gptkit/training/bigram_init.py: the fitted model against a smoothed table counted by hand."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ VOCAB, NEVER, LAST = 12, 10, 11  # of the ids one never occurs, and one ends the
 
 
 def text_ids(n: int = 3000) -> list[int]:
-    """n ids 0 … 9, each followed by some of the others far more often than by the rest, and LAST."""
+    """Return n ids 0 … 9, each followed by some of the others far more often than by the rest, and LAST."""
     draw = np.random.default_rng(0)
     following = draw.dirichlet([0.2] * 10, size=10)
     ids = [0]
@@ -27,7 +27,7 @@ def text_ids(n: int = 3000) -> list[int]:
 
 
 def stream(ids: list[int], dtype: str = "uint16") -> TokenStream:
-    """In two shards."""
+    """Return a stream of the ids in two shards."""
     tokens = np.array(ids, dtype)
     return TokenStream([tokens[: len(ids) // 3], tokens[len(ids) // 3 :]])
 
@@ -43,7 +43,7 @@ def fit(model: GPTModel, tokens: TokenStream, n_steps: int, seed: int = 1) -> fl
 
 
 def smoothed(ids: list[int]) -> dict[int, list[float]]:
-    """Witten and Bell's method C, each token that is followed by something -> the probabilities of what follows it."""
+    """Map each token that is followed by something to the probabilities of its followers, by Witten and Bell's method C."""
     pairs, alone = Counter(itertools.pairwise(ids)), Counter(ids[:-1])
     table = {}
     for token, n_times in alone.items():
@@ -54,7 +54,7 @@ def smoothed(ids: list[int]) -> dict[int, list[float]]:
 
 
 def divergence(model: GPTModel, table: dict[int, list[float]], tokens: list[int]) -> float:
-    """Nats a token by which the model pays more than the table's entropy, over `tokens` as often as they stand there."""
+    """Return the nats per token by which the model's cross-entropy over `tokens` exceeds the table's entropy."""
     with torch.no_grad():
         log_q = model(torch.tensor(tokens)[:, None])[:, 0].log_softmax(dim=-1).double()  # (N, V)
     p = torch.tensor([table[token] for token in tokens], dtype=torch.float64)
@@ -84,8 +84,8 @@ def test_a_pair_never_seen_is_not_impossible() -> None:
     assert divergence(model, counted, ids[:-1]) > 0.05  # as it would be if what was counted were all
 
 
-def test_what_has_no_count_is_left_alone() -> None:
-    """Rows that pad the vocabulary, and embeddings of tokens that nothing follows; the head learns to avoid those."""
+def test_rows_without_counts_do_not_change() -> None:
+    """These are rows that pad the vocabulary, and embeddings of tokens that nothing follows; the head avoids those."""
     ids, model = text_ids(), tiny_model()
     torch.nn.init.normal_(model.head_weight)
     embedding, head = model.tok_emb.weight.detach().clone(), model.head_weight.detach().clone()
@@ -102,7 +102,7 @@ def test_what_has_no_count_is_left_alone() -> None:
     assert model.head_weight.grad is None
 
 
-def test_the_same_again_and_no_other_random_number_drawn() -> None:
+def test_the_fit_is_reproducible_and_leaves_the_random_streams_alone() -> None:
     tokens = stream(text_ids())
     models = [tiny_model() for _ in range(3)]
     torch.manual_seed(3)
@@ -130,7 +130,7 @@ def test_only_the_beginning_of_a_long_text_is_counted(monkeypatch: pytest.Monkey
     assert torch.equal(model.head_weight, twin.head_weight)
 
 
-def test_of_a_frequent_token_some_followers_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_followers_of_a_frequent_token_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = text_ids()
     monkeypatch.setattr(bigram_init, "MAX_PER_ROW", 200)
     assert max(Counter(ids).values()) > 400
@@ -140,8 +140,8 @@ def test_of_a_frequent_token_some_followers_are_drawn(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
-def test_the_last_of_many_ids_is_no_other(vocab_size: int, dtype: str) -> None:
-    """It must not be taken for 0, as in too small a type; rows of what does not occur stay."""
+def test_the_last_of_many_ids_does_not_overflow(vocab_size: int, dtype: str) -> None:
+    """In too small a type it would become 0; rows of tokens that do not occur stay as they are."""
     last, model = vocab_size - 1, tiny_model(vocab_size, emb_dim=4)
     before = model.tok_emb.weight.detach().clone()
     fit(model, stream([last, 0, 1] * 20, dtype), 5)

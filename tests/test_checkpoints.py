@@ -1,9 +1,8 @@
-"""gptkit/checkpoints.py: whole or not there, the newest and the best, and nothing that runs code."""
+"""gptkit/training/checkpoints.py: a checkpoint is complete or absent, the newest and the best stay, none runs code."""
 
 import errno
 import math
 import random
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import file_size_limit
 from safetensors import SafetensorError
 from torch import nn
 
@@ -48,13 +48,13 @@ def save(output_dir: Path, step: int, val_loss: float | None = 5.0, size: int = 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Everything below a folder, hidden files too."""
+    """Return the content of every file below a folder, hidden files too, by its path."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def steps(output_dir: Path) -> list[int]:
-    """The steps of the checkpoints, all whole; no other entry but the links may stand beside them."""
+    """Return the steps of the checkpoints; assert that all are complete and that beside them there are only the links."""
     found = find_checkpoints(output_dir)
     assert sorted(found) == sorted(path for path in output_dir.iterdir() if not path.is_symlink())
     for folder in found:
@@ -65,7 +65,7 @@ def steps(output_dir: Path) -> list[int]:
     return [read_state(folder)["step"] for folder in found]
 
 
-def test_gives_back_what_it_was_given(tmp_path: Path) -> None:
+def test_reads_what_was_saved(tmp_path: Path) -> None:
     tensors = {
         "float": torch.randn(3, 4),
         "bfloat16": torch.randn(5).bfloat16(),
@@ -110,7 +110,7 @@ def test_no_folder_no_checkpoints(place: str, tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path / place) == []
 
 
-def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     for left in (".step_00000002.partial", ".step_00000007.partial", ".step_00000001.old.partial"):
         (tmp_path / left / "tokenizer").mkdir(parents=True)
         (tmp_path / left / "tokenizer" / "old").write_text("old")
@@ -143,8 +143,8 @@ def test_keeps_the_newest_and_the_best(losses: list[float], kept: list[int], tmp
     assert sort_by_val_loss(find_checkpoints(tmp_path))[0].name == f"step_{kept[0]:08d}"
 
 
-def test_a_folder_that_cannot_be_removed_is_cleared_away_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a mounted bucket, where a folder that was just renamed is not the same any more, by its inode."""
+def test_a_folder_that_cannot_be_removed_is_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This happens on a mounted bucket, where a folder that was just renamed has another inode."""
     save(tmp_path, 1)
     with monkeypatch.context() as bucket:
         bucket.setattr("os.path.samestat", lambda *_: False)
@@ -169,7 +169,7 @@ def test_the_same_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
 
 
 def mutations(content: bytes, how_many: int, draw: random.Random) -> Iterator[tuple[str, bytes | None]]:
-    """Ways to damage a file: gone, empty, cut, longer, one bit flipped."""
+    """Yield ways to damage a file: gone, empty, cut, longer, one bit flipped."""
     yield from (("gone", None), ("empty", b""), ("longer", content + b"x"), ("a byte short", content[:-1]))
     for _ in range(how_many):
         place = draw.randrange(len(content))
@@ -180,7 +180,7 @@ def mutations(content: bytes, how_many: int, draw: random.Random) -> Iterator[tu
 
 
 def test_no_damage_of_the_newest_goes_unnoticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Some 260 mutations; each time the one before is used, and that is said."""
+    """After each of some 260 mutations the checkpoint before is used, with a warning."""
     older, newest = save(tmp_path, 1, keep=2), save(tmp_path, 2, keep=2)
     draw, n_tried = random.Random(0), 0
     for name, content in contents(newest).items():
@@ -196,7 +196,7 @@ def test_no_damage_of_the_newest_goes_unnoticed(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err == ""
 
 
-def test_where_all_are_damaged_that_is_told_with_a_remedy(tmp_path: Path) -> None:
+def test_where_all_are_damaged_the_error_names_a_remedy(tmp_path: Path) -> None:
     assert newest_valid(tmp_path) is None
     folder = save(tmp_path, 1)
     (folder / MODEL_FILE).write_bytes(b"x")
@@ -208,7 +208,7 @@ def test_where_all_are_damaged_that_is_told_with_a_remedy(tmp_path: Path) -> Non
         choose_checkpoint(str(tmp_path), "newest")
 
 
-def test_writing_does_not_need_the_optimizers_state(tmp_path: Path) -> None:
+def test_generation_does_not_need_the_optimizers_state(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / TRAINING_FILE).write_bytes(b"x")
     assert choose_checkpoint(str(tmp_path), "newest") == folder
@@ -237,8 +237,8 @@ def test_no_path_leads_out_of_a_checkpoint(tmp_path: Path) -> None:
     [b"", b"[]", b"{", b"null", b"\xff\xfe{", b"[" * 100_000, b"{}", b'{"format": "gptkit-checkpoint", "version": 99}'],
     ids=lambda content: repr(content[:20]),
 )
-def test_a_state_that_is_none_is_told_with_a_remedy(content: bytes, tmp_path: Path) -> None:
-    """As a stranger would write it, with a checksum that fits."""
+def test_the_error_of_an_invalid_state_names_a_remedy(content: bytes, tmp_path: Path) -> None:
+    """The state is as a stranger could write it, with a checksum that fits."""
     folder = save(tmp_path, 1)
     before = sha256_of(folder / STATE_FILE)
     (folder / STATE_FILE).write_bytes(content)
@@ -250,7 +250,7 @@ def test_a_state_that_is_none_is_told_with_a_remedy(content: bytes, tmp_path: Pa
         first_valid([folder])
 
 
-def test_damaged_ones_are_set_aside(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_set_aside(tmp_path: Path) -> None:
     older, newest = save(tmp_path, 1, keep=2), save(tmp_path, 2, keep=2)
     (newest / MODEL_FILE).unlink()
     set_aside_newer(older)
@@ -267,7 +267,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 
 
 def test_names_are_those_of_the_bare_model(tmp_path: Path) -> None:
-    """torch.compile and DistributedDataParallel put words of their own before each name."""
+    """torch.compile and DistributedDataParallel put prefixes before each name."""
     state = {"step": 1, "val_loss": None, "identity": {"model": {"vocab_size": 7}}}
     bare = nn.Linear(2, 2)
     wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in bare.state_dict().items()}
@@ -275,22 +275,22 @@ def test_names_are_those_of_the_bare_model(tmp_path: Path) -> None:
     assert torch.equal(load_model(folder, lambda _: nn.Linear(2, 2), 7, CPU).weight, bare.weight)
 
 
-def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
-    said: list[str] = []
-    saver = BackgroundSaver(tmp_path, 1, said.append)
+def test_a_background_save_has_the_weights_of_its_moment(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    saver = BackgroundSaver(tmp_path, 1, warnings.append)
     weights = {"w": torch.ones(1000)}
     drawn: list[int] = []
     for step in (1, 2, 3):
         saver.save({"step": step, "val_loss": None}, weights, {}, TOKENIZER, then=lambda step=step: drawn.append(step))
-        weights["w"].add_(1)  # training goes on meanwhile
+        weights["w"].add_(1)  # as training does meanwhile
     saver.wait()
-    assert (steps(tmp_path), drawn, said, saver.failure) == ([3], [1, 2, 3], [], None)
+    assert (steps(tmp_path), drawn, warnings, saver.failure) == ([3], [1, 2, 3], [], None)
     assert read_tensors(tmp_path / "step_00000003", MODEL_FILE, CPU)["w"].unique().tolist() == [3.0]
 
 
 def test_a_background_save_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    saver = BackgroundSaver(tmp_path, 1, said.append)
+    warnings: list[str] = []
+    saver = BackgroundSaver(tmp_path, 1, warnings.append)
     saver.save({"step": 1, "val_loss": None}, {"w": torch.ones(9)}, {}, TOKENIZER)
     saver.wait()
     before = contents(tmp_path)
@@ -306,7 +306,7 @@ def test_a_background_save_that_fails_is_a_warning(tmp_path: Path, monkeypatch: 
         assert saver.failure
         assert "step 2" in saver.failure
         assert contents(tmp_path) == before
-    assert len(said) == 3
+    assert len(warnings) == 3
     saver.save({"step": 3, "val_loss": None}, {"w": torch.ones(9)}, {}, TOKENIZER)
     saver.wait()
     assert saver.failure is None
@@ -321,7 +321,7 @@ def test_a_pickle_is_refused_by_name(tmp_path: Path) -> None:
             choose_checkpoint(str(path), "newest")
 
 
-def test_dimensions_that_the_weights_do_not_have_allocate_nothing(tmp_path: Path) -> None:
+def test_dimensions_that_do_not_match_the_weights_allocate_nothing(tmp_path: Path) -> None:
     def build(dimensions: dict[str, Any]) -> nn.Linear:
         return nn.Linear(dimensions["inputs"], 2, bias=False)
 
@@ -361,22 +361,17 @@ def test_a_full_disk_is_a_users_mistake(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_limit_of_the_system_leaves_the_old_checkpoint_alone(tmp_path: Path) -> None:
-    """A write that really fails: the system refuses files over 20,000 bytes, as it would on a full disk."""
+    """The write really fails: the system refuses files over 20,000 bytes, as it would on a full disk."""
     save(tmp_path, 1)
     before = contents(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match="step_00000002 could not be written"):
-            save(tmp_path, 2, size=100_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with file_size_limit(20_000), pytest.raises(UserError, match="step_00000002 could not be written"):
+        save(tmp_path, 2, size=100_000)
     assert contents(tmp_path) == before
     save(tmp_path, 2, size=100_000)
     assert steps(tmp_path) == [2]
 
 
-def test_the_checkpoint_that_an_experiment_folder_means(tmp_path: Path) -> None:
+def test_which_checkpoint_a_folder_stands_for(tmp_path: Path) -> None:
     run = tmp_path / "exp" / "model_checkpoints"
     best, newest = save(run, 1, 2.0), save(run, 2, 3.0)
     for folder in (run, run.parent):
@@ -394,12 +389,12 @@ def test_a_model_from_its_dimensions_and_weights(tmp_path: Path) -> None:
     def build(dimensions: dict[str, Any]) -> nn.Linear:
         return nn.Linear(dimensions["inputs"], dimensions["outputs"])
 
-    kept, dimensions = nn.Linear(3, 2), {"vocab_size": 7, "inputs": 3, "outputs": 2}
+    saved, dimensions = nn.Linear(3, 2), {"vocab_size": 7, "inputs": 3, "outputs": 2}
     state = {"step": 1, "val_loss": 5.0, "identity": {"model": dimensions}}
-    folder = save_checkpoint(tmp_path, state, kept.state_dict(), {}, TOKENIZER)
+    folder = save_checkpoint(tmp_path, state, saved.state_dict(), {}, TOKENIZER)
     loaded = load_model(folder, build, 7, CPU)
-    assert torch.equal(loaded.weight, kept.weight)
-    assert torch.equal(loaded.bias, kept.bias)
+    assert torch.equal(loaded.weight, saved.weight)
+    assert torch.equal(loaded.bias, saved.bias)
     with pytest.raises(
         UserError, match=r"step_00000001 is damaged or from another version \(.*\); use another checkpoint"
     ):

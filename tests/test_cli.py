@@ -1,4 +1,4 @@
-"""gptkit/command_line.py: flags out of a dataclass, and how a command ends."""
+"""gptkit/base/cli.py: flags from a dataclass, and how a command ends."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from conftest import ROOT, assert_user_error, environment, run_command
+from conftest import ROOT, assert_user_error, call_command, environment, reset_signals
 
 from gptkit.base.cli import UserError, parse, setting
 from gptkit.base.paths import existing_path, likely_path
@@ -62,7 +62,7 @@ def test_flags(flags: str, field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ("--steps 0", "--steps 0 is too small; it must be at least 1"),
         ("--steps -5", "--steps -5 is too small; it must be at least 1"),
@@ -83,10 +83,10 @@ def test_flags(flags: str, field: str, value: Any) -> None:
         ("--bogus", "unrecognized arguments: --bogus (--help lists the flags)"),
     ],
 )
-def test_wrong_flags(flags: str, told: str) -> None:
+def test_wrong_flags(flags: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         toy(*flags.split())
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_flag_without_a_default_must_be_given() -> None:
@@ -94,7 +94,7 @@ def test_a_flag_without_a_default_must_be_given() -> None:
         parse(Toy, [])
 
 
-def test_help_tells_fields_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_fields_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(Toy, ["--help"])
     assert caught.value.code == 0
@@ -109,7 +109,7 @@ def test_help_tells_fields_and_defaults(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with dataset/001 and exp001, as seen from its root."""
+    """Make a project with dataset/001 and exp001, and go to its root."""
     (tmp_path / "dataset" / "001").mkdir(parents=True)
     (tmp_path / "dataset" / "sample.jsonl").write_text("")
     (tmp_path / "exp001").mkdir()
@@ -134,7 +134,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (".", "{tree}/dataset/0001", "{tree}/dataset/001"),
     ],
 )
-def test_a_path_that_is_not_there(
+def test_a_missing_path_names_the_one_probably_meant(
     folder: str, given: str, meant: str, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tree / folder)
@@ -146,7 +146,7 @@ def test_a_path_that_is_not_there(
 
 
 @pytest.mark.parametrize("given", ["elsewhere/x", "dataset/zzz", "../zzz", "/no/such/path", "dataset/sample.jsonl/x"])
-def test_a_path_unlike_any(given: str, tree: Path) -> None:
+def test_a_missing_path_unlike_any_other(given: str, tree: Path) -> None:
     assert likely_path(Path(given)) is None
     with pytest.raises(UserError) as caught:
         existing_path(given, "--data_dir")
@@ -174,10 +174,10 @@ run_command(Config, main)
 
 
 def run(folder: Path, body: str, **how: Any) -> subprocess.CompletedProcess:
-    """A real command whose main is `body`."""
+    """Run a real command whose main is `body`; it heeds signals, whatever shell runs the tests."""
     script = folder / "toy.py"
     script.write_text(SCRIPT, "utf-8")
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": reset_signals} | how
     env = environment()
     env.pop("PYTHONUNBUFFERED", None)  # a buffer is what makes the end of a command hard
     return subprocess.run([sys.executable, str(script), "--body", body], encoding="utf-8", env=env, timeout=60, **how)
@@ -220,7 +220,7 @@ def test_mistakes_are_one_line(body: str, line: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("body", ["raise FileNotFoundError(2, 'x', 'file')", "1 / 0"])
-def test_what_nobody_foresaw_keeps_its_traceback(body: str, tmp_path: Path) -> None:
+def test_an_unexpected_error_keeps_its_traceback(body: str, tmp_path: Path) -> None:
     result = run(tmp_path, body)
     assert result.returncode == 1
     assert result.stderr.startswith("Traceback")
@@ -248,12 +248,12 @@ def test_without_a_standard_output(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_ctrl_c_is_one_word(tmp_path: Path) -> None:
+def test_ctrl_c_prints_one_word(tmp_path: Path) -> None:
     result = run(tmp_path, "import signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(30)")
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("device", ["cpu:x", "cuda:99"])
-def test_a_device_that_is_not_there(device: str, tmp_path: Path) -> None:
-    result = run_command("inference.py", "--exp_dir", tmp_path, "--prompt", "吾輩は", "--device", device)
+def test_a_missing_device(device: str, tmp_path: Path) -> None:
+    result = call_command("inference.py", "--exp_dir", tmp_path, "--prompt", "吾輩は", "--device", device)
     assert_user_error(result, f"--device {device} is not ")

@@ -1,4 +1,4 @@
-"""gptkit/compilation.py and --compile: a warning where it fails, nothing of the run disturbed, and what a step costs."""
+"""gptkit/training/compilation.py and --compile: a failure is a warning, nothing disturbs the run, a step has its cost."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAMPLE_TOKENIZER, run_command
+from conftest import SAMPLE_TOKENS, TINY_MODEL, call_command, run_command
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +26,7 @@ from gptkit.training.planning import flops_per_token
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 VOCAB = 60  # of 64 rows
-Features = Callable[[torch.Tensor], torch.Tensor]
+HiddenStates = Callable[[torch.Tensor], torch.Tensor]
 
 
 def model_and_batch(**changes: object) -> tuple[GPTModel, tuple[torch.Tensor, torch.Tensor]]:
@@ -65,27 +65,27 @@ def test_the_loss_is_the_models(arch: str) -> None:
 
 
 def test_the_compiled_model_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = []
+    calls = []
 
-    def compiler(features: Features) -> Features:
+    def compiler(hidden_states: HiddenStates) -> HiddenStates:
         def compiled(ids: torch.Tensor) -> torch.Tensor:
-            shown.append(ids)
-            return features(ids)
+            calls.append(ids)
+            return hidden_states(ids)
 
         return compiled
 
     monkeypatch.setattr(torch, "compile", compiler)
     model, batch = model_and_batch(drop_rate=0.0)
     loss_of_batch, _ = compile_and_time(model, VOCAB, True, batch, CPU, torch.float32)
-    shown.clear()
+    calls.clear()
     assert_loss_of(model, loss_of_batch(*batch), batch)
-    assert len(shown) == 1
+    assert len(calls) == 1
 
 
 def test_failure_to_compile_is_a_warning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where it shows only when the compiled function is called."""
+    """The failure may come only when the compiled function is called."""
 
-    def no_compiler(features: Features) -> Features:
+    def no_compiler(hidden_states: HiddenStates) -> HiddenStates:
         def compiled(ids: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("no compiler was found\nand more lines")
 
@@ -107,8 +107,8 @@ def test_out_of_memory_is_no_failure_to_compile(
     def too_large(self: GPTModel, ids: torch.Tensor) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(GPTModel, "features", too_large)
-    monkeypatch.setattr(torch, "compile", lambda features: features)
+    monkeypatch.setattr(GPTModel, "hidden_states", too_large)
+    monkeypatch.setattr(torch, "compile", lambda hidden_states: hidden_states)
     model, batch = model_and_batch()
     with pytest.raises(type(error)):
         compile_and_time(model, VOCAB, compile, batch, CPU, torch.float32)
@@ -123,15 +123,15 @@ def test_a_smaller_batch_divides_the_larger() -> None:
     assert [next_smaller_batch(n) for n in (1, 2, 3, 7, 8, 12, 15)] == [None, 1, 1, 1, 4, 6, 5]
     tried: list[int] = []
 
-    def rows(n: int) -> None:
+    def run_micro_batch(n: int) -> None:
         tried.append(n)
         if n > 3:
             raise MemoryError
 
-    assert find_batch_size(rows, 24) == 3
+    assert find_batch_size(run_micro_batch, 24) == 3
     assert tried == [12, 6, 3]
-    assert find_batch_size(rows, 5) == 1
-    assert find_batch_size(lambda n: rows(9), 2) is None
+    assert find_batch_size(run_micro_batch, 5) == 1
+    assert find_batch_size(lambda n: run_micro_batch(9), 2) is None
     with pytest.raises(BatchTooLarge, match=r"with --batch_size 1: give a smaller --model_size or --context_length$"):
         raise BatchTooLarge(1, 4, None)
 
@@ -140,7 +140,7 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: GPTModel, ids: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(GPTModel, "features", broken)
+    monkeypatch.setattr(GPTModel, "hidden_states", broken)
     model, batch = model_and_batch()
     with pytest.raises(RuntimeError, match="a bug"):
         compile_and_time(model, VOCAB, False, batch, CPU, torch.float32)
@@ -150,7 +150,7 @@ def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_a_measured_optimizer_is_as_new(name: str) -> None:
-    """Weights, and what it does next, are those of one that made no step."""
+    """The weights, and its next steps, are those of an optimizer that made no step."""
     results = []
     for measured in (False, True):
         model, (inputs, targets) = model_and_batch(drop_rate=0.0)
@@ -169,8 +169,8 @@ def test_a_measured_optimizer_is_as_new(name: str) -> None:
 
 
 @pytest.mark.parametrize(("arch", "n_kv_heads"), [("gpt2", 0), ("modern", 0), ("modern", 1)])
-def test_operations_a_token_are_those_that_torch_counts(arch: str, n_kv_heads: int) -> None:
-    """Forward and backward of whole sequences, attention by plain products."""
+def test_operations_per_token_are_those_that_torch_counts(arch: str, n_kv_heads: int) -> None:
+    """They are those of forward and backward of full sequences, with attention by plain products."""
     model, (inputs, _) = model_and_batch(arch=arch, n_kv_heads=n_kv_heads, n_layers=3, drop_rate=0.0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         F.linear(model.hidden_states(inputs), model.head_weight).sum().backward()
@@ -193,28 +193,29 @@ def test_operations_a_token_are_those_that_torch_counts(arch: str, n_kv_heads: i
     ],
 )
 def test_utilization(name: str, dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4e14 operations a second, as a share of the data sheets' 989, 756, 362 and 312 trillion."""
+    """4e14 operations per second are a share of the data sheets' 989, 756, 362 and 312 trillion."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert devices.format_mfu(4e14, CUDA, dtype) == expected
     assert devices.format_mfu(4e14, CPU, dtype) == "n/a"
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("sample_tokens")
 def test_compiled_run_and_its_checkpoint(tmp_path: Path, sample_shards: Path) -> None:
-    """A compiled run learns what an eager one does, and its checkpoint has no prefixes: an eager run goes on from it."""
-    flags = ("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER, "--data_dir", sample_shards)
-    size = ("--n_layers", 1, "--emb_dim", 16, "--n_heads", 1, "--context_length", 16, "--batch_size", 2)
+    """A compiled run learns what an eager one does, and its checkpoint has no prefixes: an eager run resumes from it."""
+    data = (*SAMPLE_TOKENS, "--data_dir", sample_shards, "--use_pretokenized", "--device", "cpu")
     rate = ("--optimizer", "adamw", "--lr", 0.03, "--warmup_steps", 0, "--bigram_steps", 0)
-    common = (*flags, *size, *rate, "--eval_freq", 2, "--eval_iter", 4, "--dtype", "float32")
+    common = (*data, *TINY_MODEL, *rate, "--eval_freq", 2, "--eval_iter", 4, "--dtype", "float32")
     losses = {}
-    for name in ("--compile", "--no-compile"):
+    for name, run in (("--compile", run_command), ("--no-compile", call_command)):
         output = ("--output_dir", tmp_path / name)
-        result = run_command("pretraining.py", *common, *output, "--max_steps", 20, name)
+        result = run("pretraining.py", *common, *output, "--max_steps", 20, name)
         assert result.returncode == 0, result.stderr
         assert "warning" not in result.stderr
         lines = (tmp_path / name / "metrics.jsonl").read_text("utf-8").splitlines()
         losses[name] = [json.loads(line)["val_loss"] for line in lines]
     assert losses["--compile"] == pytest.approx(losses["--no-compile"], abs=1e-4)
     assert losses["--compile"][-1] < losses["--compile"][0] - 0.3
-    result = run_command("pretraining.py", *common, "--output_dir", tmp_path / "--compile", "--max_steps", 22)
+    result = call_command("pretraining.py", *common, "--output_dir", tmp_path / "--compile", "--max_steps", 22)
     assert "going on from" in result.stdout
     assert result.returncode == 0, result.stderr

@@ -1,14 +1,12 @@
-"""gptkit/devices.py: the precision that each kind of device is given, and that training and writing take it up."""
+"""gptkit/base/devices.py: the precision for each kind of device, and that training uses it."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_guards import drive
-from test_resume import curve, newest, small_run
+from conftest import call_command, curve, newest, small_run
 
 from gptkit.base import devices
 
@@ -16,7 +14,7 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
 def as_if(monkeypatch: pytest.MonkeyPatch, cpu: dict[str, Any], *cuda: tuple[int, int]) -> None:
-    """Let the CPU have these instructions, and each GPU this compute capability."""
+    """Pretend that the CPU has these instructions, and each GPU this compute capability."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cuda[device.index or 0])
 
@@ -37,17 +35,17 @@ def test_a_cpu_trains_in_bfloat16_where_it_multiplies_it(
     as_if(monkeypatch, capabilities)
     assert devices.multiplies_bfloat16(CPU) is multiplies
     assert devices.choose_dtype("auto", CPU, training=True) == (torch.bfloat16 if multiplies else torch.float32)
-    assert devices.choose_dtype("auto", CPU) == torch.float32  # what writes and evaluates
+    assert devices.choose_dtype("auto", CPU) == torch.float32  # generation and evaluation
 
 
-def test_a_torch_that_does_not_tell_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_that_does_not_report_it_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert devices.choose_dtype("auto", CPU, training=True) == torch.float32
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_gpu_that_only_emulates_bfloat16_gets_float32(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A T4 here, of which torch says that bfloat16 is supported; beside it is an A100, which multiplies it."""
+    """The first GPU is a T4, for which torch reports bfloat16 support; an A100 and an H100 do multiply it."""
     as_if(monkeypatch, {"avx512_bf16": True}, (7, 5), (8, 0), (9, 0))
     chosen = [devices.choose_dtype("auto", torch.device("cuda", i), training) for i in range(3)]
     assert chosen == [torch.float32, torch.bfloat16, torch.bfloat16]
@@ -55,7 +53,7 @@ def test_a_gpu_that_only_emulates_bfloat16_gets_float32(training: bool, monkeypa
     assert devices.choose_dtype("auto", MPS, training) == torch.float32
 
 
-def test_what_is_asked_for_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dtype_asked_for_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     as_if(monkeypatch, {"avx512_bf16": True}, (8, 0))
     for device in (CPU, CUDA, MPS):
         for training in (True, False):
@@ -63,14 +61,13 @@ def test_what_is_asked_for_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
             assert devices.choose_dtype("bfloat16", device, training) == torch.bfloat16
 
 
-def test_a_run_takes_up_what_the_cpu_can(tmp_path: Path, sample_shards: Path) -> None:
-    """And it tells; weights and the optimizer's state stay in float32, and the same command goes on to the same bytes."""
-    shards = Path(shutil.copytree(sample_shards, tmp_path / "001"))
+def test_a_run_uses_what_the_cpu_can(tmp_path: Path, short_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It also prints that; weights and the optimizer's state stay in float32, and a stopped run ends in the same bytes."""
     whole, stopped, plain = (tmp_path / name for name in ("whole", "stopped", "plain"))
-    can = "torch.cpu.get_capabilities = lambda: {'avx512_bf16': %s}"
 
     def run(output: Path, multiplies: bool, *more: object) -> tuple[str, str]:
-        result = drive(can % multiplies, *small_run(shards, output, "muon"), "--max_steps", 20, *more)
+        as_if(monkeypatch, {"avx512_bf16": multiplies})
+        result = call_command("pretraining.py", *small_run(short_shards, output, "muon"), "--max_steps", 20, *more)
         assert result.returncode == 0, result.stderr
         return result.stdout, result.stderr
 

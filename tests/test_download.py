@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_user_error, call_command, command
+from conftest import assert_user_error, call_command, command, reset_signals
 
 SCRIPT = "dataset/download_aozora.py"
 REVISION = "42a9c9c0f1d67e6a5554d9bea4201973dc9b049c"
@@ -168,7 +168,7 @@ def test_a_second_run_resumes_where_the_first_was_interrupted(tmp_path: Path, hu
     partial.parent.mkdir()
     partial.write_bytes(LARGE_BODY[:1000])
     arguments = command(SCRIPT, "--output_dir", partial.parent)
-    how: dict[str, Any] = {"env": settings(address(hub), tmp_path), "preexec_fn": heed_interrupts}
+    how: dict[str, Any] = {"env": settings(address(hub), tmp_path), "preexec_fn": reset_signals}
     process = subprocess.Popen(arguments, **how, stderr=subprocess.PIPE, text=True)
     while partial.stat().st_size < CHUNK:
         assert process.poll() is None
@@ -181,10 +181,6 @@ def test_a_second_run_resumes_where_the_first_was_interrupted(tmp_path: Path, hu
     assert run(address(hub), tmp_path).returncode == 0
     assert (tmp_path / "data" / NAME).read_bytes() == LARGE_TEXT
     assert hub.ranges == ["bytes=1000-", f"bytes={1000 + CHUNK}-"]
-
-
-def heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs the tests in the background ignores them
 
 
 @pytest.mark.parametrize("already_there", [False, True])

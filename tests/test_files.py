@@ -1,4 +1,4 @@
-"""gptkit/files.py: a file is the old one or the new one, never a part."""
+"""gptkit/base/files.py: a file is the old one or the new one, never a part of one."""
 
 import errno
 import hashlib
@@ -44,8 +44,8 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == ({} if old is None else {"file": old})
 
 
-def test_is_synced_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a power cut could leave the new name on an empty file."""
+def test_a_file_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a power cut could leave the new name on an empty file."""
     done = []
     real = {name: getattr(os, name) for name in ("fsync", "replace")}
     for name in real:
@@ -54,14 +54,14 @@ def test_is_synced_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.
     assert done == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "no" / "file", b"new")
     with pytest.raises(FileNotFoundError):
         sync_folder(tmp_path / "no")
 
 
-def test_json_goes_there_and_back(tmp_path: Path) -> None:
+def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
     value = {"名": ["吾輩", 1, 0.1, None, True, "\u2028\n"]}
     write_json(tmp_path / "a.json", value)
     raw = (tmp_path / "a.json").read_bytes()
@@ -71,7 +71,7 @@ def test_json_goes_there_and_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff", b"[" * 100_000], ids=["empty", "cut", "not UTF-8", "too deep"])
-def test_what_is_no_json_is_a_value_error(raw: bytes, tmp_path: Path) -> None:
+def test_invalid_json_is_a_value_error(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(raw)
     with pytest.raises(ValueError):  # noqa: PT011  (the kinds have no message in common)
         read_json(tmp_path / "a.json")
@@ -88,11 +88,11 @@ def test_sha256(tmp_path: Path) -> None:
     assert sha256_of(tmp_path / "blocks") == hashlib.sha256(b"a" * 3_000_000).hexdigest()
 
 
-def test_whether_a_folder_is_held(tmp_path: Path) -> None:
+def test_whether_a_folder_is_locked(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
     (tmp_path / "other").write_text("")
     with folder_lock(tmp_path):
         assert is_locked(tmp_path)
     assert not is_locked(tmp_path)
-    with folder_lock(tmp_path):  # asking does not hold it
+    with folder_lock(tmp_path):  # is_locked did not lock it
         pass

@@ -1,4 +1,4 @@
-"""gptkit/loggers.py: what each logger's own reader finds, over two sessions of a run, and loggers that fail."""
+"""gptkit/training/loggers.py: what each logger's own reader finds, over two sessions of a run, and loggers that fail."""
 
 import json
 import os
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, assert_user_error, command, environment, run_command
-from test_resume import small_run
+from conftest import ROOT, assert_user_error, call_command, environment, newest, small_run
 
 from gptkit.training import loggers
 from gptkit.training.run_log import Logger, RunLog, read_jsonl
 
 VALUES = {"train_loss": 4.5, "val_loss": 4.75, "lr": 0.5, "grad_norm": 0.25}
-# A session of a run that reports every 10 steps, and goes on after the step that is given.
+# A session of a run that reports every 10 steps, after the first step that is given.
 SESSION = """
 import sys
 from pathlib import Path
@@ -34,7 +33,7 @@ log.close()
 
 
 def session(name: str, folder: Path, first_step: int, last_step: int) -> str:
-    """What a session says; its logger finds no account."""
+    """Run a session whose logger finds no account, and return what it prints."""
     variables = {key: value for key, value in environment().items() if not key.startswith(("WANDB", "TRACKIO"))}
     variables |= {"PYTHONPATH": str(ROOT), "HOME": str(folder.parent), "NETRC": str(folder.parent / "none")}
     result = subprocess.run(
@@ -54,14 +53,14 @@ def exp001(tmp_path: Path) -> Path:
 
 
 def two_sessions(name: str, exp001: Path) -> None:
-    """Reports at 10 … 40, then from a checkpoint of step 20 on at 30 … 60: 30 and 40 a second time."""
+    """Report at 10 … 40, then, from a checkpoint of step 20, at 30 … 60: 30 and 40 a second time."""
     session(name, exp001, 0, 40)
     session(name, exp001, 20, 60)
     assert [line["step"] for line in read_jsonl(exp001 / "metrics.jsonl")] == [10, 20, 30, 40, 50, 60]
 
 
-def shown(folder: Path) -> dict[str, list[tuple[int, Any]]]:
-    """What TensorBoard shows of a folder, read as its plugins read it: (step, value or text) by name."""
+def shown_by_tensorboard(folder: Path) -> dict[str, list[tuple[int, Any]]]:
+    """Return what TensorBoard shows of a folder, read as its plugins read it: (step, value or text) by name."""
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
@@ -73,21 +72,20 @@ def shown(folder: Path) -> dict[str, list[tuple[int, Any]]]:
     return found
 
 
-def test_tensorboard(tmp_path: Path, sample_shards: Path) -> None:
-    """A real run that stops and goes on, its length changed: a step that is done again is shown once, as it was last."""
+def test_tensorboard(tmp_path: Path, short_shards: Path) -> None:
+    """A run stops and resumes, its length changed: a step that is done again is shown once, as it was last."""
     pytest.importorskip("tensorboard")
     output = tmp_path / "exp001"
-    arguments = (*small_run(sample_shards, output, "adamw"), "--pretokenized_dir", tmp_path / "tokens")
+    arguments = small_run(short_shards, output, "adamw")
     often = ("--eval_freq", 1, "--print_sample_iter", 2, "--save_ckpt_freq", 2, "--logger", "tensorboard")
-    assert run_command("pretraining.py", *arguments, *often, "--max_steps", 3).returncode == 0
-    newest = max(output.glob("step_*"))
-    (newest / "model.safetensors").write_bytes(b"damaged")  # so that it goes on from step 2
-    result = run_command("pretraining.py", *arguments, *often, "--max_steps", 5)
+    assert call_command("pretraining.py", *arguments, *often, "--max_steps", 3).returncode == 0
+    (newest(output) / "model.safetensors").write_bytes(b"damaged")  # so that it resumes from step 2
+    result = call_command("pretraining.py", *arguments, *often, "--max_steps", 5)
     assert result.returncode == 0, result.stderr
     assert "going on from" in result.stdout
     metrics = read_jsonl(output / "metrics.jsonl")
     assert [report["step"] for report in metrics] == [1, 2, 3, 4, 5]
-    found = shown(output / "tensorboard")
+    found = shown_by_tensorboard(output / "tensorboard")
     for name in ("train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "tokens"):
         assert [step for step, _ in found[name]] == [1, 2, 3, 4, 5]
         assert [value for _, value in found[name]] == pytest.approx([report[name] for report in metrics], rel=1e-6)
@@ -106,14 +104,14 @@ def test_tensorboard_after_a_divergence(exp001: Path) -> None:
     log.report(20, 1, **VALUES | {"val_loss": 1.0})
     log.sample(20, "second")
     log.close()
-    found = shown(exp001 / "tensorboard")
+    found = shown_by_tensorboard(exp001 / "tensorboard")
     assert found["val_loss"] == [(10, 4.75), (20, 1.0)]
     assert found["sample"] == [(10, "first"), (20, "second")]
     assert [line["text"] for line in read_jsonl(exp001 / "samples.jsonl")] == ["first", "second"]
 
 
 def wandb_records(path: Path) -> list[Any]:
-    """The records of a .wandb file: a log of LevelDB, in blocks of 32 KiB, of wandb's own messages."""
+    """Return the records of a .wandb file: a log of LevelDB, in blocks of 32 KiB, of wandb's own messages."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, records, part = path.read_bytes(), [], b""
@@ -176,25 +174,28 @@ def test_trackio(exp001: Path) -> None:
     assert [row["step"] for row in rows if "sample" in row] == [10, 20, 30, 40, 50, 60]
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_missing_package_is_told_before_training(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample_shards: Path
-) -> None:
-    (tmp_path / f"{name}.py").write_text("raise ImportError('none here')")
+def uninstall(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make an import of the package fail."""
+    (tmp_path / f"{package}.py").write_text("raise ImportError('none here')")
     monkeypatch.syspath_prepend(tmp_path)
-    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+    for module in [module for module in sys.modules if module.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_missing_package_is_an_error_before_training(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uninstall(name, tmp_path, monkeypatch)
     with pytest.raises(loggers.UserError, match=f"--logger {name} .*pip install {name}"):
         loggers.import_logger(name, tmp_path)
 
 
-def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "tensorboard.py").write_text("raise ImportError('none here')")
-    line = command("pretraining.py", "--data_dir", "none", "--logger", "tensorboard", "--output_dir", tmp_path / "out")
-    result = subprocess.run(
-        line, env=environment() | {"PYTHONPATH": str(tmp_path)}, capture_output=True, encoding="utf-8"
-    )
+def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uninstall("tensorboard", tmp_path, monkeypatch)
+    output = ("--output_dir", tmp_path / "out")
+    result = call_command("pretraining.py", "--data_dir", "none", "--logger", "tensorboard", *output)
     assert_user_error(result, "pip install tensorboard")
     assert not (tmp_path / "out").exists()
 

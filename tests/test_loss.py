@@ -1,4 +1,4 @@
-"""gptkit/losses.py: against a calculation by hand and torch's cross_entropy of the whole logits in float64."""
+"""gptkit/training/loss.py: against a calculation by hand and torch's cross_entropy of the full logits in float64."""
 
 import math
 
@@ -15,36 +15,40 @@ N, C, V = 200, 24, 300  # V rows of the head, of which the last ones may be padd
 
 
 def random_case(
-    n_words: int = V, dtype: torch.dtype = torch.float32
+    vocab_size: int = V, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """features (4, N / 4, C), weight (V, C), targets below n_words (4, N / 4); logits have a deviation of about 5."""
+    """Return hidden states (4, N / 4, C), weight (V, C) and targets below vocab_size (4, N / 4).
+
+    The logits have a standard deviation of about 5.
+    """
     draw = torch.Generator().manual_seed(0)
-    features = torch.randn(4, N // 4, C, generator=draw).to(dtype).requires_grad_()
+    hidden_states = torch.randn(4, N // 4, C, generator=draw).to(dtype).requires_grad_()
     weight = torch.randn(V, C, generator=draw).to(dtype).requires_grad_()
-    return features, weight, torch.randint(n_words, (4, N // 4), generator=draw)
+    return hidden_states, weight, torch.randint(vocab_size, (4, N // 4), generator=draw)
 
 
 def reference(
-    features: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, n_words: int = V
+    hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int = V
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss and both gradients in float64, of a head that has no padding."""
-    features, weight = (tensor.detach().double().requires_grad_() for tensor in (features, weight))
-    loss = F.cross_entropy((features @ weight[:n_words].T).flatten(0, 1), targets.flatten())
-    return loss.detach(), *torch.autograd.grad(loss, (features, weight))
+    """Return the loss and both gradients in float64, with a head that has no padding."""
+    hidden_states, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden_states, weight))
+    loss = F.cross_entropy((hidden_states @ weight[:vocab_size].T).flatten(0, 1), targets.flatten())
+    return loss.detach(), *torch.autograd.grad(loss, (hidden_states, weight))
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """The largest difference, as a share of the largest value."""
+    """Assert that the largest difference is at most `tolerance` times the largest value."""
     assert found.shape == expected.shape
     assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def chunks_of(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def set_chunk_rows(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a chunk of logits have that many rows."""
     monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", n_rows * V * 4)
 
 
 class Watch(TorchDispatchMode):
-    """Counts matrix products, and the entries of the largest tensor that anything returned."""
+    """Counts matrix products, and the entries of the largest tensor that any operation returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,92 +70,92 @@ def test_by_hand() -> None:
     assert loss.item() == pytest.approx((-math.log(3 / 4) - math.log(1 / 2)) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("n_words", [V, V - 1, V - 44])
+@pytest.mark.parametrize("vocab_size", [V, V - 1, V - 44])
 @pytest.mark.parametrize("n_rows", [1, 67, 100, 199, 200, 1000])  # a chunk has at least 64
-def test_value_and_gradients_in_chunks(n_rows: int, n_words: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunks_of(n_rows, monkeypatch)
-    features, weight, targets = random_case(n_words)
-    weight.data[n_words:] = 100.0  # of what only pads nothing may be seen
-    loss = linear_cross_entropy(features, weight, targets, n_words)
+def test_value_and_gradients_in_chunks(n_rows: int, vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_chunk_rows(n_rows, monkeypatch)
+    hidden_states, weight, targets = random_case(vocab_size)
+    weight.data[vocab_size:] = 100.0  # padding must have no effect
+    loss = linear_cross_entropy(hidden_states, weight, targets, vocab_size)
     loss.backward()
-    expected = reference(features, weight, targets, n_words)
+    expected = reference(hidden_states, weight, targets, vocab_size)
     assert loss.item() == pytest.approx(expected[0].item(), rel=1e-6)
-    assert_near(features.grad, expected[1], 1e-5)
+    assert_near(hidden_states.grad, expected[1], 1e-5)
     assert_near(weight.grad, expected[2], 1e-5)
-    assert not weight.grad[n_words:].any()
+    assert not weight.grad[vocab_size:].any()
 
 
-def test_float64_features_keep_their_type() -> None:
-    features, weight, targets = random_case(dtype=torch.float64)
-    loss = linear_cross_entropy(features, weight, targets, V)
+def test_float64_hidden_states_keep_their_type() -> None:
+    hidden_states, weight, targets = random_case(dtype=torch.float64)
+    loss = linear_cross_entropy(hidden_states, weight, targets, V)
     loss.backward()
-    assert (loss.dtype, features.grad.dtype, weight.grad.dtype) == (torch.float32, torch.float64, torch.float64)
-    expected = reference(features, weight, targets)
+    assert (loss.dtype, hidden_states.grad.dtype, weight.grad.dtype) == (torch.float32, torch.float64, torch.float64)
+    expected = reference(hidden_states, weight, targets)
     assert loss.item() == pytest.approx(expected[0].item(), rel=1e-6)
-    assert_near(features.grad, expected[1], 1e-5)
+    assert_near(hidden_states.grad, expected[1], 1e-5)
     assert_near(weight.grad, expected[2], 1e-5)
 
 
 @pytest.mark.parametrize("target", [0, V - 45])
-def test_first_and_last_word(target: int) -> None:
-    features, weight, targets = random_case()
+def test_first_and_last_token(target: int) -> None:
+    hidden_states, weight, targets = random_case()
     targets.fill_(target)
-    loss = linear_cross_entropy(features, weight, targets, V - 44)
+    loss = linear_cross_entropy(hidden_states, weight, targets, V - 44)
     loss.backward()
-    expected = reference(features, weight, targets, V - 44)
+    expected = reference(hidden_states, weight, targets, V - 44)
     assert loss.item() == pytest.approx(expected[0].item(), rel=1e-6)
     assert_near(weight.grad, expected[2], 1e-5)
 
 
-def test_a_word_that_only_pads_is_impossible() -> None:
-    features, weight, targets = random_case()
+def test_a_padding_token_is_impossible() -> None:
+    hidden_states, weight, targets = random_case()
     targets[2, 3] = V - 44
-    assert linear_cross_entropy(features, weight, targets, V - 44).item() == math.inf
+    assert linear_cross_entropy(hidden_states, weight, targets, V - 44).item() == math.inf
 
 
 def test_logits_far_from_zero() -> None:
-    features, weight, targets = random_case()
-    features.data *= 200  # e^1000 is no float32
-    loss = linear_cross_entropy(features, weight, targets, V)
+    hidden_states, weight, targets = random_case()
+    hidden_states.data *= 200  # e^1000 is no float32
+    loss = linear_cross_entropy(hidden_states, weight, targets, V)
     loss.backward()
-    expected = reference(features, weight, targets)
+    expected = reference(hidden_states, weight, targets)
     assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
     assert_near(weight.grad, expected[2], 1e-3)
 
 
 def test_a_share_of_the_loss_has_that_share_of_the_gradient() -> None:
-    """As gradient accumulation asks for: two thirds, in two micro-steps."""
-    features, weight, targets = random_case()
+    """Gradient accumulation needs that: here two thirds, in two micro-steps."""
+    hidden_states, weight, targets = random_case()
     for _ in range(2):
-        (linear_cross_entropy(features, weight, targets, V) / 3).backward()
-    expected = reference(features, weight, targets)
-    assert_near(features.grad, expected[1] * 2 / 3, 1e-5)
+        (linear_cross_entropy(hidden_states, weight, targets, V) / 3).backward()
+    expected = reference(hidden_states, weight, targets)
+    assert_near(hidden_states.grad, expected[1] * 2 / 3, 1e-5)
     assert_near(weight.grad, expected[2] * 2 / 3, 1e-5)
 
 
 @pytest.mark.parametrize("n_rows", [67, 1000])
 def test_bfloat16_products(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunks_of(n_rows, monkeypatch)
-    features, weight, targets = random_case(V - 44)
-    exact = linear_cross_entropy(features, weight, targets, V - 44).item()
+    set_chunk_rows(n_rows, monkeypatch)
+    hidden_states, weight, targets = random_case(V - 44)
+    exact = linear_cross_entropy(hidden_states, weight, targets, V - 44).item()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(features, weight, targets, V - 44)
+        loss = linear_cross_entropy(hidden_states, weight, targets, V - 44)
     loss.backward()
-    assert (loss.dtype, features.grad.dtype, weight.grad.dtype) == (torch.float32,) * 3
-    expected = reference(features, weight, targets, V - 44)
+    assert (loss.dtype, hidden_states.grad.dtype, weight.grad.dtype) == (torch.float32,) * 3
+    expected = reference(hidden_states, weight, targets, V - 44)
     assert 1e-5 < abs(loss.item() - exact) < 2e-2  # of about 14
-    assert_near(features.grad, expected[1], 0.03)
+    assert_near(hidden_states.grad, expected[1], 0.03)
     assert_near(weight.grad, expected[2], 0.03)
     assert not weight.grad[V - 44 :].any()
 
 
 def test_probabilities_are_float32_where_products_are_bfloat16() -> None:
     """All tokens have the same logits, exact ones, so that no error averages out."""
-    features, weight, targets = random_case()
-    features.data[:] = torch.eye(C)[0]
+    hidden_states, weight, targets = random_case()
+    hidden_states.data[:] = torch.eye(C)[0]
     targets.fill_(7)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(features, 3 * weight, targets, V)
+        loss = linear_cross_entropy(hidden_states, 3 * weight, targets, V)
     expected = F.cross_entropy((3 * weight[:, :1]).T.bfloat16().double(), targets[0, :1])
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
@@ -160,31 +164,31 @@ def test_probabilities_are_float32_where_products_are_bfloat16() -> None:
 def test_without_gradients_the_same_value_for_a_third_of_the_products(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunks_of(100, monkeypatch)
-    features, weight, targets = random_case()
+    set_chunk_rows(100, monkeypatch)
+    hidden_states, weight, targets = random_case()
     with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
         with Watch() as with_gradients:
-            expected = linear_cross_entropy(features, weight, targets, V)
+            expected = linear_cross_entropy(hidden_states, weight, targets, V)
         with torch.no_grad(), Watch() as without:
-            loss = linear_cross_entropy(features, weight, targets, V)
+            loss = linear_cross_entropy(hidden_states, weight, targets, V)
     assert torch.equal(loss, expected.detach())
     assert not loss.requires_grad
     assert (with_gradients.n_products, without.n_products) == (6, 2)
 
 
 @pytest.mark.parametrize("limit", ["bytes", "rows"])
-def test_no_more_than_a_chunk_of_logits_is_held(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunks_of(70 if limit == "bytes" else N, monkeypatch)
+def test_no_more_than_a_chunk_of_logits_is_in_memory(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_chunk_rows(70 if limit == "bytes" else N, monkeypatch)
     monkeypatch.setitem(loss.CHUNK_ROWS, "cpu", N if limit == "bytes" else 70)
-    features, weight, targets = random_case()
+    hidden_states, weight, targets = random_case()
     with Watch() as watch:
-        linear_cross_entropy(features, weight, targets, V).backward()
+        linear_cross_entropy(hidden_states, weight, targets, V).backward()
     assert watch.largest == 70 * V
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "modern"])
-def test_a_model_learns_the_same_by_it(arch: str) -> None:
-    """Also where the head is the embedding, whose gradient then has two parts."""
+def test_a_model_gets_the_same_gradients(arch: str) -> None:
+    """This holds also where the head is the embedding, whose gradient then has two parts."""
     torch.manual_seed(0)
     model = GPTModel(GPTConfig(97, context_length=16, emb_dim=32, n_layers=1, n_heads=4, arch=arch))
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""gptkit/optimizers.py: against torch's AdamW, SVD and Muon, GaLore's authors, and a state that goes through a file."""
+"""gptkit/training/optimizers.py: against torch's AdamW, SVD and Muon and GaLore's authors; its state through a file."""
 
 import copy
 import sys
@@ -33,7 +33,7 @@ DECAYED = {"muon": {"block"}, "adamw": {"block", "head", "embedding"}, "galore_a
 
 @pytest.fixture(autouse=True)
 def _small_galore(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A subspace smaller than the tiny model's matrices, chosen anew at steps 0, 4, 8, …"""
+    """Make the subspace smaller than the tiny model's matrices, and choose it anew at steps 0, 4, 8, …"""
     monkeypatch.setattr(optimizers, "GALORE", optimizers.GALORE | {"rank": 8, "update_proj_gap": 4})
 
 
@@ -47,7 +47,7 @@ def tiny_model(arch: str = "gpt2") -> GPTModel:
 
 
 def kinds_of(model: GPTModel) -> dict[str, str]:
-    """By the name of each parameter: "block" (a matrix of one), "head", "embedding" or "vector"."""
+    """Return the kind of each parameter by its name: "block" (a matrix of one), "head", "embedding" or "vector"."""
     head = "tok_emb.weight" if model.config.arch == "gpt2" else "out_head.weight"
     kinds = {"tok_emb.weight": "embedding", "pos_emb.weight": "embedding", head: "head"}
     return {n: kinds.get(n, "block" if p.dim() == 2 else "vector") for n, p in model.named_parameters()}
@@ -58,7 +58,7 @@ def block_matrices(model: GPTModel) -> dict[str, torch.nn.Parameter]:
 
 
 def train(model: GPTModel, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """One optimizer step a number of `steps`, on ids that depend on the number alone."""
+    """Make one optimizer step per number in `steps`, on ids that depend on the number alone."""
     for step in steps:
         ids = torch.randint(97, (4, 17), generator=torch.Generator().manual_seed(step))
         F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -93,7 +93,7 @@ def test_the_model_counts_as_block_parameters_what_muon_takes(arch: str) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_share_of_each_peak(name: str) -> None:
+def test_the_learning_rate_is_a_share_of_each_peak(name: str) -> None:
     model = tiny_model("modern")
     optimizer = build_optimizer(model, name, LR, ADAM_LR, DECAY)
     kinds = kinds_of(model)
@@ -128,7 +128,7 @@ def assert_steps_equal(
     theirs: torch.optim.Optimizer,
     blocks: bool = True,
 ) -> None:
-    """Six steps of both on the same random gradients end at the same weights, those of blocks' matrices if asked."""
+    """Assert that six steps of both on the same random gradients give the same weights; block matrices only with `blocks`."""
     twins = dict(twin.named_parameters())
     for _ in range(6):
         for name, parameter in model.named_parameters():
@@ -142,7 +142,7 @@ def assert_steps_equal(
 
 
 def split(model: GPTModel, *endings: str) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """The parameters whose names end so, and the others."""
+    """Return the parameters whose names have one of these endings, and the others."""
     named = list(model.named_parameters())
     return (
         [parameter for name, parameter in named if name.endswith(endings)],
@@ -159,7 +159,7 @@ def test_adamw_equals_torch() -> None:
 
 
 def matrix(n_rows: int, n_columns: int, smallest: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random matrix of norm 1 whose singular values go down to `smallest`, and U V^T of its SVD."""
+    """Return a random matrix of norm 1 whose singular values go down to `smallest`, and U V^T of its SVD."""
     drawn = torch.randn(n_rows, n_columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, values, vh = torch.linalg.svd(drawn, full_matrices=False)
     values = torch.logspace(0, -1, len(values), dtype=torch.float64)
@@ -190,11 +190,10 @@ def test_orthogonalize_equals_svd(shape: tuple[int, int], dtype: torch.dtype, sm
     assert torch.linalg.matrix_norm(found[0] - expected, 2) < slack
 
 
-def test_orthogonalize_takes_each_matrix_for_itself() -> None:
-    """And its length does not count, also where it is none."""
+def test_orthogonalize_treats_each_matrix_separately() -> None:
+    """The norm of a matrix does not matter, also where it is zero."""
     matrices = torch.stack([scale * matrix(16, 24, 0.1)[0].roll(i, 0) for i, scale in enumerate((1, 0.01, 1e4))])
-    together = orthogonalize(matrices)
-    for given, found in zip(matrices, together, strict=True):
+    for given, found in zip(matrices, orthogonalize(matrices), strict=True):
         torch.testing.assert_close(orthogonalize(given[None])[0], found)
         torch.testing.assert_close(orthogonalize(given[None] / given.norm())[0], found, atol=1e-3, rtol=0)
     assert torch.equal(orthogonalize(torch.zeros(2, 16, 24)), torch.zeros(2, 16, 24))
@@ -203,7 +202,7 @@ def test_orthogonalize_takes_each_matrix_for_itself() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_muon_by_hand(arch: str, dtype: torch.dtype) -> None:
-    """Three steps at changing rates: momentum as a running mean, Nesterov's look ahead, decay, the size of each shape."""
+    """Compute three steps at changing rates: momentum as a running mean, Nesterov's look-ahead, decay, the scale by shape."""
     model = tiny_model(arch)
     optimizer = build_optimizer(model, "muon", LR, ADAM_LR, DECAY, dtype)
     named = block_matrices(model)
@@ -225,7 +224,7 @@ def test_muon_by_hand(arch: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_muon_moves_each_direction_by_the_same(arch: str) -> None:
+def test_muon_moves_each_direction_equally(arch: str) -> None:
     """The first step is U V^T of the gradient's SVD, times sqrt(rows / columns) of a tall matrix."""
     model = tiny_model(arch)
     optimizer = build_optimizer(model, "muon", LR, ADAM_LR, 0.0)
@@ -254,8 +253,8 @@ def test_muon_leaves_the_rest_to_adamw(arch: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
-def test_muon_goes_where_torch_goes() -> None:
-    """torch's iterates in bfloat16 by other polynomials, so that singular values end between 0.7 and 1.2."""
+def test_muon_moves_as_torch_does() -> None:
+    """torch iterates in bfloat16 by other polynomials, so that singular values end between 0.7 and 1.2."""
     model, twin = tiny_model("modern"), tiny_model("modern")
     blocks = block_matrices(twin)
     ours = build_optimizer(model, "muon", LR, ADAM_LR, DECAY)
@@ -300,7 +299,7 @@ def test_galore_moves_block_matrices_in_a_subspace() -> None:
 
 @pytest.mark.parametrize("n_done", [1, 3, 6, 8])  # three more steps cross a new subspace, at 4 or 8, or do not
 @pytest.mark.parametrize(("name", "arch"), [*((name, "modern") for name in NAMES), ("galore_adamw", "gpt2")])
-def test_a_loaded_state_goes_on_as_if_never_saved(name: str, arch: str, n_done: int, tmp_path: Path) -> None:
+def test_a_loaded_state_continues_as_if_never_saved(name: str, arch: str, n_done: int, tmp_path: Path) -> None:
     model = tiny_model(arch)
     optimizer = build_optimizer(model, name, 1e-2, 3e-3, 0.1)
     train(model, optimizer, range(n_done))
@@ -322,7 +321,7 @@ def test_a_loaded_state_goes_on_as_if_never_saved(name: str, arch: str, n_done: 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_state_names_its_parameters_and_misses_none(name: str, arch: str) -> None:
+def test_a_state_names_all_its_parameters(name: str, arch: str) -> None:
     model = tiny_model(arch)
     optimizer = build_optimizer(model, name, 1e-2, 3e-3, 0.1)
     train(model, optimizer, range(1))
@@ -339,7 +338,7 @@ def test_a_state_names_its_parameters_and_misses_none(name: str, arch: str) -> N
             load_optimizer_tensors(model, optimizer, {key: value for key, value in tensors.items() if key != missing})
 
 
-def test_galore_that_is_not_installed_is_one_clear_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_galore_that_is_not_installed_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "galore_torch", None)  # an import of it then fails
     with pytest.raises(UserError, match=r"--optimizer galore_adamw needs galore-torch .*pip install galore-torch"):
         build_optimizer(tiny_model(), "galore_adamw", 1e-2, ADAM_LR, 0.0)

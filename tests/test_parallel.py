@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE_TOKENIZER, assert_user_error, environment, run_command
+from conftest import ROOT, SAMPLE_TOKENIZER, assert_user_error, curve, environment, newest, run_command
 from safetensors.torch import load_file
-from test_resume import curve, newest
 
 from gpt_model import GPTModel
 from gptkit.training.checkpoints import load_checkpoint, verify

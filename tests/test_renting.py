@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, environment
-from test_download import Hub, address, heed_interrupts, hub, settings  # noqa: F401  hub is a fixture
-from test_resume import n_reported, newest
+from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, environment, n_reported, newest, reset_signals
+from test_download import Hub, address, hub, settings  # noqa: F401  hub is a fixture
 
 from gptkit.training.checkpoints import verify
 from gptkit.training.signals import STOPPED
@@ -110,7 +109,7 @@ def start(repository: Path, variables: dict[str, str], *before: str) -> subproce
     """Start command.sh, behind a command such as nohup, in a session of its own."""
     arguments = [*before, repository / "exp002" / "command.sh"]
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-    options |= {"preexec_fn": heed_interrupts, "start_new_session": True, "encoding": "utf-8"}
+    options |= {"preexec_fn": reset_signals, "start_new_session": True, "encoding": "utf-8"}
     return subprocess.Popen(arguments, cwd="/", env=variables, **options)
 
 

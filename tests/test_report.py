@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_user_error, call_command
+from conftest import assert_user_error, call_command, small_run
 from test_demo import CHROMIUM, QUIET
-from test_resume import small_run
 
 from gptkit.report.charts import Curve, format_number, line_chart, thin, ticks
 from gptkit.report.page import format_count, render_page

@@ -1,22 +1,26 @@
-"""The whole road with the README's own commands, from JSONL to text, on the sample corpus."""
+"""The whole road with the README's own commands, from JSONL to generated text, on the sample corpus."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
-from conftest import SAMPLE, SAMPLE_TOKENIZER, run_command
+from conftest import SAMPLE, SAMPLE_TOKENS, call_command, run_command
 
 TINY = ("--n_layers", 1, "--emb_dim", 32, "--n_heads", 2, "--context_length", 32, "--batch_size", 4, "--max_steps", 20)
 
 
-def ok(script: str, *arguments: object, cwd: Path) -> str:
-    result = run_command(script, *arguments, cwd=cwd)
+def ok(script: str, *arguments: object, cwd: Path, run: Callable[..., CompletedProcess] = run_command) -> str:
+    """Run a command, assert that it ends well, and return what it prints."""
+    result = run(script, *arguments, cwd=cwd)
     assert result.returncode == 0, result.stderr
     assert "\r" not in result.stdout + result.stderr  # no progress bar in a file
     return result.stdout
 
 
 def test_from_jsonl_to_text(tmp_path: Path) -> None:
+    """Each command once as a process, which finds gptkit without this one's sys.path."""
     dataset, exp001 = tmp_path / "dataset", tmp_path / "exp001"
     dataset.mkdir()
     exp001.mkdir()
@@ -27,8 +31,7 @@ def test_from_jsonl_to_text(tmp_path: Path) -> None:
         *("--max_size_mb", "0.05", "--separator", "<|endoftext|>"),
         cwd=tmp_path,
     )
-    tokenizer = ("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER)
-    shared = (*tokenizer, "--n_epochs", 1, "--eval_freq", 10, "--eval_iter", 2, "--print_sample_iter", 10, *TINY)
+    shared = (*SAMPLE_TOKENS, "--n_epochs", 1, "--eval_freq", 10, "--eval_iter", 2, "--print_sample_iter", 10, *TINY)
     out = ok(
         "pretraining.py",
         *("--data_dir", "../dataset/001", "--use_pretokenized", "--pretokenized_dir", "../dataset/001_pretok"),
@@ -43,8 +46,8 @@ def test_from_jsonl_to_text(tmp_path: Path) -> None:
     outputs = exp001 / "model_checkpoints"
     metrics = [json.loads(line) for line in (outputs / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [record["step"] for record in metrics] == [10, 20]
-    named = {"step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s"}
-    assert named <= metrics[0].keys()
+    keys = {"step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s"}
+    assert keys <= metrics[0].keys()
     assert metrics[1]["tokens"] == 20 * 4 * 32
     assert metrics[1]["val_loss"] < metrics[0]["val_loss"] < 8
     assert (outputs / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -55,17 +58,20 @@ def test_from_jsonl_to_text(tmp_path: Path) -> None:
     first = ok("inference.py", *arguments, "--temperature", "0.8", "--seed", 5, cwd=tmp_path)
     assert first.startswith("吾輩は猫である。")
     assert len(first) > len("吾輩は猫である。") + 1
-    assert ok("inference.py", *arguments, "--temperature", "0.8", "--seed", 5, cwd=tmp_path) == first
-    assert ok("inference.py", *arguments, "--seed", 6, "--checkpoint", "best", cwd=tmp_path) != first
+    again = (*arguments, "--temperature", "0.8", "--seed", 5)
+    assert ok("inference.py", *again, cwd=tmp_path, run=call_command) == first
+    other = (*arguments, "--seed", 6, "--checkpoint", "best")
+    assert ok("inference.py", *other, cwd=tmp_path, run=call_command) != first
 
 
 def test_same_line_from_the_root_and_without_the_text(tmp_path: Path, sample_shards: Path) -> None:
-    """--use_pretokenized on a machine that has only the token shards; ../ dropped when run from the root."""
+    """--use_pretokenized works on a machine that has only the token shards; from the root the paths have no ../."""
     (tmp_path / "dataset").mkdir()
     shutil.copytree(sample_shards, tmp_path / "dataset" / "001")
-    tokenizer = ("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER)
-    folders = ("--data_dir", "dataset/001", "--pretokenized_dir", "dataset/001_pretok", "--use_pretokenized")
-    ok("pretokenize.py", *tokenizer, "--data_dir", "dataset/001", "--output_dir", "dataset/001_pretok", cwd=tmp_path)
+    tokens = ("--data_dir", "dataset/001", "--output_dir", "dataset/001_pretok")
+    ok("pretokenize.py", *SAMPLE_TOKENS, *tokens, cwd=tmp_path, run=call_command)
     shutil.rmtree(tmp_path / "dataset" / "001")
-    ok("pretraining.py", *tokenizer, *folders, *TINY, "--output_dir", "exp001/model_checkpoints", cwd=tmp_path)
+    folders = ("--data_dir", "dataset/001", "--pretokenized_dir", "dataset/001_pretok", "--use_pretokenized")
+    output = ("--output_dir", "exp001/model_checkpoints")
+    ok("pretraining.py", *SAMPLE_TOKENS, *folders, *TINY, *output, cwd=tmp_path, run=call_command)
     assert (tmp_path / "exp001" / "model_checkpoints" / "step_00000020" / "state.json").is_file()

@@ -1,4 +1,4 @@
-"""gptkit/run_log.py: what a run says and keeps, by a clock that the tests turn."""
+"""gptkit/training/run_log.py: what a run prints and writes, by a clock that the tests move."""
 
 import fcntl
 import json
@@ -33,7 +33,9 @@ def metrics_of(*steps: int) -> str:
     return "".join(json.dumps({"step": step, "tokens": step * 100, **VALUES}) + "\n" for step in steps)
 
 
-def test_a_report_is_a_line_and_an_object(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_is_a_printed_line_and_a_json_object(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = RunLog(tmp_path, first_step=0, total_steps=1000, tokens_per_step=2048, elapsed_s=0.0)
     clock.now += 20
     log.report(10, 1, **VALUES)
@@ -50,8 +52,8 @@ def test_a_report_is_a_line_and_an_object(tmp_path: Path, clock: Clock, capsys: 
     assert len(lines) == 2
 
 
-def test_a_resumed_log_counts_on(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    """The rate and the ETA are this session's, the elapsed time is the run's; reports after the checkpoint go."""
+def test_a_resumed_log_continues_its_counts(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rate and the ETA are this session's, the elapsed time is the run's; reports after the checkpoint are removed."""
     (tmp_path / "metrics.jsonl").write_text(metrics_of(10, 20, 30) + '{"step": 40, "tok')
     log = RunLog(tmp_path, first_step=20, total_steps=120, tokens_per_step=100, elapsed_s=500.0)
     assert (tmp_path / "metrics.jsonl").read_text() == metrics_of(10, 20)
@@ -78,7 +80,7 @@ def test_a_resumed_log_counts_on(tmp_path: Path, clock: Clock, capsys: pytest.Ca
         (metrics_of(10) + "\0\0\0\0", metrics_of(10)),  # as some file systems leave after a power cut
     ],
 )
-def test_what_a_resumed_run_does_again_is_dropped(content: str, kept: str, tmp_path: Path) -> None:
+def test_reports_that_a_resumed_run_makes_again_are_removed(content: str, kept: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
     truncate_jsonl(path, 20)
@@ -92,7 +94,7 @@ def test_a_new_run_has_no_metrics_yet(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_terminal_a_minute_is_the_longest_silence(
+def test_without_a_terminal_a_line_is_printed_every_minute(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = RunLog(tmp_path, first_step=0, total_steps=100, tokens_per_step=1, elapsed_s=0.0)
@@ -109,7 +111,7 @@ def test_without_a_terminal_a_minute_is_the_longest_silence(
 
 
 def test_a_run_whose_length_changes(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a budget of time: the number of steps and the ETA are the last ones said, in lines and reports."""
+    """With a budget of time, lines and reports show the latest number of steps and ETA."""
     log = RunLog(tmp_path, first_step=0, total_steps=100, tokens_per_step=1, elapsed_s=0.0)
     clock.now += 100
     log.step(1, 7)
@@ -151,8 +153,8 @@ def check_lines(output: str) -> None:
     assert lines[3:] == ["吾輩は", "猫である"]
 
 
-def test_in_a_file_there_is_no_carriage_return(tmp_path: Path) -> None:
-    """As under nohup: a bar there is a line of thousands of characters."""
+def test_a_log_file_has_no_carriage_return(tmp_path: Path) -> None:
+    """A bar, under nohup for example, would be a line of thousands of characters there."""
     result = subprocess.run(
         [sys.executable, "-c", CHILD.format(folder=str(tmp_path))], capture_output=True, env=environment(), timeout=60
     )
@@ -162,7 +164,7 @@ def test_in_a_file_there_is_no_carriage_return(tmp_path: Path) -> None:
     check_lines(result.stdout.decode())
 
 
-def test_on_a_terminal_a_bar_stands_clear_of_the_lines(tmp_path: Path) -> None:
+def test_on_a_terminal_a_bar_does_not_mix_with_the_lines(tmp_path: Path) -> None:
     terminal, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # without a width tqdm draws nothing
     child = subprocess.Popen(
@@ -191,7 +193,7 @@ def test_on_a_terminal_a_bar_stands_clear_of_the_lines(tmp_path: Path) -> None:
 
 
 def png_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, out of the header that a PNG begins with."""
+    """Return width and height in pixels, from the header at the beginning of a PNG."""
     raw = path.read_bytes()
     assert raw[:8] == b"\x89PNG\r\n\x1a\n"
     assert raw[12:16] == b"IHDR"
@@ -212,7 +214,7 @@ def test_the_loss_curve_is_a_picture(n_reports: int, tmp_path: Path) -> None:
 
 
 def test_the_loss_curve_shows_both_losses(tmp_path: Path) -> None:
-    """Each of them, and where one is not a number, changes the picture."""
+    """Each of them changes the picture, and so does a loss that is not a number."""
     pictures = set()
     for train_loss, val_loss in ((1.0, 2.0), (1.0, 3.0), (0.5, 2.0), (1.0, math.nan)):
         records = [
@@ -232,7 +234,7 @@ def test_a_picture_that_fails_is_a_warning(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "loss_curve.png").exists()
 
 
-def test_a_line_that_cannot_be_written_waits_for_the_next(
+def test_a_line_that_cannot_be_written_is_written_with_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(_: int) -> None:
@@ -252,8 +254,8 @@ def test_a_line_that_cannot_be_written_waits_for_the_next(
     assert [record["step"] for record in read_jsonl(log.metrics_path)] == [1, 2, 3]
 
 
-def test_samples_are_kept_as_reports_are(tmp_path: Path) -> None:
-    """Whole, whatever is in them; dropped where their steps are done again, by a resumed run or after a divergence."""
+def test_samples_are_written_as_reports_are(tmp_path: Path) -> None:
+    """They are complete, whatever is in them, and removed where a resumed run, or one that diverged, repeats their steps."""
     texts = ["春\n夏\u2028秋\x85", '"\\', "\ud842", ""]  # line ends of many kinds, half a surrogate pair
     log = RunLog(tmp_path, 0, 10, 8, 0.0)
     for step, text in enumerate(texts, start=1):

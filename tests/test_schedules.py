@@ -1,4 +1,4 @@
-"""gptkit/schedules.py: values worked out by hand."""
+"""gptkit/training/schedules.py: values worked out by hand."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_without_warmup_it_begins_at_the_peak() -> None:
     )
 
 
-def test_one_step_of_warmup_is_none() -> None:
+def test_one_step_of_warmup_is_as_good_as_none() -> None:
     assert rates(9, warmup_steps=1) == rates(9, warmup_steps=0)
 
 

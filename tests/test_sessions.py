@@ -1,4 +1,4 @@
-"""gptkit/sessions.py: sessions.jsonl through an end, a stop, an error, a kill, a resume and a full disk."""
+"""gptkit/training/sessions.py: sessions.jsonl through an end, a stop, an error, a kill, a resume and a full disk."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ class Settings:
 
 
 def ends(folder: Path) -> list[tuple[int, str | None]]:
-    """The step at which each session began, and how it ended."""
+    """Return the step at which each session began, and how it ended."""
     return [(line["step"], line.get("end", {}).get("how")) for line in read_jsonl(folder / "sessions.jsonl")]
 
 
@@ -67,7 +67,7 @@ def test_a_full_disk_is_a_warning_and_the_end_is_written_when_there_is_room(
     assert ends(tmp_path) == [(0, "finished")]
 
 
-def test_the_environment_names_no_machine(tmp_path: Path) -> None:
+def test_the_environment_does_not_identify_the_machine(tmp_path: Path) -> None:
     found = environment(torch.device("cpu"), torch.float32)
     assert found["torch"] == torch.__version__
     assert found["dtype"] == "float32"

@@ -1,32 +1,44 @@
-"""SIGTERM, SIGINT and SIGHUP in each phase of a run: a state to go on from within 10 seconds, exit code 75, and an
-end that is byte for byte the one of a run that was never stopped.
+"""SIGTERM, SIGINT and SIGHUP in each phase of a run: within 10 seconds there is a checkpoint, and exit code 75.
+
+The run that resumes from it ends byte for byte like one that was never stopped.
 """
 
 import json
-import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import command, environment, run_command
-from test_resume import curve, n_reported, newest, small_run
+from conftest import (
+    ROOT,
+    call_command,
+    command,
+    curve,
+    n_reported,
+    newest,
+    small_run,
+    start_process,
+)
 
 from gptkit.training.checkpoints import verify
 from gptkit.training.signals import STOPPED
 
-STEPS = ("--max_steps", 200)  # enough for a signal to come in time
+STEPS = ("--max_steps", 60)  # enough for a signal to come in time
 
 
 def run_until(
     output: Path, arguments: tuple[object, ...], is_time: Callable[[str], bool], number: int
 ) -> tuple[int, float, str]:
-    """Start the run, send it a signal once `is_time` of what it has printed; exit code, seconds it took, its errors."""
+    """Start the run and send it a signal once `is_time` of what it has printed.
+
+    Return its exit code, the seconds from the signal to the end, and its standard error.
+    """
     log, errors = output.with_suffix(".log"), output.with_suffix(".err")
     with open(log, "w") as out, open(errors, "w") as err:
-        process = subprocess.Popen(command("pretraining.py", *arguments), env=environment(), stdout=out, stderr=err)
+        process = start_process(command("pretraining.py", *arguments), stdout=out, stderr=err)
     deadline = time.monotonic() + 120
     while not is_time(log.read_text("utf-8")):
         assert process.poll() is None, errors.read_text("utf-8")
@@ -39,15 +51,10 @@ def run_until(
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -> Path:
-    return Path(shutil.copytree(sample_shards, tmp_path_factory.mktemp("signals") / "001"))
-
-
-@pytest.fixture(scope="module")
-def whole(shards: Path) -> Path:
-    """A run that nobody stopped."""
-    output = shards.parent / "whole"
-    result = run_command("pretraining.py", *small_run(shards, output, "muon"), *STEPS)
+def whole(tmp_path_factory: pytest.TempPathFactory, short_shards: Path) -> Path:
+    """Return the output of a run that nobody stopped."""
+    output = tmp_path_factory.mktemp("signals") / "whole"
+    result = call_command("pretraining.py", *small_run(short_shards, output, "muon"), *STEPS)
     assert result.returncode == 0, result.stderr
     return output
 
@@ -66,16 +73,16 @@ def whole(shards: Path) -> Path:
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_a_signal_in_any_phase(
-    tmp_path: Path, shards: Path, whole: Path, phase: str, number: signal.Signals, more: tuple[object, ...]
+    tmp_path: Path, short_shards: Path, whole: Path, phase: str, number: signal.Signals, more: tuple[object, ...]
 ) -> None:
     output = tmp_path / "out"
-    arguments = (*small_run(shards, output, "muon"), *STEPS)
+    arguments = (*small_run(short_shards, output, "muon"), *STEPS)
     is_time = {
-        "start": lambda said: (output / ".lock").exists(),
-        "training": lambda said: "time: about" in said,
-        "evaluation": lambda said: "step 3/" in said,
-        "sampling": lambda said: "after step 5:" in said,
-        "saving": lambda said: any(output.glob(".step_*.partial")),
+        "start": lambda printed: (output / ".lock").exists(),
+        "training": lambda printed: "time: about" in printed,
+        "evaluation": lambda printed: "step 3/" in printed,
+        "sampling": lambda printed: "after step 5:" in printed,
+        "saving": lambda printed: any(output.glob(".step_*.partial")),
     }[phase]
     code, seconds, errors = run_until(output, (*arguments, *more), is_time, number)
     assert code == STOPPED == 75, errors
@@ -88,21 +95,24 @@ def test_a_signal_in_any_phase(
         verify(newest(output))
         assert not list(output.glob(".step_*.partial"))
 
-    result = run_command("pretraining.py", *arguments)
+    result = call_command("pretraining.py", *arguments)
     assert result.returncode == 0, result.stderr
     for file in ("model.safetensors", "training.safetensors"):
         assert (newest(output) / file).read_bytes() == (newest(whole) / file).read_bytes(), file
-    if phase in ("start", "training"):  # else its reports were others
+    if phase in ("start", "training"):  # in the others it reported at other steps
         last = slice(-1, None) if phase == "training" else slice(None)
         assert [r["val_loss"] for r in curve(output)[last]] == [r["val_loss"] for r in curve(whole)[last]]
 
 
-def test_a_signal_while_the_model_is_compiled(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_signal_while_the_model_is_compiled(
+    tmp_path: Path, short_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The compiler's own processes end too."""
     cache, output = tmp_path / "inductor", tmp_path / "out"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    arguments = (*small_run(shards, output, "muon"), *STEPS, "--compile")
-    code, seconds, errors = run_until(output, arguments, lambda said: any(cache.rglob("*.cpp")), signal.SIGTERM)
+    arguments = (*small_run(short_shards, output, "muon"), *STEPS, "--compile")
+    code, seconds, errors = run_until(output, arguments, lambda printed: any(cache.rglob("*.cpp")), signal.SIGTERM)
     assert code == STOPPED, errors
     assert seconds < 10
     assert "stopped by SIGTERM: " in errors
@@ -110,23 +120,22 @@ def test_a_signal_while_the_model_is_compiled(tmp_path: Path, shards: Path, monk
     assert not output.exists() or not any(output.glob("*step_*"))
 
 
-def test_a_stop_between_two_reports_leaves_no_trace(tmp_path: Path, shards: Path, whole: Path) -> None:
+def test_a_stop_between_two_reports_leaves_no_trace(tmp_path: Path, short_shards: Path, whole: Path) -> None:
     """The training loss of a report is the mean of all steps since the last one, also those of an earlier session."""
     output = tmp_path / "out"
-    arguments = (*small_run(shards, output, "muon"), *STEPS)
-    code, _, errors = run_until(output, arguments, lambda said: n_reported(output) >= 20, signal.SIGTERM)
+    arguments = (*small_run(short_shards, output, "muon"), *STEPS)
+    code, _, errors = run_until(output, arguments, lambda printed: n_reported(output) >= 20, signal.SIGTERM)
     assert code == STOPPED, errors
     state = json.loads((newest(output) / "state.json").read_bytes())
     assert state["n_losses"] == state["step"] % 10
-    assert run_command("pretraining.py", *arguments).returncode == 0
+    assert call_command("pretraining.py", *arguments).returncode == 0
     assert curve(output) == curve(whole)
 
 
-def test_nohup_stays_deaf_to_the_terminal(tmp_path: Path, shards: Path) -> None:
+def test_under_nohup_a_closed_terminal_is_ignored(tmp_path: Path, short_shards: Path) -> None:
     output = tmp_path / "out"
-    process = subprocess.Popen(
-        ["nohup", *command("pretraining.py", *small_run(shards, output, "muon"), *STEPS)],
-        env=environment(),
+    process = start_process(
+        ["nohup", *command("pretraining.py", *small_run(short_shards, output, "muon"), *STEPS)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -145,9 +154,8 @@ def test_a_second_signal_quits_at_once(tmp_path: Path) -> None:
         "stop = StopSignals()\nstop.at_once = False\nprint('ready', flush=True)\n"
         "while not stop.received:\n    time.sleep(0.01)\nprint(stop.received, flush=True)\ntime.sleep(60)\n"
     )
-    root = Path(__file__).resolve().parent.parent
-    process = subprocess.Popen(
-        [*command("x")[:1], str(script), str(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    process = start_process(
+        [sys.executable, str(script), str(ROOT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
