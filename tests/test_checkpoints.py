@@ -5,7 +5,6 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from gptkit.training.checkpoints import (
     STATE_FILE,
     SUMS_FILE,
     TRAINING_FILE,
-    BackgroundSaver,
     DamagedCheckpoint,
     choose_checkpoint,
     find_checkpoints,
@@ -273,44 +271,6 @@ def test_names_are_those_of_the_bare_model(tmp_path: Path) -> None:
     wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in bare.state_dict().items()}
     folder = save_checkpoint(tmp_path, state, wrapped, {}, TOKENIZER)
     assert torch.equal(load_model(folder, lambda _: nn.Linear(2, 2), 7, CPU).weight, bare.weight)
-
-
-def test_a_background_save_has_the_weights_of_its_moment(tmp_path: Path) -> None:
-    warnings: list[str] = []
-    saver = BackgroundSaver(tmp_path, 1, warnings.append)
-    weights = {"w": torch.ones(1000)}
-    drawn: list[int] = []
-    for step in (1, 2, 3):
-        saver.save({"step": step, "val_loss": None}, weights, {}, TOKENIZER, then=lambda step=step: drawn.append(step))
-        weights["w"].add_(1)  # as training does meanwhile
-    saver.wait()
-    assert (steps(tmp_path), drawn, warnings, saver.failure) == ([3], [1, 2, 3], [], None)
-    assert read_tensors(tmp_path / "step_00000003", MODEL_FILE, CPU)["w"].unique().tolist() == [3.0]
-
-
-def test_a_background_save_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    warnings: list[str] = []
-    saver = BackgroundSaver(tmp_path, 1, warnings.append)
-    saver.save({"step": 1, "val_loss": None}, {"w": torch.ones(9)}, {}, TOKENIZER)
-    saver.wait()
-    before = contents(tmp_path)
-    for failing in (
-        lambda: monkeypatch.setattr(checkpoints, "save_file", fail(SafetensorError("No space left on device"))),
-        lambda: monkeypatch.setattr(checkpoints, "save_file", fail(OSError(errno.EIO, "broken disk"))),
-        lambda: monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20)),
-    ):
-        failing()
-        saver.save({"step": 2, "val_loss": None}, {"w": torch.ones(9)}, {}, TOKENIZER)
-        saver.wait()
-        monkeypatch.undo()
-        assert saver.failure
-        assert "step 2" in saver.failure
-        assert contents(tmp_path) == before
-    assert len(warnings) == 3
-    saver.save({"step": 3, "val_loss": None}, {"w": torch.ones(9)}, {}, TOKENIZER)
-    saver.wait()
-    assert saver.failure is None
-    assert steps(tmp_path) == [3]
 
 
 def test_a_pickle_is_refused_by_name(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ code, sys.argv = sys.argv[1], ["pretraining.py", *sys.argv[2:]]
 import torch, pretraining
 from gptkit.base.cli import run_command
 exec(code)
-run_command(pretraining.PretrainingConfig, pretraining.run)
+run_command(pretraining.PretrainingConfig, pretraining.launch)
 """
 
 
@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, short_shards: Path) -> 
     result = call_command("pretraining.py", *small_run(short_shards, output, "muon"), *arguments)
     assert result.returncode == 0, result.stderr
     assert "step_00000030 is damaged (training.safetensors is not what was saved)" in result.stderr
-    assert f"going on from {output / 'step_00000020'}" in result.stdout
+    assert f"resuming from {output / 'step_00000020'}" in result.stdout
     assert (output / "step_00000030.damaged").is_dir()
     assert path.read_bytes() == (newest(whole) / "training.safetensors").read_bytes()
     assert curve(output) == curve(whole)
@@ -214,7 +214,7 @@ def test_which_settings_may_change_and_which_may_not(tmp_path: Path, short_shard
     arguments = (*small_run(short_shards, output, "adamw"), "--max_steps", 2)
     assert call_command("pretraining.py", *arguments).returncode == 0
     may_not = {
-        "--batch_size": (2, "number of sequences a step", "(8, now 4)"),
+        "--batch_size": (2, "number of sequences per step", "(8, now 4)"),
         "--optimizer": ("muon", "--optimizer", "(adamw, now muon)"),
         "--seed": (7, "--seed", "(123, now 7)"),
         "--val_fraction": (0.3, "--val_fraction", "(0.01, now 0.3)"),
@@ -297,7 +297,7 @@ torch.nn.utils.clip_grad_norm_ = fill
     assert "code 2" in result.stderr
     assert "step_00000010" in result.stderr
     assert "step_00000020" not in result.stderr.partition("code 2")[2].partition("going on")[0]
-    assert f"going on from {disk / 'out' / 'step_00000010'}" in result.stdout
+    assert f"resuming from {disk / 'out' / 'step_00000010'}" in result.stdout
     assert call_command("pretraining.py", *small_run(short_shards, whole, "muon"), *steps).returncode == 0
     saved = tmp_path / "saved"
     assert (newest(saved) / "model.safetensors").read_bytes() == (newest(whole) / "model.safetensors").read_bytes()

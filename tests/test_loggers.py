@@ -82,7 +82,7 @@ def test_tensorboard(tmp_path: Path, short_shards: Path) -> None:
     (newest(output) / "model.safetensors").write_bytes(b"damaged")  # so that it resumes from step 2
     result = call_command("pretraining.py", *arguments, *often, "--max_steps", 5)
     assert result.returncode == 0, result.stderr
-    assert "going on from" in result.stdout
+    assert "resuming from" in result.stdout
     metrics = read_jsonl(output / "metrics.jsonl")
     assert [report["step"] for report in metrics] == [1, 2, 3, 4, 5]
     found = shown_by_tensorboard(output / "tensorboard")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SEPARATOR, assert_user_error, call_command, command, write_jsonl
+from conftest import SEPARATOR, assert_user_error, call_command, command, reset_signals, write_jsonl
 
 SCRIPT = "dataset/prepare_aozora_jsonl.py"
 MIB = 1024 * 1024
@@ -404,15 +404,11 @@ def test_a_failed_run_keeps_the_old_result(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == before
 
 
-def heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs the tests in the background ignores them
-
-
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_stopped_in_the_middle_leaves_nothing_that_looks_finished(tmp_path: Path, kind: signal.Signals) -> None:
     source = large_jsonl(tmp_path / "a.jsonl")
     arguments = prepare_command(source, tmp_path / "out", "--max_size_mb", 1)
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)  # noqa: PLW1509
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=reset_signals)  # noqa: PLW1509
     assert process.stderr
     assert process.stderr.readline().startswith("shard 1: ")
     process.send_signal(kind)

@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
-from test_resume import curve, n_reported, newest, small_run
+from conftest import ROOT, curve, environment, n_reported, newest, small_run
 
 from gptkit.training.optimizers import OPTIMIZERS
 

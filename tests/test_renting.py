@@ -129,7 +129,7 @@ def test_command_runs_all_steps_and_later_only_those_whose_result_is_missing(
     pod: dict[str, str],
     hub: Hub,  # noqa: F811
 ) -> None:
-    hub.body = hub.told_body = gzip.compress(SAMPLE.read_bytes(), mtime=0)
+    hub.body = hub.described_body = gzip.compress(SAMPLE.read_bytes(), mtime=0)
     code, printed = run(repository, pod | {"HF_ENDPOINT": address(hub)})
     assert code == 0, printed
     assert "finished 6 steps" in printed

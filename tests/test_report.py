@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import assert_user_error, call_command, small_run
-from test_demo import CHROMIUM, QUIET
+from test_demo import CHROMIUM, NO_BACKGROUND_TRAFFIC
 
 from gptkit.report.charts import Curve, format_number, line_chart, thin, ticks
 from gptkit.report.page import format_count, render_page
@@ -285,7 +285,7 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(NO_BACKGROUND_TRAFFIC))
         yield browser
         browser.close()
 

@@ -41,7 +41,7 @@ def test_killed_twice_equals_never_stopped(tmp_path: Path, short_shards: Path, o
     run_and_kill(run_stopped, stopped, step=steps_per_epoch + 20)
     result = call_command("pretraining.py", *run_stopped)
     assert result.returncode == 0, result.stderr
-    resumed_at = int(result.stdout.partition("going on from ")[2].split()[0][-8:])
+    resumed_at = int(result.stdout.partition("resuming from ")[2].split()[0][-8:])
     assert steps_per_epoch < resumed_at < 2 * steps_per_epoch
 
     for file in ("model.safetensors", "training.safetensors"):
@@ -62,7 +62,7 @@ def test_max_minutes_stops_and_the_same_command_resumes(tmp_path: Path, short_sh
     assert curve(output) == []  # a stop reports nothing that a run without it would not
     assert "stopped at step 1 of 3" in first.stdout
     second = call_command("pretraining.py", *arguments)
-    assert "going on from" in second.stdout
+    assert "resuming from" in second.stdout
     assert newest(output).name == "step_00000003"
 
     whole = tmp_path / "whole"

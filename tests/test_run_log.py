@@ -104,7 +104,7 @@ def test_without_a_terminal_a_line_is_printed_every_minute(
     assert capsys.readouterr().out.splitlines() == [
         f"step {n_done}/100, ETA {format_duration(25 * (100 - n_done))}" for n_done in (3, 6, 9)
     ]
-    log.say("a sample")
+    log.print_line("a sample")
     clock.now += 25
     log.step(11, 100)
     assert capsys.readouterr().out == "a sample\n"
@@ -142,7 +142,7 @@ log = RunLog(Path({{folder!r}}), 0, 7, 10, 0.0)
 for n_done in (1, 2, 3):
     log.step(n_done, 3)
     log.report(n_done, 1, train_loss=1.0, val_loss=2.0, lr=0.1, grad_norm=0.5)
-log.say("吾輩は\\n猫である")
+log.print_line("吾輩は\\n猫である")
 log.close()
 """
 

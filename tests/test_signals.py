@@ -151,7 +151,7 @@ def test_a_second_signal_quits_at_once(tmp_path: Path) -> None:
     script = tmp_path / "waits.py"
     script.write_text(
         "import sys, time\nsys.path.insert(0, sys.argv[1])\nfrom gptkit.training.signals import StopSignals\n"
-        "stop = StopSignals()\nstop.at_once = False\nprint('ready', flush=True)\n"
+        "stop = StopSignals()\nstop.exits_at_once = False\nprint('ready', flush=True)\n"
         "while not stop.received:\n    time.sleep(0.01)\nprint(stop.received, flush=True)\ntime.sleep(60)\n"
     )
     process = start_process(
