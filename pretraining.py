@@ -46,9 +46,9 @@ from gptkit.training.planning import Plan, choose_plan, require_same_run, run_id
 from gptkit.training.run import Run, announce, closing_message, finished_message, require_disk_space
 from gptkit.training.run_log import RunLog
 from gptkit.training.saver import Saver
-from gptkit.training.sessions import check_output_dir, environment, lock_output, record_session
+from gptkit.training.sessions import check_output_dir, describe_environment, lock_output, record_session
 from gptkit.training.settings import BATCH_SIZE, TrainingSettings, check_training_settings, configure_optimizer
-from gptkit.training.signals import STOPPED, StopSignals
+from gptkit.training.signals import EXIT_STOPPED, StopSignals
 
 DIMENSIONS = ("arch", "context_length", "emb_dim", "n_layers", "n_heads", "n_kv_heads", "qkv_bias")
 
@@ -121,7 +121,7 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> Non
                 print(f"resuming from {checkpoint}")
                 warn_changed_settings(state.get("settings"), run.settings_dict(), run.step)
                 checkpoints.set_aside_newer(checkpoint)
-            with record_session(output_dir, run.step, config, environment(device, dtype)) as end:
+            with record_session(output_dir, run.step, config, describe_environment(device, dtype)) as end:
                 train(run, guard, saver, started_at, stop, end)
 
 
@@ -334,7 +334,7 @@ def launch(config: PretrainingConfig) -> None:
             main(config, started_at, stop)
     except process_group.ProcessLost as error:
         print(f"error: {error}; run the same command to resume from the newest checkpoint", file=sys.stderr)
-        raise SystemExit(STOPPED)
+        raise SystemExit(EXIT_STOPPED)
     except BatchTooLarge as error:
         if not config.auto_batch or not error.flags:
             raise

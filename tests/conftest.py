@@ -144,7 +144,7 @@ def write_jsonl(path: Path, texts: list[str], **meta: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sample_works() -> list[str]:
+def sample_texts() -> list[str]:
     """Return the texts of the sample."""
     return [json.loads(line)["text"] for line in SAMPLE.read_text("utf-8").splitlines()]
 
@@ -185,10 +185,10 @@ def sample_tokens(sample_shards: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def short_shards(tmp_path_factory: pytest.TempPathFactory, sample_works: list[str]) -> Path:
+def short_shards(tmp_path_factory: pytest.TempPathFactory, sample_texts: list[str]) -> Path:
     """Return text shards, with token shards beside them, of which an epoch of small_run takes 40 steps; do not change them."""
     folder = tmp_path_factory.mktemp("short")
-    shards = make_text_shards(write_jsonl(folder / "short.jsonl", sample_works[:N_SHORT]), folder / "001")
+    shards = make_text_shards(write_jsonl(folder / "short.jsonl", sample_texts[:N_SHORT]), folder / "001")
     make_token_shards(shards)
     return shards
 

@@ -32,11 +32,11 @@ TWO_STEPS = (*SAMPLE_TOKENS, *TINY_MODEL, "--max_steps", 2)
 
 
 @pytest.fixture
-def shards(tmp_path: Path, sample_works: list[str]) -> Path:
+def shards(tmp_path: Path, sample_texts: list[str]) -> Path:
     """Return a folder with a plain text shard."""
     folder = tmp_path / "001"
     folder.mkdir()
-    text = "".join(document + SEPARATOR for document in sample_works[:4])
+    text = "".join(document + SEPARATOR for document in sample_texts[:4])
     (folder / "combined_0001.txt").write_text(text, "utf-8")
     return folder
 

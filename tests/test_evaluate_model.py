@@ -16,7 +16,7 @@ import evaluate_model
 from evaluate_model import EvaluationConfig
 from gpt_model import GPTConfig, GPTModel
 from gptkit.base.cli import UserError
-from gptkit.training.checkpoints import write_sums
+from gptkit.training.checkpoints import write_checksums
 
 CONTEXT = 16  # of `trained`
 DOCUMENTS = ["雨が降る。\n　猫が鳴いた。ABC𠮟る\n" * 5, "風。", "「行こう」と言って、二人は坂を下りた。"]
@@ -106,7 +106,7 @@ def test_the_first_documents_alone(measured, trained: Path, text: Path) -> None:
 
 def sign(checkpoint: Path) -> None:
     """Write checksums of the files that a test has changed."""
-    write_sums(checkpoint, [path for path in checkpoint.rglob("*.*") if path.is_file()])
+    write_checksums(checkpoint, [path for path in checkpoint.rglob("*.*") if path.is_file()])
 
 
 def test_newest_and_best(measured, trained: Path, text: Path, tmp_path: Path) -> None:

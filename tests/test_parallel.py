@@ -20,7 +20,7 @@ from conftest import ROOT, SAMPLE_TOKENIZER, assert_user_error, curve, environme
 from safetensors.torch import load_file
 
 from gpt_model import GPTModel
-from gptkit.training.checkpoints import load_checkpoint, verify
+from gptkit.training.checkpoints import load_checkpoint, verify_checkpoint
 
 STEPS = 40
 RUN = (
@@ -106,7 +106,7 @@ def assert_same_run(found: Path, wanted: Path) -> None:
         for name in ("train_loss", "val_loss", "lr"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-4), (ours, theirs)
         assert ours["tokens"] == theirs["tokens"]
-    verify(newest(found))
+    verify_checkpoint(newest(found))
     weights, expected = (load_file(newest(output) / "model.safetensors") for output in (found, wanted))
     assert weights.keys() == expected.keys()
     for name, tensor in weights.items():
@@ -171,7 +171,7 @@ def test_a_run_resumes_with_another_number_of_processes(tmp_path: Path, shards: 
     stopped = finish(agent)
     assert "stopped by SIGTERM" in stopped.stderr
     assert stopped.stderr.count("run the same command to resume") == 1
-    verify(newest(output))
+    verify_checkpoint(newest(output))
     assert 10 <= int(newest(output).name[-8:]) < STEPS
 
     result = finish(start(torchrun(4, *same, "--parallel", "fsdp", "--max_minutes", 1e-5)))

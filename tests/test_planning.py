@@ -29,14 +29,14 @@ MODEL = object()
 def test_the_sequences_of_a_step_stay(
     before: tuple[int, int, int], n_processes: int, expected: tuple[int, int]
 ) -> None:
-    found = Plan(MODEL, *before).shared_by(n_processes)
+    found = Plan(MODEL, *before).for_processes(n_processes)
     assert (found.batch_size, found.grad_accum_steps, found.n_processes) == (*expected, n_processes)
     assert found.sequences_per_step == before[0] * before[1] * before[2]
 
 
 def test_what_cannot_be_shared_equally_is_refused() -> None:
     with pytest.raises(UserError, match=r"32 sequences per step, which 3 processes cannot share"):
-        Plan(MODEL, 8, 4, 1).shared_by(3)
+        Plan(MODEL, 8, 4, 1).for_processes(3)
 
 
 def test_the_same_command_keeps_the_sequences_of_a_step_and_another_one_is_taken_at_its_word() -> None:

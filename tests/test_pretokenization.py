@@ -105,18 +105,18 @@ def redone(folder: Path, before: dict[str, int]) -> set[str]:
 
 @pytest.mark.parametrize("max_size_mb", [0.01, 0.05])
 def test_every_document_is_tokenized_once_with_one_end_of_text(
-    tmp_path: Path, sample_works: list[str], max_size_mb: float
+    tmp_path: Path, sample_texts: list[str], max_size_mb: float
 ) -> None:
     text = prepare(SAMPLE, tmp_path / "text", max_size_mb)
     manifest = pretokenize(text, tmp_path / "out", LOSSLESS, 0.1)
     train, val = read_documents(tmp_path / "out", "train"), read_documents(tmp_path / "out", "val")
     assert val
-    assert sorted(train + val) == sorted(sample_works)
-    assert [document for document in sample_works if document in set(train)] == train  # in the text's order
+    assert sorted(train + val) == sorted(sample_texts)
+    assert [document for document in sample_texts if document in set(train)] == train  # in the text's order
     assert not set(train) & set(val)
     counted = [manifest[name] for name in ("documents", "tokens", "characters", "unknown_tokens")]
-    n_characters = sum(map(len, sample_works))
-    assert counted == [len(sample_works), n_characters + len(sample_works), n_characters, 0]
+    n_characters = sum(map(len, sample_texts))
+    assert counted == [len(sample_texts), n_characters + len(sample_texts), n_characters, 0]
     for split, documents in (("train", train), ("val", val)):
         assert manifest[split]["documents"] == len(documents)
         assert manifest[split]["characters"] == sum(map(len, documents))
@@ -124,10 +124,10 @@ def test_every_document_is_tokenized_once_with_one_end_of_text(
     streams = open_tokens(tmp_path / "out", load_manifest(tmp_path / "out", LOSSLESS))
     assert [len(streams["train"]), len(streams["val"])] == [manifest[split]["tokens"] for split in ("train", "val")]
     n_ends = sum(np.count_nonzero(s.read(0, len(s)) == LOSSLESS.end_of_text_id) for s in streams.values())
-    assert n_ends == len(sample_works)
+    assert n_ends == len(sample_texts)
 
 
-def test_the_command_with_a_real_tokenizer(tmp_path: Path, sample_shards: Path, sample_works: list[str]):
+def test_the_command_with_a_real_tokenizer(tmp_path: Path, sample_shards: Path, sample_texts: list[str]):
     result = call_command(
         "pretokenize.py",
         *("--data_dir", sample_shards, "--output_dir", tmp_path / "out", "--num_workers", 1),
@@ -136,15 +136,15 @@ def test_the_command_with_a_real_tokenizer(tmp_path: Path, sample_shards: Path, 
     assert result.returncode == 0, result.stderr
     processor = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
     end = processor.eos_id()
-    expected = [processor.encode(document) for document in sample_works]
+    expected = [processor.encode(document) for document in sample_texts]
     found: list[list[int]] = []
     for split in ("train", "val"):
         ids = np.concatenate([np.load(path) for path in sorted((tmp_path / "out").glob(f"{split}_*.npy"))])
         ends = np.flatnonzero(ids == end)
         found += [part[part != end].tolist() for part in np.split(ids, ends)[: len(ends)]]
     assert sorted(found) == sorted(expected)
-    n_tokens, n_characters = sum(map(len, expected)) + len(expected), sum(map(len, sample_works))
-    assert f"{len(sample_works)} documents, {n_tokens:,} tokens" in result.stderr
+    n_tokens, n_characters = sum(map(len, expected)) + len(expected), sum(map(len, sample_texts))
+    assert f"{len(sample_texts)} documents, {n_tokens:,} tokens" in result.stderr
     assert f"{n_characters / n_tokens:.2f} characters per token, 0 unknown" in result.stderr
     assert "\r" not in result.stderr
     assert re.search(r"combined_0001\.txt: tokenized \(new\), [\d,]+ tokens, [\d.]+ MB/s, \d+ s left", result.stderr)

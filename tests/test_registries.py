@@ -18,10 +18,10 @@ import torch
 import pretraining
 from gptkit.training.optimizers import OPTIMIZERS, OptimizerSpec
 
-def build_sgd(parameters, rates, dtype):
+def build_sgd(parameters, settings, dtype):
     members = parameters.blocks + parameters.embeddings + parameters.vectors
-    group = {{"params": members, "peak_lr": rates.lr, "weight_decay": rates.weight_decay}}
-    return torch.optim.SGD([group], lr=rates.lr, momentum=0.9)
+    group = {{"params": members, "peak_lr": settings.lr, "weight_decay": settings.weight_decay}}
+    return torch.optim.SGD([group], lr=settings.lr, momentum=0.9)
 
 OPTIMIZERS["sgd"] = OptimizerSpec(
     build_sgd, default_lr=0.05, warmup_share=0.02, n_moments=1, state_keys=lambda group: ("momentum_buffer",)

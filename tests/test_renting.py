@@ -18,8 +18,8 @@ import yaml
 from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, environment, n_reported, newest, reset_signals
 from test_download import Hub, address, hub, settings  # noqa: F401  hub is a fixture
 
-from gptkit.training.checkpoints import verify
-from gptkit.training.signals import STOPPED
+from gptkit.training.checkpoints import verify_checkpoint
+from gptkit.training.signals import EXIT_STOPPED
 
 TASKS = ("cloud/sky.yaml", "cloud/sky_runpod.yaml")
 PROGRAMS = ("gpt_model.py", "pretraining.py", "pretokenize.py", "requirements.txt")
@@ -135,7 +135,7 @@ def test_command_runs_all_steps_and_later_only_those_whose_result_is_missing(
     assert "finished 6 steps" in printed
     assert SESSION.search(printed), printed
     assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
-    verify(newest(repository / "exp002" / "model_checkpoints"))
+    verify_checkpoint(newest(repository / "exp002" / "model_checkpoints"))
     assert len(hub.ranges) == 1
 
     shards = [*(repository / "dataset").rglob("manifest.json")]
@@ -170,12 +170,12 @@ def test_a_signal_reaches_training_once_and_leaves_the_pod_running(
     else:
         process.send_signal(number)
     printed = process.communicate(timeout=60)[0]
-    assert process.returncode == STOPPED, printed
+    assert process.returncode == EXIT_STOPPED, printed
     assert f"stopped by {number.name}: step" in printed
     assert SESSION.search(printed), printed
     assert printed.endswith("the pod is not stopped: a signal ended the run; run the same command to resume\n")
     assert runpodctl_calls(tmp_path) == ""
-    verify(newest(output))
+    verify_checkpoint(newest(output))
 
     change_script(prepared, "--max_steps 100000", f"--max_steps {n_reported(output) + 4}")
     code, printed = run(prepared, pod)
@@ -197,7 +197,7 @@ def test_a_signal_during_the_download_ends_the_command(
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=60)[0]
-    assert process.returncode == STOPPED, printed
+    assert process.returncode == EXIT_STOPPED, printed
     assert "a signal ended the run" in printed
     assert runpodctl_calls(tmp_path) == ""
     assert not (repository / "dataset" / "001").exists()
@@ -312,7 +312,7 @@ def test_skypilot_tasks_request_what_they_need(tmp_path: Path, monkeypatch: pyte
     task = yaml.safe_load((ROOT / name).read_text("utf-8"))
     resources = task["resources"]
     assert resources["any_of"] == [{"use_spot": True}, {"use_spot": False}]
-    assert resources["job_recovery"]["recover_on_exit_codes"] == [STOPPED]
+    assert resources["job_recovery"]["recover_on_exit_codes"] == [EXIT_STOPPED]
     assert (ROOT / task["envs"]["EXP_DIR"] / "command.sh").is_file()
     first = yaml.safe_load((ROOT / TASKS[0]).read_text("utf-8"))
     assert (task["setup"], task["run"]) == (first["setup"], first["run"])
@@ -328,6 +328,6 @@ def test_skypilot_tasks_request_what_they_need(tmp_path: Path, monkeypatch: pyte
         return
     parsed = sky.Task.from_yaml_config(task, env_overrides=[("BUCKET", "a-bucket")])
     assert {each.use_spot for each in parsed.resources} == {True, False}
-    assert {tuple(each.job_recovery["recover_on_exit_codes"]) for each in parsed.resources} == {(STOPPED,)}
+    assert {tuple(each.job_recovery["recover_on_exit_codes"]) for each in parsed.resources} == {(EXIT_STOPPED,)}
     unsupported = sky.clouds.RunPod._CLOUD_UNSUPPORTED_FEATURES.keys()
     assert parsed.get_required_cloud_features().isdisjoint(unsupported) == (name == TASKS[1])

@@ -12,7 +12,7 @@ from conftest import ROOT
 from gptkit.base.cli import setting
 from gptkit.training import sessions
 from gptkit.training.run_log import read_jsonl
-from gptkit.training.sessions import environment, git_revision, record_session
+from gptkit.training.sessions import describe_environment, git_revision, record_session
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def test_a_full_disk_is_a_warning_and_the_end_is_written_when_there_is_room(
 
 
 def test_the_environment_does_not_identify_the_machine(tmp_path: Path) -> None:
-    found = environment(torch.device("cpu"), torch.float32)
+    found = describe_environment(torch.device("cpu"), torch.float32)
     assert found["torch"] == torch.__version__
     assert found["dtype"] == "float32"
     assert str(ROOT) not in json.dumps(found)

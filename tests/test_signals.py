@@ -23,8 +23,8 @@ from conftest import (
     start_process,
 )
 
-from gptkit.training.checkpoints import verify
-from gptkit.training.signals import STOPPED
+from gptkit.training.checkpoints import verify_checkpoint
+from gptkit.training.signals import EXIT_STOPPED
 
 STEPS = ("--max_steps", 60)  # enough for a signal to come in time
 
@@ -85,14 +85,14 @@ def test_a_signal_in_any_phase(
         "saving": lambda printed: any(output.glob(".step_*.partial")),
     }[phase]
     code, seconds, errors = run_until(output, (*arguments, *more), is_time, number)
-    assert code == STOPPED == 75, errors
+    assert code == EXIT_STOPPED == 75, errors
     assert seconds < 10
     assert f"stopped by {number.name}: " in errors
     assert "Traceback" not in errors
     if phase == "start":
         assert not output.exists() or not any(output.glob("*step_*"))
     else:
-        verify(newest(output))
+        verify_checkpoint(newest(output))
         assert not list(output.glob(".step_*.partial"))
 
     result = call_command("pretraining.py", *arguments)
@@ -113,7 +113,7 @@ def test_a_signal_while_the_model_is_compiled(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
     arguments = (*small_run(short_shards, output, "muon"), *STEPS, "--compile")
     code, seconds, errors = run_until(output, arguments, lambda printed: any(cache.rglob("*.cpp")), signal.SIGTERM)
-    assert code == STOPPED, errors
+    assert code == EXIT_STOPPED, errors
     assert seconds < 10
     assert "stopped by SIGTERM: " in errors
     assert "Traceback" not in errors
@@ -125,7 +125,7 @@ def test_a_stop_between_two_reports_leaves_no_trace(tmp_path: Path, short_shards
     output = tmp_path / "out"
     arguments = (*small_run(short_shards, output, "muon"), *STEPS)
     code, _, errors = run_until(output, arguments, lambda printed: n_reported(output) >= 20, signal.SIGTERM)
-    assert code == STOPPED, errors
+    assert code == EXIT_STOPPED, errors
     state = json.loads((newest(output) / "state.json").read_bytes())
     assert state["n_losses"] == state["step"] % 10
     assert call_command("pretraining.py", *arguments).returncode == 0

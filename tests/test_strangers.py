@@ -213,7 +213,7 @@ def test_checkpoints_are_read_or_refused(checkpoint: Path, tmp_path: Path, token
         elif how == 2:
             content = mutate_bytes(weights[: 8 + length], rng) + weights[8 + length :]
         (folder / checkpoints.MODEL_FILE).write_bytes(content)
-        checkpoints.write_sums(folder, files)
+        checkpoints.write_checksums(folder, files)
 
     def read() -> None:
         chosen = checkpoints.choose_checkpoint(str(folder), "newest")

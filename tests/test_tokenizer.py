@@ -77,9 +77,9 @@ def hf_folder(folder: Path, model: bytes | None = None, tokenizer_json: str | No
 
 
 @pytest.fixture(scope="session")
-def lossless_model(sample_works: list[str]) -> bytes:
+def lossless_model(sample_texts: list[str]) -> bytes:
     return sentencepiece_model(
-        sample_works,
+        sample_texts,
         vocab_size=1800,
         model_type="bpe",
         byte_fallback=True,
@@ -91,36 +91,36 @@ def lossless_model(sample_works: list[str]) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def rinna_like_model(sample_works: list[str]) -> bytes:
+def rinna_like_model(sample_texts: list[str]) -> bytes:
     """A model like rinna's: NFKC, no byte fallback, no newline."""
     return sentencepiece_model(
-        sample_works, vocab_size=2000, normalization_rule_name="nmt_nfkc", control_symbols=["[PAD]", "[CLS]"]
+        sample_texts, vocab_size=2000, normalization_rule_name="nmt_nfkc", control_symbols=["[PAD]", "[CLS]"]
     )
 
 
 @pytest.fixture(scope="session")
-def byte_level_json(sample_works: list[str]) -> str:
+def byte_level_json(sample_texts: list[str]) -> str:
     """A BPE over bytes, like GPT-2's, with end-of-text after the last id and an added token that is not special."""
     bpe = HFTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(sample_works, trainer)
+    bpe.train_from_iterator(sample_texts, trainer)
     bpe.add_special_tokens([AddedToken(END, special=True)])
     bpe.add_tokens([AddedToken("――")])
     return bpe.to_str()
 
 
 @pytest.fixture(scope="session")
-def unigram_json(sample_works: list[str]) -> str:
+def unigram_json(sample_texts: list[str]) -> str:
     """A Unigram model, whose vocabulary holds the special tokens' names as pieces."""
     unigram = HFTokenizer(models.Unigram())
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     unigram.decoder = decoders.Metaspace()
     specials = ["<unk>", "<s>", "</s>"]
     trainer = trainers.UnigramTrainer(vocab_size=2500, special_tokens=specials, unk_token="<unk>", show_progress=False)
-    unigram.train_from_iterator(sample_works[:10], trainer)
+    unigram.train_from_iterator(sample_texts[:10], trainer)
     return unigram.to_str()
 
 
@@ -178,26 +178,26 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 # rinna's tokenizer: a SentencePiece model that has no newline, and lower case
 
 
-def test_ids_are_those_of_sentencepiece_on_lower_cased_lines(rinna_folder: Path, sample_works: list[str]) -> None:
+def test_ids_are_those_of_sentencepiece_on_lower_cased_lines(rinna_folder: Path, sample_texts: list[str]) -> None:
     tokenizer = load_hf(str(rinna_folder))
     reference = sentencepiece.SentencePieceProcessor(model_file=str(rinna_folder / "spiece.model"))
     newline = reference.vocab_size()
     assert (tokenizer.newline_id, tokenizer.vocab_size) == (newline, newline + 1)
-    for document in [*sample_works, *TRICKY, SPECIAL_IN_TEXT]:
+    for document in [*sample_texts, *TRICKY, SPECIAL_IN_TEXT]:
         expected: list[int] = []
         for number, line in enumerate(document.lower().split("\n")):
             expected += [newline] * (number > 0) + reference.encode(line)
         assert tokenizer.encode(document) == expected
 
 
-def test_unknown_stays_unknown_and_text_never_gives_end_of_text(rinna_folder: Path, sample_works: list[str]) -> None:
+def test_unknown_stays_unknown_and_text_never_gives_end_of_text(rinna_folder: Path, sample_texts: list[str]) -> None:
     tokenizer = load_hf(str(rinna_folder))
     reference = sentencepiece.SentencePieceProcessor(model_file=str(rinna_folder / "spiece.model"))
     assert (tokenizer.unknown_id, tokenizer.end_of_text_id) == (reference.unk_id(), reference.piece_to_id("</s>"))
     ids = tokenizer.encode("彼を𠮟る。龘")
     assert ids.count(reference.unk_id()) == 2
     assert tokenizer.end_of_text_id not in ids
-    assert all(tokenizer.end_of_text_id not in tokenizer.encode(document) for document in sample_works)
+    assert all(tokenizer.end_of_text_id not in tokenizer.encode(document) for document in sample_texts)
 
 
 def test_capital_letters_are_lower_cased(rinna_folder: Path) -> None:
@@ -224,11 +224,11 @@ def test_newlines_come_back_from_rinna(rinna_folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["lossless", "byte_level", "tiktoken"])
 def test_a_lossless_tokenizer_decodes_to_the_same_text(
-    tokenizers: dict[str, Tokenizer], name: str, sample_works: list[str]
+    tokenizers: dict[str, Tokenizer], name: str, sample_texts: list[str]
 ) -> None:
     tokenizer = tokenizers[name]
     assert tokenizer.newline_id is None  # it has its own
-    for text in [*sample_works, *TRICKY, SPECIAL_IN_TEXT]:
+    for text in [*sample_texts, *TRICKY, SPECIAL_IN_TEXT]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -288,12 +288,12 @@ def test_bytes_that_stand_for_a_space_are_decoded_to_one(
 
 @pytest.mark.usefixtures("no_network")
 def test_saved_files_load_the_same_tokenizer_without_a_network(
-    tokenizer: Tokenizer, tmp_path: Path, sample_works: list[str]
+    tokenizer: Tokenizer, tmp_path: Path, sample_texts: list[str]
 ) -> None:
     for name, content in tokenizer.files().items():
         (tmp_path / name).write_bytes(content)
     loaded = load_saved_tokenizer(tmp_path)
-    for text in [*sample_works[:10], *TRICKY, SPECIAL_IN_TEXT]:
+    for text in [*sample_texts[:10], *TRICKY, SPECIAL_IN_TEXT]:
         ids = tokenizer.encode(text)
         assert loaded.encode(text) == ids
         assert loaded.decode(ids) == tokenizer.decode(ids)
@@ -344,13 +344,13 @@ def test_fingerprint_changes_with_settings_and_with_the_librarys_ids(
 
 
 def test_ids_are_those_of_the_tokenizers_library(
-    byte_level_json: str, tokenizers: dict[str, Tokenizer], sample_works: list[str]
+    byte_level_json: str, tokenizers: dict[str, Tokenizer], sample_texts: list[str]
 ) -> None:
     tokenizer, reference = tokenizers["byte_level"], HFTokenizer.from_str(byte_level_json)
     assert tokenizer.end_of_text_id == reference.token_to_id(END) == 500
     assert tokenizer.vocab_size == reference.get_vocab_size() == 502
     assert tokenizer.unknown_id is None
-    for text in [*sample_works, *TRICKY]:
+    for text in [*sample_texts, *TRICKY]:
         assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
     assert 500 in reference.encode(SPECIAL_IN_TEXT).ids  # the library's default, which is not ours
     reference.encode_special_tokens = True
@@ -414,10 +414,10 @@ def test_special_tokens_map_is_read_and_tokenizer_config_overrides_it(rinna_like
 # tiktoken
 
 
-def test_ids_are_those_of_tiktoken(tokenizers: dict[str, Tokenizer], sample_works: list[str]) -> None:
+def test_ids_are_those_of_tiktoken(tokenizers: dict[str, Tokenizer], sample_texts: list[str]) -> None:
     tokenizer, reference = tokenizers["tiktoken"], tiktoken.get_encoding(OFFLINE)
     assert (tokenizer.vocab_size, tokenizer.end_of_text_id) == (reference.n_vocab, reference.eot_token)
-    for text in [*sample_works, *TRICKY, SPECIAL_IN_TEXT]:
+    for text in [*sample_texts, *TRICKY, SPECIAL_IN_TEXT]:
         assert tokenizer.encode(text) == reference.encode_ordinary(text)
 
 
@@ -488,9 +488,9 @@ def test_a_tokenizer_path_that_cannot_be_used(rinna_like_model: bytes, tmp_path:
     assert_one_sentence(lambda: load_sentencepiece(str(tmp_path)), "2 .model files", "name the one")
 
 
-def test_a_model_without_end_of_text_is_refused(sample_works: list[str], tmp_path: Path) -> None:
+def test_a_model_without_end_of_text_is_refused(sample_texts: list[str], tmp_path: Path) -> None:
     path = tmp_path / "endless.model"
-    path.write_bytes(sentencepiece_model(sample_works, vocab_size=1800, model_type="char", eos_id=-1))
+    path.write_bytes(sentencepiece_model(sample_texts, vocab_size=1800, model_type="char", eos_id=-1))
     assert_one_sentence(lambda: load_sentencepiece(str(path)), str(path), "no end-of-text token")
 
 

@@ -25,9 +25,9 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def lines(sample_works: list[str]) -> list[str]:
-    found = [line for document in sample_works for line in document.split("\n")]
-    return [*SPECIAL_CASES, *found[:300], *sample_works[:5]]
+def lines(sample_texts: list[str]) -> list[str]:
+    found = [line for document in sample_texts for line in document.split("\n")]
+    return [*SPECIAL_CASES, *found[:300], *sample_texts[:5]]
 
 
 def rinna_like(documents: list[str], folder: Path, model_type: str) -> Tokenizer:
@@ -51,9 +51,9 @@ def export_and_compare(tokenizer: Tokenizer, folder: Path, lines: list[str]) -> 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
 def test_a_tokenizer_like_rinnas_encodes_the_same(
-    model_type: str, tmp_path: Path, sample_works: list[str], lines: list[str]
+    model_type: str, tmp_path: Path, sample_texts: list[str], lines: list[str]
 ) -> None:
-    tokenizer = rinna_like(sample_works, tmp_path, model_type)
+    tokenizer = rinna_like(sample_texts, tmp_path, model_type)
     assert tokenizer.newline_id is not None
     assert tokenizer.unknown_id in [i for line in lines for i in tokenizer.encode(line)]
     different, n_ties = export_and_compare(tokenizer, tmp_path / "hf", lines)

@@ -24,7 +24,7 @@ from machine import log, read_metrics, script, versions, write_result
 
 from gptkit.base.cli import run_command, setting
 from gptkit.base.paths import existing_path
-from gptkit.training.checkpoints import DamagedCheckpoint, find_checkpoints, verify
+from gptkit.training.checkpoints import DamagedCheckpoint, find_checkpoints, verify_checkpoint
 
 SETTINGS = {
     "n_layers": 1, "emb_dim": 32, "n_heads": 2, "context_length": 32, "drop_rate": 0.1, "device": "cpu",
@@ -83,7 +83,7 @@ def soak(config: RunKillsConfig, optimizer: str, work_dir: Path, draw: random.Ra
         counts[end] += 1
         for checkpoint in find_checkpoints(output) if output.is_dir() else []:
             try:
-                verify(checkpoint)
+                verify_checkpoint(checkpoint)
             except DamagedCheckpoint:
                 n_damaged += 1
         if end == "ended":
@@ -136,7 +136,7 @@ def is_saving(output: Path) -> bool:
 def outcome(output: Path) -> list[Any]:
     """Return what must be the same: the bytes of the last checkpoint, and the reports except for the clock's fields."""
     last = find_checkpoints(output)[-1]
-    verify(last)
+    verify_checkpoint(last)
     reports = read_metrics(output)
     for report in reports:
         del report["tokens_per_s"], report["elapsed_s"]

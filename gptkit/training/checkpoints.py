@@ -83,7 +83,7 @@ def save_checkpoint(
         for path in files:
             sync_file(path)
         sync_folder(partial / TOKENIZER_DIR)
-        write_sums(partial, files)
+        write_checksums(partial, files)
         if folder.exists():  # the same step, saved again
             _remove(folder)
         os.replace(partial, folder)
@@ -96,7 +96,7 @@ def save_checkpoint(
     return folder
 
 
-def write_sums(folder: Path, files: list[Path]) -> None:
+def write_checksums(folder: Path, files: list[Path]) -> None:
     """Write SHA256SUMS of the files in a checkpoint, as sha256sum would."""
     sums = "".join(f"{sha256_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
     write_atomically(folder / SUMS_FILE, sums.encode())
@@ -146,7 +146,7 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def verify(folder: Path, training: bool = True) -> None:
+def verify_checkpoint(folder: Path, training: bool = True) -> None:
     """Raise Damaged where a file is missing, has changed, or is none of a checkpoint.
 
     Without `training`, the optimizer's state is not read: who only writes with the model does not need it.
@@ -187,7 +187,7 @@ def first_valid(candidates: list[Path], training: bool = True) -> Path:
     damage = {}
     for folder in candidates:
         try:
-            verify(folder, training)
+            verify_checkpoint(folder, training)
         except DamagedCheckpoint as error:
             damage[folder] = str(error)
             continue

@@ -45,7 +45,9 @@ ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 class OptimizerSpec:
     """What a run has to know about an optimizer."""
 
-    build: Callable[["Parameters", "Rates", torch.dtype], Optimizer]  # dtype: of the matrix products of its step
+    build: Callable[
+        ["ParameterGroups", "Hyperparameters", torch.dtype], Optimizer
+    ]  # dtype: of the matrix products of its step
     default_lr: float  # peak learning rate
     warmup_share: float  # of the steps of a run
     n_moments: int  # tensors of a parameter's size in its state, at least: for the estimate of memory
@@ -57,7 +59,7 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True)
-class Parameters:
+class ParameterGroups:
     """A model's parameters by their role; each is in exactly one of these."""
 
     blocks: list[nn.Parameter]  # the matrices of the blocks
@@ -66,7 +68,7 @@ class Parameters:
     vectors: list[nn.Parameter]  # biases and norms
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Parameters":
+    def of(cls, model: nn.Module) -> "ParameterGroups":
         """Sort the parameters of a model."""
         head = cast(nn.Parameter, model.head_weight)
         linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - {id(head)}
@@ -75,13 +77,13 @@ class Parameters:
         return cls(blocks, embeddings, head, [p for p in model.parameters() if p.dim() < 2])
 
     @property
-    def may_fuse(self) -> bool:
+    def can_fuse(self) -> bool:
         """Return whether torch has a fused AdamW for their device."""
         return self.blocks[0].device.type in ("cuda", "cpu")
 
 
 @dataclass(frozen=True)
-class Rates:
+class Hyperparameters:
     """The hyperparameters of a run's optimizer."""
 
     lr: float  # peak
@@ -102,7 +104,7 @@ def build_optimizer(
     lr and adam_lr are peak rates. Raises UserError where its package is not installed.
     """
     spec = OPTIMIZERS[name]
-    optimizer = spec.build(Parameters.of(model), Rates(lr, adam_lr, weight_decay), dtype)
+    optimizer = spec.build(ParameterGroups.of(model), Hyperparameters(lr, adam_lr, weight_decay), dtype)
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
     cast(Any, optimizer).spec = spec
@@ -118,30 +120,34 @@ def set_learning_rate(optimizer: Optimizer, multiplier: float) -> None:
 # AdamW
 
 
-def _build_adamw(parameters: Parameters, rates: Rates, dtype: torch.dtype) -> Optimizer:
+def _build_adamw(parameters: ParameterGroups, settings: Hyperparameters, dtype: torch.dtype) -> Optimizer:
     """Build AdamW for all parameters: matrices decay, biases and norms do not."""
     groups = [
-        {"params": parameters.blocks + parameters.embeddings, "weight_decay": rates.weight_decay, "peak_lr": rates.lr},
-        {"params": parameters.vectors, "weight_decay": 0.0, "peak_lr": rates.lr},
+        {
+            "params": parameters.blocks + parameters.embeddings,
+            "weight_decay": settings.weight_decay,
+            "peak_lr": settings.lr,
+        },
+        {"params": parameters.vectors, "weight_decay": 0.0, "peak_lr": settings.lr},
     ]
-    return torch.optim.AdamW(groups, lr=rates.lr, betas=BETAS, eps=EPS, fused=parameters.may_fuse)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, eps=EPS, fused=parameters.can_fuse)
 
 
 # Muon
 
 
-def _build_muon(parameters: Parameters, rates: Rates, dtype: torch.dtype) -> Optimizer:
+def _build_muon(parameters: ParameterGroups, settings: Hyperparameters, dtype: torch.dtype) -> Optimizer:
     """Build Muon for the block matrices, which decay, beside AdamW for the rest, which does not.
 
     Embeddings have the peak rate adam_lr; head, biases and norms have shares of it.
     """
     groups: list[Group] = [
-        {"params": parameters.blocks, "weight_decay": rates.weight_decay, "peak_lr": rates.lr, "muon": True}
+        {"params": parameters.blocks, "weight_decay": settings.weight_decay, "peak_lr": settings.lr, "muon": True}
     ]
     embeddings = [p for p in parameters.embeddings if p is not parameters.head]
     for share, members in ((HEAD_SHARE, [parameters.head]), (1.0, embeddings), (VECTOR_SHARE, parameters.vectors)):
-        groups += [{"params": members, "weight_decay": 0.0, "peak_lr": share * rates.adam_lr, "muon": False}]
-    return MuonAdamW(groups, dtype, lr=rates.lr, betas=BETAS, eps=EPS, fused=parameters.may_fuse)
+        groups += [{"params": members, "weight_decay": 0.0, "peak_lr": share * settings.adam_lr, "muon": False}]
+    return MuonAdamW(groups, dtype, lr=settings.lr, betas=BETAS, eps=EPS, fused=parameters.can_fuse)
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -217,15 +223,15 @@ def import_galore() -> Any:
     return galore_torch
 
 
-def _build_galore(parameters: Parameters, rates: Rates, dtype: torch.dtype) -> Optimizer:
+def _build_galore(parameters: ParameterGroups, settings: Hyperparameters, dtype: torch.dtype) -> Optimizer:
     """Build GaLore for the block matrices beside plain AdamW for the rest; nothing decays, as in the paper."""
-    plain = {"weight_decay": 0.0, "peak_lr": rates.lr}
+    plain = {"weight_decay": 0.0, "peak_lr": settings.lr}
     groups = [
         {"params": parameters.blocks, **plain, **GALORE},
         {"params": parameters.embeddings + parameters.vectors, **plain},
     ]
     optimizer: Optimizer = import_galore().GaLoreAdamW(
-        groups, lr=rates.lr, betas=BETAS, eps=EPS, no_deprecation_warning=True
+        groups, lr=settings.lr, betas=BETAS, eps=EPS, no_deprecation_warning=True
     )
     for parameter in parameters.blocks:
         optimizer.state[parameter]["projector"] = _projector(optimizer.param_groups[0])

@@ -73,7 +73,7 @@ class Plan:
         """Return what stays the same within a run: the number of sequences per step, but not how they are split."""
         return {"model": asdict(self.model), "sequences_per_step": self.sequences_per_step}
 
-    def shared_by(self, n_processes: int) -> "Plan":
+    def for_processes(self, n_processes: int) -> "Plan":
         """Return the plan for another number of processes: the same sequences per step, micro-steps no larger.
 
         Raises UserError where that number does not divide them.
@@ -265,7 +265,7 @@ def resume_plan(plan: Plan, settings: TrainingSettings, state: Mapping[str, Any]
         )
         if before.sequences_per_step == plan.sequences_per_step or not is_same_command:
             return plan
-        return before.shared_by(plan.n_processes)
+        return before.for_processes(plan.n_processes)
     except (KeyError, TypeError, ValueError):  # no run before, or a state that is damaged
         return plan
 

@@ -177,7 +177,7 @@ class Run:
             process_group.seed_rank(self.settings.seed, self.step)
 
 
-def state_bytes(run: Run) -> int:
+def optimizer_state_bytes(run: Run) -> int:
     """Return about how much the optimizer's state takes: of each parameter the moments that every one has."""
     n_moments = OPTIMIZERS[run.settings.optimizer].n_moments
     return sum(n_moments * p.numel() * p.element_size() for p in run.model.parameters())
@@ -186,7 +186,7 @@ def state_bytes(run: Run) -> int:
 @main_process
 def require_disk_space(run: Run) -> None:
     """Raise UserError where the disk has no room for a checkpoint."""
-    needed = sum(tensor.nbytes for tensor in run.model.state_dict().values()) + state_bytes(run)
+    needed = sum(tensor.nbytes for tensor in run.model.state_dict().values()) + optimizer_state_bytes(run)
     free = shutil.disk_usage(run.output_dir).free
     if free < needed:
         raise UserError(
@@ -202,7 +202,7 @@ def announce(run: Run, n_steps: int, step_s: Mapping[str, float]) -> None:
     plan, batches = run.plan, run.batches
     left, context_length = n_steps - run.step, run.model.config.context_length
     n_shards = plan.n_processes if run.settings.parallel == "fsdp" else 1
-    memory_bytes = devices.peak_memory_bytes(run.device) + state_bytes(run) / n_shards
+    memory_bytes = devices.peak_memory_bytes(run.device) + optimizer_state_bytes(run) / n_shards
     total_s = sum(step_s.values())
     shares = ", ".join(f"{name} {seconds / total_s:.1%}" for name, seconds in step_s.items())
     tokens_per_s = batches.tokens_per_step / total_s

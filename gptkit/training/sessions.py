@@ -101,7 +101,7 @@ def non_default_settings(settings: Any) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def describe_environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return what a run's numbers may depend on besides its settings."""
     return {
         "version": __version__,

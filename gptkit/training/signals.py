@@ -8,7 +8,7 @@ import signal
 import sys
 from types import FrameType
 
-STOPPED = 75  # the exit code, sysexits.h's EX_TEMPFAIL: run the same command to resume
+EXIT_STOPPED = 75  # the exit code, sysexits.h's EX_TEMPFAIL: run the same command to resume
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
 
 
@@ -32,7 +32,7 @@ class StopSignals:
         print(f"{self.received}: the step is finished and saved; a second signal quits at once", file=sys.stderr)
 
     def exit(self, what: str) -> None:
-        """Exit with code STOPPED, after a message that says what became of the work."""
+        """Exit with code EXIT_STOPPED, after a message that says what became of the work."""
         by = self.received or "a signal to another process"
         print(f"stopped by {by}: {what}; run the same command to resume", file=sys.stderr)
-        raise SystemExit(STOPPED)
+        raise SystemExit(EXIT_STOPPED)
