@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from gptkit import __version__
 from gptkit.base.cli import setting
 from gptkit.training import sessions
 from gptkit.training.run_log import read_jsonl
@@ -69,6 +70,7 @@ def test_a_full_disk_is_a_warning_and_the_end_is_written_when_there_is_room(
 
 def test_the_environment_does_not_identify_the_machine(tmp_path: Path) -> None:
     found = describe_environment(torch.device("cpu"), torch.float32)
+    assert found["version"] == __version__
     assert found["torch"] == torch.__version__
     assert found["dtype"] == "float32"
     assert str(ROOT) not in json.dumps(found)
