@@ -28,7 +28,7 @@ from gptkit.training import checkpoints
 
 MAX_CHARS = 20_000  # of a prompt, or of a text to continue
 MAX_REQUEST_BYTES = 1 << 20
-MAX_WAITING = 20  # requests in the queue; further ones are refused
+MAX_WAITING = 20  # requests in the queue; more are refused
 REDRAW_S = 0.05  # at least this long between two updates of a text on the page
 N_MODELS = 3  # checkpoints kept in memory
 
@@ -69,7 +69,7 @@ def main(config: DemoConfig) -> None:
     device = devices.choose_device(config.device)
     folders = find_folders([config.exp_dir, *([config.compare_exp_dir] if config.compare_exp_dir else [])])
     load = functools.lru_cache(maxsize=N_MODELS)(lambda name: load_model(folders[name], device))
-    load(next(iter(folders)))  # so that a mistake shows here, not to a visitor
+    load(next(iter(folders)))  # so that a mistake is reported here, not to a visitor
     page = build_page(gradio, config, list(folders), load)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=config.n_at_once)
     from starlette.middleware import Middleware
@@ -192,7 +192,7 @@ class PageBuilder:
         yield from self.write((text or "")[: selection_end or None], *values)
 
     def write_both(self, prompt: str, *values: Any) -> Iterator[tuple[str, str]]:
-        """Write two texts, a step of each in turn; the first half of the values is for the first one."""
+        """Generate two texts in turn, piece by piece; the first half of the values is for the first one."""
         half = len(values) // 2
         texts = [self.write(prompt, *values[:half]), self.write(prompt, *values[half:])]
         latest, running = ["", ""], [True, True]

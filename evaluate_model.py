@@ -1,4 +1,4 @@
-"""Evaluate how well trained GPTs predict a text: experiment folders or models of others, on a file of documents.
+"""Evaluate how well trained GPTs predict a text: experiment folders or other models, on a file of documents.
 
     python evaluate_model.py --exp_dir exp001 --text_path dataset/heldout.jsonl
     python evaluate_model.py --exp_dir exp001 exp002 --hf_model rinna/japanese-gpt2-small --text_path dataset/heldout.jsonl
@@ -91,7 +91,7 @@ def main(config: EvaluationConfig) -> None:
         raise UserError("no model is named; give --exp_dir, --hf_model or both")
     path = existing_path(config.text_path, "--text_path")
     if not path.is_file():
-        raise UserError(f"--text_path {path} is no file; name a .jsonl or .txt file")
+        raise UserError(f"--text_path {path} is not a file; name a .jsonl or .txt file")
     results: list[dict[str, Any]] = []
     try:
         for contender in load_contenders(config, device):
@@ -117,7 +117,7 @@ def load_contenders(config: EvaluationConfig, device: torch.device) -> Iterator[
 
 
 def load_hf_model(name: str, folder: Path, device: torch.device) -> Contender:
-    """Load a model with transformers, from safetensors alone, and its tokenizer by our rules. Raises UserError."""
+    """Load a model with transformers, from safetensors alone, and its tokenizer with load_hf. Raises UserError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -135,7 +135,7 @@ def load_hf_model(name: str, folder: Path, device: torch.device) -> Contender:
         vocab_size = model.get_input_embeddings().num_embeddings
         context_length = model.config.max_position_embeddings
     except Exception as error:  # it raises many kinds for a folder without a model
-        raise UserError(f"--hf_model {name} is no causal model that transformers loads ({first_line(error)})")
+        raise UserError(f"--hf_model {name} is not a causal model that transformers loads ({first_line(error)})")
     if tokenizer.vocab_size > vocab_size:
         if tokenizer.vocab_size > vocab_size + 1 or tokenizer.unknown_id is None:
             raise UserError(
@@ -173,7 +173,9 @@ def evaluate(config: EvaluationConfig, contender: Contender, device: torch.devic
             progress=progress,
         )
     if not math.isfinite(score.perplexity):
-        raise UserError(f"{contender.name} predicts nothing: its loss is {score.loss}; use another checkpoint")
+        raise UserError(
+            f"{contender.name} has a loss of {score.loss}, which is not a usable score; use another checkpoint"
+        )
     return {
         "bits_per_char": score.bits_per_char,
         "loss": score.loss,
@@ -201,7 +203,7 @@ def format_table(results: list[dict[str, Any]]) -> str:
 
 
 def run(config: EvaluationConfig) -> None:
-    """Call main; running out of memory becomes a UserError."""
+    """Call main. Raises UserError where memory runs out."""
     try:
         main(config)
     except (RuntimeError, MemoryError) as error:

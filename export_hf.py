@@ -72,7 +72,7 @@ class ExportConfig:
 
 def main(config: ExportConfig) -> None:
     if config.private and not config.push_to_hub:
-        raise UserError("--private goes with --push_to_hub; add that, or leave it out")
+        raise UserError("--private needs --push_to_hub; add that, or leave it out")
     if config.push_to_hub and config.format == "gguf":
         raise UserError("--push_to_hub is for --format hf; upload a GGUF file with `hf upload`")
     output_dir = check_output_dir(Path(config.output_dir))
@@ -94,7 +94,7 @@ def main(config: ExportConfig) -> None:
 
 
 def check_output_dir(folder: Path) -> Path:
-    """Return the folder, which an export replaces. Raises UserError unless it is missing, empty or an earlier export."""
+    """Return the folder, which the export will replace. Raises UserError unless it is missing, empty or an earlier export."""
     try:
         resolved = folder.resolve()
     except (OSError, RuntimeError) as error:
@@ -116,7 +116,7 @@ def check_output_dir(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def as_user_error(output_dir: Path) -> Iterator[None]:
-    """Raise UserError where protobuf is missing, or where a library reports a full disk by an error of its own."""
+    """Raise UserError where protobuf is missing, or where a library reports a full disk by an error class of its own."""
     try:
         yield
     except ImportError as error:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 Arch = Literal["modern", "gpt2"]
 ARCHS = get_args(Arch)
 RMS_NORM_EPS = 1e-6  # as in Qwen3; layer norms have GPT-2's 1e-5, which is torch's default
-# Least and most: far above any GPT, and low enough that a damaged or hostile config asks for nothing absurd.
+# Smallest and largest values; the largest are far above any GPT's, but stop a damaged or hostile config.
 DIMENSION_BOUNDS = {
     "vocab_size": (1, 1 << 24), "context_length": (1, 1 << 20), "emb_dim": (1, 1 << 16), "n_layers": (1, 1 << 10),
     "n_heads": (1, 1 << 12), "vocab_multiple": (1, 1 << 12), "head_width": (0, 1 << 16), "ff_width": (0, 1 << 16),
@@ -92,7 +92,7 @@ class GPTConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """Inner channels of the feed-forward: 4 times emb_dim, or with three matrices instead of two 8/3 times."""
+        """Return the inner channels of the feed-forward: 4 times emb_dim, or 8/3 times with three matrices, not two."""
         if self.arch == "gpt2":
             return 4 * self.emb_dim
         return self.ff_width or math.ceil(self.emb_dim * 8 / 3 / 32) * 32
@@ -117,7 +117,7 @@ BUDGET_PRESETS = ("nano", "micro", "tiny", "mini", "midi", "124M", "355M")  # a 
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm in its input's type also under autocast, where a float32 weight would keep it from being fused."""
+    """nn.RMSNorm in its input's dtype also under autocast, where a float32 weight would keep it from being fused."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -145,7 +145,7 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, T, H
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens that each row of a batch has read, so that a new token costs one position's work."""
+    """Keys and values of the tokens that each row of a batch has read, so that they are not computed again."""
 
     keys: Tensor  # (L, B, G, S, D), or of a single layer (B, G, S, D). Slot i is position i of its row's text;
     values: Tensor  # the same. What slots beyond a row's length hold is never attended to.

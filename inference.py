@@ -173,7 +173,7 @@ def in_row_order(texts: list[TextStream], pieces: Iterator[tuple[int, str]]) -> 
 def print_json_lines(generator: TextGenerator, config: InferenceConfig, prompts: list[str], seed: int) -> None:
     """Print a JSON object on a line for each text, in the order of the prompts."""
     for prompt in prompts:
-        encode_prompt(generator.tokenizer, prompt)  # so that a mistake in the last one shows before the first is done
+        encode_prompt(generator.tokenizer, prompt)  # report a mistake in any before the first is done
     jobs = [(prompt, (seed + i) % MAX_SEED) for prompt in prompts for i in range(config.num_samples)]
     start, done = time.monotonic(), []
     is_utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"  # else only JSON's own escapes are JSON
@@ -244,7 +244,7 @@ def converse(generator: TextGenerator, config: InferenceConfig, seed: int) -> No
 
 @dataclass
 class Conversation:
-    """What --interactive remembers from line to line."""
+    """The state of --interactive between lines."""
 
     generator: TextGenerator
     settings: GenerationSettings
@@ -311,13 +311,13 @@ def unescape(line: str) -> str:
 
 
 def ask(prefilled: str = "") -> str | None:
-    """Return a line that the user types, or None at the end of input; `prefilled` is there to be edited."""
+    """Return a line that the user types, or None at the end of input; the user may edit `prefilled`."""
     try:
         import readline
 
         readline.set_startup_hook(lambda: readline.insert_text(prefilled))
     except ImportError:
-        pass  # without readline, the user types the line anew
+        pass  # without readline, the user types the line again
     try:
         return input("> ")
     except (EOFError, KeyboardInterrupt):
@@ -328,7 +328,7 @@ def ask(prefilled: str = "") -> str | None:
 def warn_about_prompt(generator: TextGenerator, text: TextStream, settings: GenerationSettings) -> None:
     """Print a note where the prompt has unknown tokens, and where the model cannot see all of the text."""
     unknown_id, context_length = generator.tokenizer.unknown_id, generator.model.config.context_length
-    n_prompt = len(text.prompt)  # tokens, of which the first is end-of-text
+    n_prompt = len(text.prompt)  # tokens; the first is end-of-text
     notes = []
     if unknown_id is not None and (n_unknown := text.prompt.count(unknown_id)):
         notes.append(f"{n_unknown} of the prompt's {n_prompt - 1} tokens are unknown to the tokenizer")

@@ -1,9 +1,9 @@
-"""Text shards -> token shards as a separate step: on a cheap machine, before a GPU is rented.
+"""Turn text shards into token shards as a separate step: on a cheap machine, before a GPU is rented.
 
     python pretokenize.py --data_dir dataset/001 --output_dir dataset/001_pretok --tokenizer hf
     python pretokenize.py --describe --tokenizer hf --data_dir dataset/001
 
-pretraining.py with --use_pretokenized finds these token shards, and makes again only what no longer matches.
+pretraining.py with --use_pretokenized finds these token shards, and tokenizes only what no longer matches.
 """
 
 import re

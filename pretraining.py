@@ -3,7 +3,7 @@
     python pretraining.py --data_dir dataset/001 --use_pretokenized --output_dir exp001/model_checkpoints
 
 The story is main() and train(), top to bottom. The model is gpt_model.py's; everything else is in gptkit/. Exit codes:
-0 finished (or --max_minutes are over), 2 a mistake, reported in one line, 75 stopped by a signal, with all saved.
+0 finished (or --max_minutes have passed), 2 a user's mistake, reported in one line, 75 stopped: run again to resume.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class PretrainingConfig(TokenizerSettings, TrainingSettings):
 
     init_from: str | None = setting(
         None,
-        "begin with the weights of this folder or repository of the hub: GPT-2's or Qwen3's form, tokenizer included",
+        "start from the weights of GPT-2 or Qwen3 in this folder or hub repository, with its tokenizer",
         group="model",
     )
     arch: Arch | None = setting(None, "modern: in the form of Qwen3 (the default); gpt2: GPT-2's", group="model")
@@ -128,9 +128,9 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> Non
 def train(
     run: Run, guard: Guard, saver: Saver, started_at: float, stop: StopSignals, session_end: dict[str, Any]
 ) -> None:
-    """Make the steps that are left, with reports, samples and checkpoints, until the run is finished or has to stop.
+    """Train until the run is finished or has to stop, with reports, samples and checkpoints.
 
-    How the session ended is put into session_end.
+    How the session ended is written into session_end.
     """
     pace, log = start_session(run, started_at, stop)
     batches = run.batches.iterate_from(run.step, run.device)
@@ -139,7 +139,7 @@ def train(
         set_learning_rate(run.optimizer, pace.lr_multiplier(run.step) * guard.lr_scale)
         step_loss = torch.zeros((), device=run.device)
         for micro_step in range(run.grad_accum_steps):
-            with run.forward_context(is_last=micro_step == run.grad_accum_steps - 1):  # DDP's exchange, autocast
+            with run.forward_context(is_last=micro_step == run.grad_accum_steps - 1):  # DDP's all-reduce, autocast
                 loss = run.loss(*batch) / run.grad_accum_steps
             loss.backward()
             step_loss += loss.detach()
@@ -203,7 +203,7 @@ def start_session(run: Run, started_at: float, stop: StopSignals) -> tuple[Pace,
 
 @main_process
 def check_settings(config: PretrainingConfig) -> Path:
-    """Return the output folder, which is not made yet. Raises UserError where settings do not go together."""
+    """Check the settings and return the output folder, without creating it. Raises UserError where they conflict."""
     folder = check_output_dir(config.output_dir, config.resume)
     check_training_settings(config, process_group.world_size())
     if config.model_size == "auto" and config.budget_minutes is None:
@@ -213,7 +213,7 @@ def check_settings(config: PretrainingConfig) -> Path:
         given += ["model_size"] if config.model_size is not None else []
         if given:
             raise UserError(
-                f"--{given[0]} goes with a new model, and --init_from {config.init_from} has its own; leave it out"
+                f"--{given[0]} is for a new model, not for that of --init_from {config.init_from}; leave it out"
             )
         if not checkpoints.find_checkpoints(folder):
             huggingface.read_dimensions(config.init_from)
@@ -222,18 +222,18 @@ def check_settings(config: PretrainingConfig) -> Path:
 
 
 def choose_device_and_dtype(config: PretrainingConfig) -> tuple[torch.device, torch.dtype]:
-    """Return the device of this process and the type of the run's matrix products. Raises UserError."""
+    """Return the device of this process and the dtype of the run's matrix products. Raises UserError."""
     device = devices.choose_device(process_group.device_of_rank(config.device))
     if device.type == "cuda" and process_group.world_size() > 1:
         torch.cuda.set_device(device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for the float32 products that are left
-    # The processes of a run may be on unlike devices, and must round alike.
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
+    # The processes of a run may have different devices, but must compute in the same precision.
     return device, main_process(devices.choose_dtype)(config.dtype, device, training=True)
 
 
 def load_run_tokenizer(config: PretrainingConfig, checkpoint: Path | None) -> Tokenizer:
-    """Load the tokenizer that the settings name, or that of --init_from: at a resume, as the checkpoint has it."""
+    """Load the tokenizer that the settings name, or that of --init_from; a resumed run has it in its checkpoint."""
     settings = with_model_tokenizer(config, config.init_from)
     if checkpoint and settings is not config:  # the folder that the run began with may be gone
         return load_saved_tokenizer(checkpoint / checkpoints.TOKENIZER_DIR)
@@ -253,17 +253,17 @@ def open_token_folder(config: PretrainingConfig, output_dir: Path, tokenizer: To
 def make_batches(
     config: PretrainingConfig, plan: Plan, streams: Mapping[str, TokenStream]
 ) -> tuple[TrainingBatches, list[Batch]]:
-    """Return the batches of the training and of the validation tokens. Raises UserError where there are too few."""
+    """Return the training and the validation batches. Raises UserError where there are too few tokens."""
     length, rank = plan.model.context_length, process_group.rank()
     batches = TrainingBatches(streams["train"], length, **plan.batch, seed=config.seed, rank=rank)
     check_data_size(batches, len(streams["val"]))
-    # The validation text is the same by any number of processes.
+    # The validation text is the same for any number of processes.
     size = config.batch_size or (BATCH_SIZE if config.budget_minutes is None else plan.batch_size)
     return batches, validation_batches(streams["val"], length, size, config.eval_iter)
 
 
 def model_sizes(config: PretrainingConfig, vocab_size: int, state: Mapping[str, Any]) -> dict[str, GPTConfig]:
-    """Return the models to choose from, by name: one, unless the size is left to the budget. Raises UserError."""
+    """Return the model configs to choose from, by name: one, unless the budget decides the size. Raises UserError."""
     if config.model_size != "auto":
         name = config.model_size or ("the one of --init_from" if config.init_from else "124M")
         return {name: model_config(config, name, vocab_size, state)}
@@ -276,9 +276,9 @@ def model_sizes(config: PretrainingConfig, vocab_size: int, state: Mapping[str, 
 
 
 def model_config(config: PretrainingConfig, size: str, vocab_size: int, state: Mapping[str, Any]) -> GPTConfig:
-    """Return a preset, or the dimensions of --init_from, as the command line changes them. Raises UserError.
+    """Return the config of a preset or of --init_from, changed as the command line says. Raises UserError.
 
-    Those of --init_from are in the state of a run that resumes.
+    A run that resumes has the dimensions of --init_from in its state.
     """
     given = {name: getattr(config, name) for name in DIMENSIONS if getattr(config, name) is not None}
     if config.init_from:
@@ -306,7 +306,7 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> GPTModel:
-    """Build the model with its first weights, the same in all processes, which with FSDP share its parameters."""
+    """Build the model with its initial weights, the same in all processes; with FSDP, shard it over them."""
     torch.manual_seed(config.seed)
     model = GPTModel(plan.model).to(device)
     if is_new and config.init_from:
@@ -323,8 +323,8 @@ def build_model(
 
 
 def launch(config: PretrainingConfig) -> None:
-    """Join the other processes, if there are any, and call main; with --auto_batch, restart where memory runs out."""
-    started_at = time.monotonic() - time.process_time()  # imports took that long
+    """Join the other processes, if there are any, and call main; with --auto_batch, restart when memory runs out."""
+    started_at = time.monotonic() - time.process_time()  # so that the imports count too
     stop = StopSignals()
     try:
         with (
@@ -338,7 +338,7 @@ def launch(config: PretrainingConfig) -> None:
     except BatchTooLarge as error:
         if not config.auto_batch or not error.flags:
             raise
-        print(f"warning: {error}; trying that", file=sys.stderr)
+        print(f"warning: {error}; restarting with these", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os.execv(sys.executable, [*sys.orig_argv, *error.flags])

@@ -1,4 +1,4 @@
-"""JSONL of Aozora Bunko -> text shards: combined_0001.txt, … and a manifest.json that describes them.
+"""Turn a JSONL of Aozora Bunko into text shards, combined_0001.txt, …, and a manifest.json that describes them.
 
 Each line is a JSON object with a string `text` and, where filters are used, the catalogue's columns in `meta`. Each
 document is followed by the separator. A document larger than a shard is cut after a paragraph and continues in the

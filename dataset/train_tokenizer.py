@@ -1,4 +1,4 @@
-"""Text shards -> a SentencePiece model (spiece.model) and report.json, measured on held-out documents.
+"""Train a SentencePiece model (spiece.model) on text shards, and measure it on held-out documents (report.json).
 
 The text is not changed: no normalisation, no space added before it, each newline is a token, U+3000 is a character
 like others, and characters without a piece become UTF-8 bytes. So any text comes back unchanged, with one exception:

@@ -199,10 +199,10 @@ def test_where_all_are_damaged_the_error_names_a_remedy(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / MODEL_FILE).write_bytes(b"x")
     with pytest.raises(
-        UserError, match=r"no checkpoint is whole \(.*step_00000001: model.safetensors is not what was sav"
+        UserError, match=r"no checkpoint is intact \(.*step_00000001: model.safetensors is not what was sav"
     ):
         newest_valid(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="no checkpoint is intact"):
         choose_checkpoint(str(tmp_path), "newest")
 
 
@@ -244,7 +244,7 @@ def test_the_error_of_an_invalid_state_names_a_remedy(content: bytes, tmp_path: 
     (folder / SUMS_FILE).write_text(sums.replace(before, sha256_of(folder / STATE_FILE)))
     with pytest.raises(UserError, match=r"step_00000001/state\.json: .*remove .*step_00000001 to use an older"):
         read_state(folder)
-    with pytest.raises(UserError, match=r"no checkpoint is whole .*state\.json"):
+    with pytest.raises(UserError, match=r"no checkpoint is intact .*state\.json"):
         first_valid([folder])
 
 

@@ -97,7 +97,7 @@ def test_failure_to_compile_is_a_warning(monkeypatch: pytest.MonkeyPatch, capsys
     loss_of_batch, _ = compile_and_time(model, VOCAB, True, batch, CPU, torch.float32)
     assert_loss_of(model, loss_of_batch(*batch), batch)
     warning = capsys.readouterr().err
-    assert warning == "warning: --compile failed (RuntimeError: no compiler was found); continuing without\n"
+    assert warning == "warning: --compile failed (RuntimeError: no compiler was found); continuing without it\n"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])

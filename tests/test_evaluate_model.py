@@ -163,7 +163,7 @@ def test_a_model_whose_loss_is_not_finite(measured, trained: Path, text: Path, t
     copy = Path(shutil.copytree(trained, tmp_path / "exp"))
     weights = checkpoint_of(copy) / "model.safetensors"
     known = load_file(weights)
-    for value, message in ((3e38, "step_00000002 predicts nothing: its loss is "), (math.nan, "are not finite")):
+    for value, message in ((3e38, "step_00000002 has a loss of "), (math.nan, "are not finite")):
         broken = known["final_norm.weight"].clone().fill_(value)
         save_file(known | {"final_norm.weight": broken}, weights)
         sign(weights.parent)
@@ -174,7 +174,7 @@ def test_a_model_whose_loss_is_not_finite(measured, trained: Path, text: Path, t
 def test_settings_that_cannot_be(measured, trained: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--stride 17 is more than the model's context; give at most 16"):
         measured(trained, text, stride=17)
-    with pytest.raises(UserError, match=f"--text_path {tmp_path} is no file"):
+    with pytest.raises(UserError, match=f"--text_path {tmp_path} is not a file"):
         measured(trained, tmp_path)
     with pytest.raises(UserError, match="cuda:99"):
         measured(trained, text, device="cuda:99")

@@ -184,7 +184,7 @@ def test_tokens_that_change_under_a_run(tmp_path: Path, short_shards: Path) -> N
     arguments = (*small_run(short_shards, output, "adamw"), "--pretokenized_dir", tokens, "--max_steps", 30)
     with before_clipping(change):
         result = call_command("pretraining.py", *arguments, "--save_ckpt_freq", 10)
-    assert_user_error(result, f"the token shards in {tokens} changed under the run")
+    assert_user_error(result, f"the token shards in {tokens} changed during the run")
     assert newest(output).name == "step_00000010"
     again = call_command("pretraining.py", *arguments, "--save_ckpt_freq", 10)
     assert again.returncode == 0, again.stderr

@@ -80,7 +80,7 @@ def arguments(shards: Path, output: Path, grad_accum_steps: int, *more: object) 
 
 @pytest.fixture(scope="module")
 def alone(shards: Path) -> Path:
-    """The run by one process, 16 sequences a step."""
+    """Run with one process, 16 sequences per step; return its output folder."""
     output = shards.parent / "alone"
     result = run_command("pretraining.py", *arguments(shards, output, 4))
     assert result.returncode == 0, result.stderr
@@ -315,7 +315,7 @@ def test_a_budget_of_time_ends_by_itself(tmp_path: Path, shards: Path) -> None:
 
 
 def test_an_error_is_reported_once(tmp_path: Path, shards: Path) -> None:
-    """One that all meet, and one that the main process meets alone; off rank 0 nothing is said."""
+    """An error that all processes meet and one that only rank 0 meets are printed once; other ranks print nothing."""
     output = tmp_path / "out"
     for more, named in ((("--emb_dim", 33), "emb_dim 33"), (("--device", "mps"), "mps")):
         result = finish(start(torchrun(2, *arguments(shards, output, 2, *more))))

@@ -143,7 +143,7 @@ def test_command_runs_all_steps_and_later_only_those_whose_result_is_missing(
     before = [path.stat().st_mtime_ns for path in shards]
     code, printed = run(repository, pod)  # no server at HF_ENDPOINT
     assert code == 0, printed
-    assert "the run is finished, step 6" in printed
+    assert "the run is finished at step 6" in printed
     assert [path.stat().st_mtime_ns for path in shards] == before
     assert len(hub.ranges) == 1
 

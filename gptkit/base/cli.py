@@ -1,4 +1,4 @@
-"""Command lines from dataclasses, messages of one line for a user's mistakes, progress bars.
+"""Make command lines from dataclasses, report a user's mistakes in one line, show progress bars.
 
 A command's settings are the fields of one dataclass; each field becomes one flag, so that help text,
 saved config and code cannot drift apart. A user's mistake is a UserError: one line, exit code 2.
@@ -155,9 +155,7 @@ def run_command(config_class: type[Config], main: Callable[[Config], int | None]
             stream.reconfigure(errors="backslashreplace")  # where the locale cannot show Japanese, a run continues
     try:
         code = main(parse(config_class)) or 0
-        print(
-            end="", flush=True
-        )  # a full disk shows here, where it can be reported, and not while the interpreter exits
+        print(end="", flush=True)  # report a full disk here, since the interpreter could not at its exit
         sys.exit(code)
     except UserError as error:
         message = str(error)

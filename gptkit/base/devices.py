@@ -11,8 +11,8 @@ import torch
 
 from gptkit.base.cli import UserError
 
-# Dense bfloat16 products on tensor cores, in 1e12 operations a second, from the makers' data sheets; by a word of the
-# device's name, the first that fits; a laptop's chip is another one.
+# Dense bfloat16 products on tensor cores, in 1e12 operations a second, from the vendors' data sheets, by a word of
+# the device's name (the first match counts). Laptop GPUs of the same name are other chips.
 BFLOAT16_TFLOPS = {
     "B200": 2250,
     "GH200": 989,
@@ -39,7 +39,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" is CUDA, then MPS, then the CPU. Raises UserError where it is missing."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+        name = next(kind for kind, is_available in available.items() if is_available)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -71,8 +71,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def choose_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
     """Return the type of the matrix products; "auto" is bfloat16 where the device multiplies it, else float32.
 
-    On a CPU only in training, with what a run itself validates, whose rounding the float32 weights average out.
-    inference.py and evaluate_model.py are exact there: a text must not depend on the CPU's kind.
+    On a CPU bfloat16 is chosen only for a training run, its validation included, whose float32 weights average the
+    rounding out. inference.py and evaluate_model.py use float32 there: a text must not depend on the kind of CPU.
     """
     if name == "auto":
         fast = (training or device.type != "cpu") and multiplies_bfloat16(device)
@@ -94,7 +94,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 def describe_device(device: torch.device) -> str:
     """Return the device's name with its memory, or with its threads."""
-    """Return the device's name with its memory, or with its threads."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
@@ -105,8 +104,8 @@ def format_mfu(flops_per_s: float, device: torch.device, dtype: torch.dtype) -> 
     """Return the share of the device's peak, such as "45.1%" (MFU: PaLM, appendix B); n/a where its peak is unknown."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for part, tflops in BFLOAT16_TFLOPS.items():
-            if re.search(rf"\b{part}\b(?! Laptop)", name):
+        for model, tflops in BFLOAT16_TFLOPS.items():
+            if re.search(rf"\b{model}\b(?! Laptop)", name):
                 return f"{flops_per_s / (tflops * 1e12):.1%}"
     return "n/a"
 
@@ -114,8 +113,8 @@ def format_mfu(flops_per_s: float, device: torch.device, dtype: torch.dtype) -> 
 def keep_freed_memory(device: torch.device, trim_threshold: int = NEVER) -> None:
     """Let a process that trains on the CPU keep freed memory for its next tensors (glibc; elsewhere nothing is done).
 
-    Left alone, glibc gives the top of its heap back above 64 MiB, and each step pays for tens of thousands of fresh
-    pages, a tenth of its time in models of a few million parameters. trim_threshold is in bytes.
+    By default glibc returns the top of its heap to the system above 64 MiB. Each step then maps tens of thousands of
+    new pages, which takes a tenth of its time in models of a few million parameters. trim_threshold is in bytes.
     """
     if device.type == "cpu" and sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -133,7 +132,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was started on the device, so that a clock read after it is true."""
+    """Wait for what was started on the device, so that a clock that is read afterwards includes it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there (written under a temporary name, synced, renamed), and locks."""
+"""Write files and folders that are complete or missing (temporary name, sync, rename), lock folders, read JSON."""
 
 import contextlib
 import fcntl
@@ -20,11 +20,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(content)
-            file.flush()  # else Python still holds it, and what is synced is an empty file
+            file.flush()  # else Python may still hold the content, and an empty file would be synced
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write does not know which file it was
+        error.filename = error.filename or str(path)  # an error of write() does not name the file
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -43,7 +43,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
 
     def clear_leftovers() -> None:
-        if old.exists() and not folder.exists():  # broken off between two renames
+        if old.exists() and not folder.exists():  # interrupted between the two renames
             os.replace(old, folder)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -87,7 +87,7 @@ def signature(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Make `folder` and lock it against other processes; one that was made here and stayed empty is removed.
+    """Make `folder` and lock it against other processes; remove it at the end if it was made here and stayed empty.
 
     Raises BlockingIOError, with what the holder wrote there, where another process holds it.
     """

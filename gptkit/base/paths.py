@@ -1,3 +1,5 @@
+"""Find the files and folders that flags name, on the disk or on the Hugging Face hub, and suggest likely ones."""
+
 import difflib
 import os
 from pathlib import Path

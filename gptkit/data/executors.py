@@ -1,4 +1,4 @@
-"""Executors that run independent tasks in parallel: in processes of this machine, or on the nodes of a Ray cluster.
+"""Run independent tasks in parallel: in processes of this machine, or on the nodes of a Ray cluster.
 
 Results come in any order, and what a task does must not depend on it. At most two tasks per worker are submitted at a
 time, so that any number of tasks takes the same memory.

@@ -1,4 +1,4 @@
-"""Text shards -> a folder of token shards: making it, reusing what still matches, checking and opening it.
+"""Tokenize text shards into a folder of token shards, reuse those that still match, check and open them.
 
 Each document is followed by end-of-text. For the text shard `combined_0001.txt` three files are written:
 `train_combined_0001.npy`, `val_combined_0001.npy` and, last, `combined_0001.json`, a record of what they were made
@@ -99,9 +99,8 @@ def _damage(record: Any, folder: Path, vocab_size: int, is_read: bool = True) ->
         try:
             shard = record[split]
             path = folder / shard["file"]
-            if path.name != shard["file"] or not WRITTEN_HERE.fullmatch(
-                path.name
-            ):  # no path may lead out of the folder
+            # No path may lead out of the folder.
+            if path.name != shard["file"] or not WRITTEN_HERE.fullmatch(path.name):
                 return f"its record names {shard['file']!a}"
             if not all(type(shard[name]) is int and 0 <= shard[name] < MAX_COUNT for name in COUNTS):
                 return "its record has counts that are not numbers of tokens"

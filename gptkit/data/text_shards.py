@@ -1,4 +1,4 @@
-"""Text shards: finding them, reading their documents, and choosing the documents for validation.
+"""Find text shards, read their documents, and choose the documents for validation.
 
 A document that is larger than a shard continues in the next ones; it belongs to the shard that it begins in, so
 shards can be read one by one. Validation takes the documents whose hash is below a threshold: a document stays on its

@@ -1,4 +1,4 @@
-"""The token shards of a run: found or made before it, and the same until its end."""
+"""Find or make the token shards of a run, and check that they stay the same until its end."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ class TokenFolder:
 
     @property
     def fingerprint(self) -> str:
-        """What differs where any token does."""
+        """Return a hash that differs where any token does."""
         fingerprint: str = self.manifest["fingerprint"]
         return fingerprint
 
@@ -40,13 +40,13 @@ class TokenFolder:
             is_changed = True
         if is_changed:
             raise UserError(
-                f"the token shards in {self.folder} changed under the run; once they are what they were, run the same"
+                f"the token shards in {self.folder} changed during the run; restore them and run the same"
                 " command to resume from its newest checkpoint"
             )
 
 
 def token_folder_path(data_dir: str, output_dir: Path, use_pretokenized: bool, pretokenized_dir: str | None) -> Path:
-    """Return where the token shards of a run lie: of its own, or in a folder that runs share."""
+    """Return the folder of a run's token shards: its own, or one that runs share."""
     if not use_pretokenized:
         return output_dir / "tokens"
     text = Path(data_dir) if Path(data_dir).name else Path(data_dir).resolve()
@@ -63,7 +63,7 @@ def prepare_tokens(
     """
     if is_shared and not Path(data_dir).exists() and (folder / "manifest.json").exists():
         manifest = load_manifest(folder, tokenizer)
-        print(f"--data_dir {data_dir} is not here: the token shards in {folder} are taken as they are", file=sys.stderr)
+        print(f"--data_dir {data_dir} is missing: the token shards in {folder} are used as they are", file=sys.stderr)
         return manifest
     text = existing_path(data_dir, "--data_dir")
     raise_on_damage(tokenizer, sample_documents(text, SELF_CHECK_CHARS), accept_problems)

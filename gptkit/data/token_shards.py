@@ -1,4 +1,4 @@
-"""Token shards on disk, and many of them read as one long array of tokens.
+"""Read and write token shards, and read many of them as one long array of tokens.
 
 A shard is a NumPy .npy file (magic, version, dtype and count in its header) of one dimension, uint16 or uint32,
 little-endian. It is memory-mapped when it is first read, so that opening a corpus of any size costs neither time nor

@@ -1,4 +1,4 @@
-"""A model sharded over the processes: FSDP2 (torch.distributed.fsdp.fully_shard), and its tensors (DTensor).
+"""Shard a model over the processes with FSDP2 (torch.distributed.fsdp.fully_shard); its tensors are DTensors.
 
 Zhao et al. 2023, "PyTorch FSDP" (arXiv 2304.11277). Parameters, gradients and the optimizer's state are sharded along
 their first dimension; a block is gathered while it computes. For a model that is not sharded, and its tensors, each
@@ -14,7 +14,7 @@ from torch import distributed, nn
 
 
 def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """Shard a model's parameters over the processes of the group: block by block, and the rest as one.
+    """Shard a model's parameters over the processes of the group: block by block, and the rest as one unit.
 
     Blocks are gathered in `dtype`, which is autocast's, and gradients are averaged in float32. The rest (embedding,
     head, last norm) stays float32, so that the numbers are those of autocast on a full model.
@@ -53,26 +53,26 @@ def register_forward(model: nn.Module, loss: Callable[..., torch.Tensor]) -> Cal
 
 @contextlib.contextmanager
 def unsharded(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Gather a sharded model in each process for a while, so that any of its methods may be called.
+    """Gather a sharded model in each process within the block, so that any of its methods may be called.
 
     dtype is what it was sharded with: its blocks are in it, and the products must be too.
     """
     if not is_sharded(model):
         yield
         return
-    parts = [part for part in model.modules() if is_sharded(part)]
+    modules = [module for module in model.modules() if is_sharded(module)]
     model.set_reshard_after_forward(False)
-    for part in parts:
-        part.unshard()
+    for module in modules:
+        module.unshard()
     with torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype != torch.float32):
         yield
-    for part in parts:
-        part.reshard()
+    for module in modules:
+        module.reshard()
     model.set_reshard_after_forward(True)
 
 
 def is_shard(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is a DTensor, of which each process holds a shard."""
+    """Return whether a tensor is a DTensor: each process holds a shard of it."""
     if not distributed.is_available() or not distributed.is_initialized():
         return False
     from torch.distributed.tensor import DTensor
@@ -81,19 +81,19 @@ def is_shard(tensor: torch.Tensor) -> bool:
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a tensor; it shares its memory."""
+    """Return this process's shard of a tensor; it shares the tensor's memory."""
     return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def full_tensor(part: torch.Tensor, like: Any) -> torch.Tensor:
+def full_tensor(shard: torch.Tensor, like: Any) -> torch.Tensor:
     """Return the full tensor of the processes' shards, sharded as `like` is. All processes must call this."""
     if not is_shard(like):
-        return part
+        return shard
     from torch.distributed.tensor import DTensor
 
     mesh, placements = like.device_mesh, like.placements
     return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+        shard, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
     ).full_tensor()
 
 
@@ -117,7 +117,7 @@ def shard_tensors(tensors: Mapping[str, torch.Tensor], like: Mapping[str, Any]) 
 
 
 def full_tensors(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Gather sharded tensors to the CPU, and return all; {} without `keep`, where a process only gives its shards."""
+    """Gather sharded tensors to the CPU and return all; without `keep`, only take part and return {}."""
     found = {}
     for name, tensor in tensors.items():
         if is_shard(tensor):  # one at a time: a device may not hold them all

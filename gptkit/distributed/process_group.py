@@ -1,4 +1,4 @@
-"""Several processes as one run: torch.distributed's parts, applied to a model and its loop from outside.
+"""Run several processes as one, with torch.distributed, without changing the model.
 
 torchrun starts the processes and names each in RANK, LOCAL_RANK and WORLD_SIZE. Rank 0 is the main process: it alone
 touches the output folder, reads the clock and prints. "ddp" (Li et al. 2020, arXiv 2006.15704) keeps the full model in
@@ -28,7 +28,7 @@ from torch import distributed, nn
 
 from gptkit.base.cli import UserError, first_line
 
-Kind = Literal["ddp", "fsdp"]
+Parallelism = Literal["ddp", "fsdp"]
 P = ParamSpec("P")
 T = TypeVar("T")
 FAILED = "failed"  # in the store: how many processes met an error
@@ -70,11 +70,12 @@ def silence_other_ranks() -> None:
 
 
 @contextlib.contextmanager
-def process_group(kind: Kind, timeout_s: float) -> Iterator[None]:
+def process_group(kind: Parallelism, timeout_s: float) -> Iterator[None]:
     """Join the processes that torchrun started, and leave them at the end; with fsdp a single process is a group too.
 
     An error is reported once, by the process that met it first; the others end silently. Raises ProcessLost where one
-    ended without an error, or did not answer for timeout_s seconds; by then it has written its stack, if it still could.
+    ended without an error, or did not answer for timeout_s seconds; such a process
+    has written its stack by then, if it still could.
     """
     global _store, _timeout_s
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -96,7 +97,7 @@ def process_group(kind: Kind, timeout_s: float) -> Iterator[None]:
     _store, _timeout_s = PrefixStore("gptkit", store), timeout_s
     try:
         yield
-        _wait_for_main()  # a connection must not close under a process that is still at work
+        _wait_for_main()  # a connection must not close while a process still uses it
         distributed.destroy_process_group()
     except Exception as error:
         _raise_once(error)
@@ -106,7 +107,7 @@ def process_group(kind: Kind, timeout_s: float) -> Iterator[None]:
 
 
 def _name_of_start(store: Any, own_rank: int, n_processes: int) -> str:
-    """Return a name that rank 0 makes up, for all processes of this start and no others.
+    """Return a name that rank 0 chooses, for the processes of this start and no others.
 
     torchrun keeps its store when it restarts processes: entries of the earlier ones would mislead the new ones.
     """
@@ -137,15 +138,15 @@ def _raise_once(error: Exception) -> None:
             _store.set(f"lost_by_{rank()}", "")
         is_first = _store.add(FAILED, 1) == 1
         if is_lost and is_first:
-            time.sleep(1)  # the others that are alive say so by now
+            time.sleep(1)  # by then the others that are alive have set their key
             gone = [str(r) for r in range(world_size()) if not _store.check([f"lost_by_{r}"])]
-    except distributed.DistError:  # the store went with the process that kept it
+    except distributed.DistError:  # the store is gone with the process that hosted it
         is_first = False
     if not is_first:
         raise SystemExit(ENDED)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     if is_lost:
-        named = f"rank {', '.join(gone)}" if gone else "which one is unknown"
+        named = f"rank {', '.join(gone)}" if gone else "unknown rank"
         raise ProcessLost(f"another process of the run ended or hangs ({named} of {world_size()}): {first_line(error)}")
     raise error
 
@@ -171,8 +172,8 @@ def device_of_rank(name: str) -> str:
 def main_process(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function that the main process alone runs: every process calls it and gets its result.
 
-    It may take any time. Such functions nest: within one the main process acts alone, so that what it calls asks no other
-    process, which waits.
+    It may take any time. Such functions nest: inside one, the functions of this module do not communicate, since the
+    other processes only wait for the result.
     """
 
     @functools.wraps(function)
@@ -186,11 +187,11 @@ def main_process(function: Callable[P, T]) -> Callable[P, T]:
 
 @main_process
 def _wait_for_main() -> None:
-    """Return when the main process has come here."""
+    """Wait until the main process has called this too."""
 
 
 def _is_alone() -> bool:
-    """Return whether this process has no other to ask."""
+    """Return whether this process must not communicate: it is the only one, or the others wait for its result."""
     return world_size() == 1 or _is_in_main_process_call
 
 
@@ -206,7 +207,7 @@ def _run_on_main(function: Callable[[], T]) -> T:
         finally:
             _is_in_main_process_call = False
         _store.set(turn, "")
-    while not _store.check([turn]):  # a collective would time out, and hear no signal
+    while not _store.check([turn]):  # a collective would time out, and handle no signal
         if _store.check([FAILED]):
             raise SystemExit(ENDED)
         time.sleep(0.02)
@@ -217,7 +218,7 @@ def _run_on_main(function: Callable[[], T]) -> T:
 def sync_flags(is_set: bool, *values_of_main: float) -> tuple[bool, tuple[float, ...]]:
     """Return whether `is_set` holds in any process, and the main process's values (not negative), by one collective.
 
-    To be called once per step: from here on a process has the timeout for its next step.
+    Call it once per step: it restarts the timer after which a process that hangs prints its stack.
     """
     if _is_alone():
         return is_set, values_of_main
@@ -261,13 +262,13 @@ def broadcast_tensors(read: Callable[[], dict[str, torch.Tensor]]) -> dict[str, 
 
 
 def broadcast_parameters(parameters: Iterable[torch.Tensor]) -> None:
-    """Overwrite parameters, which are full in each process, by those of the main process."""
+    """Overwrite parameters, of which each process has the full tensors, by those of the main process."""
     if not _is_alone():
         for parameter in parameters:
             distributed.broadcast(parameter.detach(), src=0)
 
 
-# Random streams: rank 0 has that of a single process, each other rank its own
+# Random streams: rank 0 has the one that a single process would have, each other rank its own
 
 
 def seed_rank(seed: int, step: int) -> None:
@@ -307,9 +308,8 @@ def wrap_ddp(model: nn.Module, loss: Callable[..., torch.Tensor], device: torch.
     device_ids = [device] if device.type == "cuda" else None
     module = _LossModule(model, loss)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # torch 2.13 has another name for broadcast_buffers, 2.11 has not
+        # torch 2.13 renames broadcast_buffers; 2.11 does not have the new name.
+        warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
@@ -327,9 +327,9 @@ class _LossModule(nn.Module):
 
 
 def set_gradient_sync(loss: Callable[..., torch.Tensor], is_last: bool) -> None:
-    """Have the next backward pass exchange gradients, with ddp, only where it is the last micro-step of a step.
+    """Exchange gradients in the next backward pass, with ddp, only where it is the last micro-step of a step.
 
-    With fsdp each does: a sum of full gradients would take the memory that sharding saves.
+    With fsdp each backward pass does: a sum of full gradients would take the memory that sharding saves.
     """
     if world_size() > 1 and isinstance(loss, nn.parallel.DistributedDataParallel):
         loss.require_backward_grad_sync = is_last

@@ -1,4 +1,4 @@
-"""Reading the documents of a JSONL or text file, for evaluation.
+"""Read the documents of a JSONL or text file, for evaluation.
 
 Every mistake in the file is a UserError that names the line. How documents are scored is left to scoring.py.
 """
@@ -26,8 +26,8 @@ def read_documents(path: Path, max_chars: int | None = None) -> Iterator[str]:
 
     In JSONL a document is the `text` of a line; a .txt file is one document, or several with <|endoftext|> between
     them, and its line ends are read as newlines. With max_chars, only the first documents are read, as many complete
-    ones as so many characters hold, and at least one. Raises UserError where the file is something else, or holds no
-    text.
+    ones as so many characters hold, and at least one. Raises UserError where the file has another format, or
+    holds no text.
     """
     n_characters = 0
     for document in _all_documents(path):

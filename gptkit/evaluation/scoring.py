@@ -1,4 +1,4 @@
-"""Scores of how well a model predicts text: the loss during training, and bits per character of documents.
+"""Measure how well a model predicts text: the loss during training, and bits per character of documents.
 
 Bits per character: for each document alone, ids = [end_of_text] + encode(document) + [end_of_text], and every id after
 the first is predicted from those before it in the same document. A document longer than the context is read in windows
@@ -43,7 +43,7 @@ def mean_loss(
 ) -> float:
     """Return the mean loss in nats per token over batches of (inputs, targets), each (B, T), without dropout.
 
-    Each token counts the same. `loss_of_batch` returns the model's mean over one batch. Draws no random number and
+    Each token has the same weight. `loss_of_batch` returns the model's mean over one batch. Draws no random number and
     leaves training mode as it was. Several processes, which have the same batches, share them: each batch is computed
     by one of them.
     """
@@ -75,7 +75,7 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Return the mean loss in nats per token."""
         return self.nats / self.tokens
 
     @property

@@ -1,10 +1,9 @@
-"""Linear layers for generation on a CPU, where a token takes as long as reading the weights from memory.
+"""Replace linear layers for generation on a CPU, where a token takes as long as reading the weights from memory.
 
-For few rows, torch gives a float32 product to a routine that reads the weights with one core, or, for some numbers of
-rows, several times. `PackedLinear` has oneDNN do the product, with the weights laid out for it; `Int8Linear` reads a
-quarter of the bytes. Both are for inference only: they have no parameters of their own. `prepare_for_generation` puts
-PackedLinear layers into a model, and makes a draft of Int8Linear layers that guesses what the model will generate
-(generate.py).
+For few rows, torch's float32 product reads the weights with one core or, for some numbers of rows, several times.
+`PackedLinear` has oneDNN do the product, with the weights laid out for it; `Int8Linear` reads a quarter of the bytes.
+Both are for inference only: they have no parameters of their own. `prepare_for_generation` puts PackedLinear layers
+into a model, and makes a draft model of Int8Linear layers for speculative decoding (generate.py).
 
 Shapes: M rows (all dimensions but the last), K inputs, N outputs.
 """

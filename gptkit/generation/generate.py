@@ -5,7 +5,7 @@ cache, which both fill. `decode_steps` and `speculate` yield the logits of step 
 them (sampling.py says how), and `stream_text` turns the ids into characters as they come.
 
 Past the end of the context, a text of n ids is read from id `window_start(n)` on: whenever the window is full, it moves
-by half a context and is read anew. In between, a token costs one position's work.
+by half a context and is read again. In between, only the new token is computed.
 
 A single text may be generated with the help of a draft model (speculative decoding, Leviathan et al. 2023, arXiv
 2211.17192): the faster draft guesses a few ids, and the model reads them all at once, which costs it hardly more than
@@ -114,7 +114,7 @@ def prefill_windows(model: Any, rows: CachedRows) -> torch.Tensor:
 
 
 def shift_windows(model: Any, rows: CachedRows) -> None:
-    """Move the windows that are full by half a context, and read these rows anew up to their last id."""
+    """Move the windows that are full by half a context, and read these rows again up to their last id."""
     for i, ids in enumerate(rows.ids):
         start = window_start(len(ids), rows.context_length)
         if start > rows.starts[i]:

@@ -1,6 +1,6 @@
 """Choose the next token from logits: temperature, top-k, top-p, min-p, repetition penalty, and complete UTF-8 characters.
 
-Leaves to generate.py how the logits come about. Shapes: V vocabulary, N some ids.
+Computing the logits is left to generate.py. Shapes: V vocabulary, N some ids.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,7 +90,7 @@ def sample(logits: torch.Tensor, settings: SamplingSettings, seen: Sequence[int]
 
 
 def next_utf8_bytes(begun: bytes) -> range:
-    """Return the bytes that may follow the first bytes of a UTF-8 character: Unicode 17, table 3-7; none after all of it."""
+    """Return the bytes that may follow the first bytes of a UTF-8 character, if more must: Unicode 17, table 3-7."""
     if not begun or len(begun) == sum(begun[0] >= least for least in (0, 0xC2, 0xE0, 0xF0)):
         return range(0)
     narrower = {0xE0: range(0xA0, 0xC0), 0xED: range(0x80, 0xA0), 0xF0: range(0x90, 0xC0), 0xF4: range(0x80, 0x90)}
@@ -98,7 +98,7 @@ def next_utf8_bytes(begun: bytes) -> range:
 
 
 def allowed_next_bytes(ids: Sequence[int], byte_of: Mapping[int, int]) -> range:
-    """Return the bytes one of which must follow ids that end within a character; none where they do not.
+    """Return the bytes that may follow ids that end within a character; none where they do not end within one.
 
     byte_of maps the ids that stand for single bytes to these bytes.
     """

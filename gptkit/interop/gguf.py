@@ -23,8 +23,8 @@ def write_gguf(
 ) -> None:
     """Write the tensors and config of transformers' model (huggingface.to_hf) with the tokenizer into one file.
 
-    kind is the type of matrices: f32, f16 or q8_0. Raises UserError where gguf is not installed, or llama.cpp has no such
-    tokenizer.
+    kind is the type of matrices: f32, f16 or q8_0. Raises UserError where gguf is not installed, or llama.cpp does not
+    support the tokenizer.
     """
     try:
         import gguf

@@ -1,4 +1,4 @@
-"""Convert weights and dimensions of a GPT to those of transformers' models and back, bit for bit; read such folders.
+"""Convert weights and dimensions of a GPT to those of transformers' models and back, exactly; read such folders.
 
 arch gpt2 becomes GPT2LMHeadModel, modern becomes Qwen3ForCausalLM. Rows of the embedding that only pad the vocabulary
 are left out there, and added again here. Weights are read from safetensors only: pickles are refused. Dimensions are
@@ -308,7 +308,7 @@ def _require_width(name: str, value: Any) -> int:
 
 
 def _refuse_unsupported(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise UserError where a value of config.json is not among those that GPTModel can do."""
+    """Raise UserError where a value of config.json is not among those that GPTModel supports."""
     for name, values in allowed.items():
         if config.get(name) not in values:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, what it was trained on, how good it is, how to use it."""
+"""Write the README.md of an exported model: what it is, what it was trained on, how good it is, how to use it."""
 
 import math
 import re

@@ -1,6 +1,6 @@
-"""The records of a run as report.py shows them: columns of numbers, restarts, state.
+"""Read the records of a run as report.py shows them: columns of numbers, restarts, state.
 
-Records are read as they are, also from old or broken files; values that are not numbers are left out.
+They may come from old or broken files; values that are not numbers are left out.
 """
 
 from collections.abc import Sequence

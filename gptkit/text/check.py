@@ -1,4 +1,4 @@
-"""Checks of what a tokenizer does to a text, measured on sample documents before tokens are written.
+"""Check what a tokenizer does to a text, on sample documents, before tokens are written.
 
 A tokenizer may change text as its own normaliser does (rinna's makes full-width letters half-width) and may lack rare
 characters. Any other difference after encoding and decoding is damage.
@@ -41,7 +41,7 @@ class TokenizerReport:
 
     @property
     def unknown_per_10000(self) -> float:
-        """Unknown characters per 10,000."""
+        """Return the unknown characters per 10,000."""
         return self.unknown_characters / max(self.characters, 1) * 10_000
 
 

@@ -96,12 +96,12 @@ class Tokenizer:
 
     @property
     def never_generated(self) -> frozenset[int]:
-        """Ids that a model must not generate: they stand for no text (unknown, padding, …). End-of-text may be."""
+        """Return the ids that a model must not generate: those without text (unknown, …), but for end-of-text."""
         return self.backend.special_ids - {self.end_of_text_id}
 
     @cached_property
     def byte_ids(self) -> tuple[int, ...]:
-        """The ids of the bytes 0 … 255, for characters without a token of their own; () where there are none."""
+        """Return the ids of the bytes 0 … 255, for characters that have no token; () where there are none."""
         found = [self.backend.id_of(f"<0x{byte:02X}>") for byte in range(256)]
         return () if None in found else tuple(i for i in found if i is not None)
 
@@ -138,7 +138,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits, equal for tokenizers that give the same ids: a hash of files, settings and the ids of PROBE."""
+        """Return a hash of files, settings and the ids of PROBE (64 hex digits): it differs where any id may."""
         digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
         for name, content in sorted(self.backend.files().items()):
             digest.update(f"\n{name} {hashlib.sha256(content).hexdigest()}".encode())

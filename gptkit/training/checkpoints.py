@@ -59,7 +59,7 @@ def save_checkpoint(
     tokenizer: Mapping[str, bytes],
     keep: int = 2,
 ) -> Path:
-    """Write `step_…` (of state["step"]) and clear away all but the newest `keep` and the best.
+    """Write the folder of state["step"] and remove all checkpoints but the newest `keep` and the best.
 
     Raises UserError where weights are not finite, and where the disk is full.
     """
@@ -88,7 +88,7 @@ def save_checkpoint(
             _remove(folder)
         os.replace(partial, folder)
         sync_folder(output_dir)
-    except SafetensorError as error:  # its way to say that the disk is full
+    except SafetensorError as error:  # so safetensors reports a full disk
         raise UserError(f"{folder} could not be written ({error}); make room on the disk")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -130,9 +130,9 @@ def _link(link: Path, folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    doomed = folder.with_name(f".{folder.name}.old.partial")  # never a half-deleted folder under a proper name
+    doomed = folder.with_name(f".{folder.name}.old.partial")  # a half-deleted folder must not have a checkpoint's name
     os.replace(folder, doomed)
-    # On a mounted bucket a folder that was just renamed may not let itself be removed; the next save clears it away.
+    # On a mounted bucket a folder that was just renamed sometimes cannot be removed; the next save removes it.
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -147,9 +147,9 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def verify_checkpoint(folder: Path, training: bool = True) -> None:
-    """Raise Damaged where a file is missing, has changed, or is none of a checkpoint.
+    """Raise DamagedCheckpoint where a file is missing, has changed, or does not belong to a checkpoint.
 
-    Without `training`, the optimizer's state is not read: who only writes with the model does not need it.
+    Without `training`, the optimizer's state is not read: generation does not need it.
     """
     try:
         path = folder / SUMS_FILE
@@ -183,7 +183,7 @@ def verify_checkpoint(folder: Path, training: bool = True) -> None:
 
 
 def first_valid(candidates: list[Path], training: bool = True) -> Path:
-    """Return the first valid one, after a warning for each one before it. Raises UserError where there is none."""
+    """Return the first valid checkpoint, after a warning for each before it. Raises UserError where there is none."""
     damage = {}
     for folder in candidates:
         try:
@@ -195,7 +195,7 @@ def first_valid(candidates: list[Path], training: bool = True) -> Path:
             print(f"warning: {passed_over} is damaged ({reason}); {folder} is used instead", file=sys.stderr)
         return folder
     reasons = "; ".join(f"{folder}: {reason}" for folder, reason in damage.items())
-    raise UserError(f"no checkpoint is whole ({reasons}); restore one, or remove them to begin anew")
+    raise UserError(f"no checkpoint is intact ({reasons}); restore one, or remove them to start a new run")
 
 
 @main_process
@@ -207,7 +207,7 @@ def newest_valid(output_dir: Path) -> Path | None:
 
 @main_process
 def set_aside_newer(checkpoint: Path) -> None:
-    """Rename the damaged ones that are newer, so that they do not count among those to keep."""
+    """Rename the damaged checkpoints that are newer, so that they do not count among those to keep."""
     for folder in find_checkpoints(checkpoint.parent):
         if int(folder.name.removeprefix("step_")) > int(checkpoint.name.removeprefix("step_")):
             aside = folder.with_name(f"{folder.name}.damaged")
@@ -309,7 +309,7 @@ class SkipInitialization(TorchFunctionMode):
 def load_checkpoint(
     folder: Path, build: Callable[[dict[str, Any]], Model], device: torch.device
 ) -> tuple[Model, Tokenizer]:
-    """Return the model and the tokenizer of a checkpoint; `build` makes a model from its dimensions. Raises UserError."""
+    """Load the model and the tokenizer of a checkpoint; `build` makes a model from its dimensions. Raises UserError."""
     tokenizer = load_saved_tokenizer(folder / TOKENIZER_DIR)
     return load_model(folder, build, tokenizer.vocab_size, device), tokenizer
 
@@ -327,7 +327,7 @@ def load_model(folder: Path, build: Callable[[dict[str, Any]], Model], vocab_siz
         with SkipInitialization(), torch.device("meta"):
             expected = {name: list(tensor.shape) for name, tensor in build(dimensions).state_dict().items()}
         with safe_open(folder / MODEL_FILE, "pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  it is no mapping
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  not a mapping
         different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         if different:
             raise ValueError(f"{different[0]} is {found.get(different[0])}, not {expected.get(different[0])}")

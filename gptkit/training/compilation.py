@@ -25,7 +25,7 @@ PARTS = ("forward", "backward")
 
 
 class BatchTooLarge(UserError):
-    """Memory ran out. smaller_batch is the micro-step to try, None where there is none, and `flags` ask for it."""
+    """Memory ran out. smaller_batch is the --batch_size to try, None where there is none; `flags` ask for it."""
 
     def __init__(self, batch_size: int, grad_accum_steps: int, smaller_batch: int | None, fits: bool = False) -> None:
         self.smaller_batch, self.flags = smaller_batch, list[str]()
@@ -35,13 +35,13 @@ class BatchTooLarge(UserError):
             self.flags = ["--batch_size", f"{smaller_batch}", "--grad_accum_steps", f"{accum}"]
             remedy = (
                 f"{' '.join(self.flags)} {'fits' if fits else 'takes less'}, at the same"
-                f" tokens per step (--auto_batch tries that by itself); or {remedy}"
+                f" tokens per step (--auto_batch does that by itself); or {remedy}"
             )
         super().__init__(f"out of memory with --batch_size {batch_size}: {remedy}")
 
 
 def next_smaller_batch(batch_size: int) -> int | None:
-    """Return the largest divisor that is at most half of batch_size."""
+    """Return the largest divisor of batch_size that is at most half of it, or None."""
     return next((n for n in range(batch_size // 2, 0, -1) if batch_size % n == 0), None)
 
 
@@ -57,7 +57,7 @@ def oom_as_user_error(batch_size: int, grad_accum_steps: int) -> Iterator[None]:
 
 
 def find_batch_size(try_rows: Callable[[int], object], batch_size: int) -> int | None:
-    """Return the first of the smaller batches with which try_rows does not run out of memory; None where there is none."""
+    """Return the first smaller batch size with which try_rows does not run out of memory; None where there is none."""
     smaller = next_smaller_batch(batch_size)
     while smaller:
         try:
@@ -79,9 +79,9 @@ def make_loss(model: Any, hidden_states: Callable[[torch.Tensor], torch.Tensor],
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
-    """Have each block keep only its input, and compute the rest again in the backward pass (Chen et al. 2016).
+    """Make each block keep only its input, and compute the rest again in the backward pass (Chen et al. 2016).
 
-    It costs a third more arithmetic per step. The random numbers of dropout are drawn again as they were.
+    It costs a third more arithmetic per step. Dropout draws the same random numbers again.
     """
     for block in blocks:
         block.forward = functools.partial(_checkpointed, block.forward)  # type: ignore[method-assign]
@@ -129,7 +129,7 @@ def compile_and_time(
             if devices.is_out_of_memory(error):
                 raise
             print(
-                f"warning: --compile failed ({type(error).__name__}: {first_line(error)}); continuing without",
+                f"warning: --compile failed ({type(error).__name__}: {first_line(error)}); continuing without it",
                 file=sys.stderr,
             )
     parts_s = micro_step_s(chosen)
@@ -146,10 +146,10 @@ def _is_short(seconds: float) -> bool:
 
 
 def time_optimizer_step(model: nn.Module, build: Callable[[], torch.optim.Optimizer], device: torch.device) -> float:
-    """Return the seconds of one step of a new optimizer, which is thrown away; the weights are put back."""
+    """Return the seconds of one step of a new optimizer, which is discarded; the weights are restored."""
     optimizer = build()
     weights = [parameter.detach().clone() for parameter in model.parameters()]
-    for _ in range(2):  # the first one also makes the state
+    for _ in range(2):  # the first step also allocates the state
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 1e-3)
         devices.synchronize(device)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: they are skipped and counted, and too many in a row are a divergence."""
+"""Skip and count steps whose loss or gradient is not finite; too many in a row are a divergence."""
 
 import math
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class Guard:
         return self.n_skipped_in_a_row >= self.max_bad_steps or not math.isfinite(val_loss or 0.0)
 
     def take_mean_loss(self) -> float:
-        """Return the mean training loss of the finite steps since the last call, of which there is at least one."""
+        """Return the mean training loss of the finite steps since the last call. There must be at least one."""
         mean = self.loss_sum / self.n_losses
         self.loss_sum, self.n_losses = 0.0, 0
         return mean
@@ -56,19 +56,19 @@ class Guard:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the counts. Raises KeyError where one is missing, ValueError where one cannot be."""
+        """Load the counts. Raises KeyError where one is missing, ValueError where one is invalid."""
         counts = ("n_losses", "n_skipped", "n_skipped_in_a_row", "n_rollbacks")
         values = {name: as_count(state[name]) for name in counts}
         loss_sum = float(state["loss_sum"])
         if not math.isfinite(loss_sum):
-            raise ValueError("its sums are not finite")
+            raise ValueError("its loss_sum is not finite")
         self.loss_sum = loss_sum
         for name, value in values.items():
             setattr(self, name, value)
 
 
 def as_count(value: Any) -> int:
-    """Return a count of a checkpoint. Raises ValueError where it is none."""
+    """Return a count from a checkpoint. Raises ValueError where it is not a count."""
     if type(value) is not int or not 0 <= value < 2**53:
-        raise ValueError("its counts are no counts")
+        raise ValueError(f"{value!r} is not a count")
     return value

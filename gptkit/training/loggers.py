@@ -1,7 +1,7 @@
-"""Loggers: where reports and samples are shown beside the output folder's own files. None is required.
+"""Send reports and samples to loggers, besides the files of the output folder. None is required.
 
 TensorBoard, Weights & Biases and trackio, each imported only when it is asked for. They show what metrics.jsonl and
-samples.jsonl keep anyway, so a logger that fails is a warning, and continuing without it.
+samples.jsonl keep anyway, so when a logger fails, the run prints a warning and continues without it.
 """
 
 import html
@@ -17,10 +17,8 @@ from gptkit.base.cli import UserError, one_line
 from gptkit.training.run_log import Logger, read_jsonl, run_name
 
 PROJECT = "gptkit"  # of wandb and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
-WANDB_TIMEOUTS_S = {
-    "WANDB_INIT_TIMEOUT": "30",
-    "WANDB_FINISH_TIMEOUT": "600",
-}  # without a network it would retry without end
+# Without a network, wandb would retry without end.
+WANDB_TIMEOUTS_S = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "600"}
 
 
 def import_logger(name: str, output_dir: Path) -> None:
@@ -37,21 +35,21 @@ def import_logger(name: str, output_dir: Path) -> None:
 def open_logger(name: str, output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Logger:
     """Open the logger of that name for the steps after first_step.
 
-    Where that is not 0, it continues what an earlier session showed. To be opened before the files of the output folder
-    are truncated to first_step: they hold what that was.
+    Where that is not 0, it continues what an earlier session showed. Open it before the files of the output folder are
+    truncated to first_step, since it reads from them what that was.
     """
     if name == "none":
         return Logger()
-    open_it = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}[name]
+    open_backend = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}[name]
     try:
-        return ignore_failures(name, open_it(output_dir, first_step, settings))
+        return ignore_failures(name, open_backend(output_dir, first_step, settings))
     except Exception as error:  # whatever such a package raises, it must not end a run
         _warn(name, error)
         return Logger()
 
 
 def ignore_failures(name: str, logger: Logger) -> Logger:
-    """Wrap a logger: when it fails there is one warning, and it is not called again."""
+    """Wrap a logger so that when it fails, one warning is printed and it is not called again."""
     failed = False
 
     def guard(call: Callable[..., None]) -> Callable[..., None]:
@@ -75,9 +73,9 @@ def _warn(name: str, error: Exception) -> None:
 
 
 def skip_repeated_steps(logger: Logger, output_dir: Path, first_step: int) -> Logger:
-    """Wrap a logger that cannot take anything back: steps done again, after a resume or a rollback, are skipped.
+    """Wrap a logger that cannot remove steps, so that steps done again after a resume or a rollback are skipped.
 
-    It shows those steps as they were the first time.
+    It shows them as they were the first time.
     """
 
     def once(call: Callable[[int, Any], None], file: str) -> Callable[[int, Any], None]:
@@ -148,12 +146,12 @@ def _wandb(output_dir: Path, first_step: int, settings: Mapping[str, Any]) -> Lo
 
     mode = None  # what the user's environment says
     if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-        mode = "offline"  # without an account; wandb would wait for one to be typed in
+        mode = "offline"  # without an account, wandb would ask for one and wait
     try:
         run = begin(mode)
     except wandb.Error as error:
         print(
-            f"warning: wandb is not reached ({error}); {output_dir}/wandb keeps what `wandb sync` can send",
+            f"warning: wandb cannot be reached ({error}); {output_dir}/wandb keeps what `wandb sync` can send",
             file=sys.stderr,
         )
         run = begin("offline")

@@ -45,9 +45,8 @@ ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 class OptimizerSpec:
     """What a run has to know about an optimizer."""
 
-    build: Callable[
-        ["ParameterGroups", "Hyperparameters", torch.dtype], Optimizer
-    ]  # dtype: of the matrix products of its step
+    # The dtype is that of the matrix products of its step.
+    build: Callable[["ParameterGroups", "Hyperparameters", torch.dtype], Optimizer]
     default_lr: float  # peak learning rate
     warmup_share: float  # of the steps of a run
     n_moments: int  # tensors of a parameter's size in its state, at least: for the estimate of memory
@@ -64,12 +63,12 @@ class ParameterGroups:
 
     blocks: list[nn.Parameter]  # the matrices of the blocks
     embeddings: list[nn.Parameter]  # embeddings and head
-    head: nn.Parameter  # which is an embedding too where it is tied
+    head: nn.Parameter  # also an embedding where the two are tied
     vectors: list[nn.Parameter]  # biases and norms
 
     @classmethod
     def of(cls, model: nn.Module) -> "ParameterGroups":
-        """Sort the parameters of a model."""
+        """Sort the parameters of a model by role."""
         head = cast(nn.Parameter, model.head_weight)
         linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - {id(head)}
         blocks = [parameter for parameter in model.parameters() if id(parameter) in linear]
@@ -99,7 +98,7 @@ def build_optimizer(
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
 ) -> Optimizer:
-    """Build the optimizer called `name` over a model; each of its groups has its "peak_lr".
+    """Build the optimizer called `name` for a model; each of its groups has a "peak_lr".
 
     lr and adam_lr are peak rates. Raises UserError where its package is not installed.
     """
@@ -169,7 +168,7 @@ class MuonAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             if group["muon"]:
                 self._muon_step(group)
-        super().step()  # passes over parameters without a gradient
+        super().step()  # skips parameters without a gradient
 
     def _muon_step(self, group: Group) -> None:
         by_shape = defaultdict(list)
@@ -202,9 +201,9 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # a little below 1: rounding must not lead above it
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # a little below 1, so that rounding cannot exceed it
     for i, (p, q, r) in enumerate(POLAR_EXPRESS, 1):
-        if i < len(POLAR_EXPRESS):  # the authors' safety factor: in bfloat16 a value above 1 would run away
+        if i < len(POLAR_EXPRESS):  # the authors' safety factor: in bfloat16 a value above 1 would diverge
             p, q, r = p / SAFETY, q / SAFETY**3, r / SAFETY**5
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=q, alpha=r), x, beta=p)
@@ -239,7 +238,7 @@ def _build_galore(parameters: ParameterGroups, settings: Hyperparameters, dtype:
 
 
 def _projector(group: Group) -> Any:
-    """Make GaLore's projector, but with a row-major basis, as it comes back from a file.
+    """Return GaLore's projector, but with a row-major basis, like one loaded from a file.
 
     The SVD's result is column-major, and a product over another layout rounds differently: a resumed run would drift
     from one that was never stopped.
@@ -257,12 +256,12 @@ def _projector(group: Group) -> Any:
 
 
 def _galore_to_tensor(key: str, value: Any) -> torch.Tensor:
-    """Return an entry of GaLore's state as a tensor: a projector's settings stand in the group, its basis is the state."""
+    """Return an entry of GaLore's state as a tensor: of a projector its basis, since the group holds its settings."""
     return value.ortho_matrix.contiguous() if key == "projector" else torch.as_tensor(value)
 
 
 def _galore_from_tensor(key: str, tensor: torch.Tensor, group: Group) -> Any:
-    """Return what _galore_to_tensor made a tensor of."""
+    """Return the entry of GaLore's state that _galore_to_tensor turned into this tensor."""
     if key == "step":
         return int(tensor)
     if key != "projector":

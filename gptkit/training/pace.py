@@ -1,4 +1,4 @@
-"""How long a run is, and what is due after a step."""
+"""Decide how long a run is, and what is due after a step."""
 
 import math
 import time
@@ -24,7 +24,7 @@ class Due:
     evaluate: bool
     sample: bool
     save: bool
-    stop: bool  # the run is finished, or has to stop before
+    stop: bool  # the run is finished, or has to stop early
     is_finished: bool
     is_signalled: bool  # a signal asked to stop
 
@@ -32,7 +32,7 @@ class Due:
 class Pace:
     """How long a run is (epochs, tokens, steps or a budget of time), and what is due after each of its steps.
 
-    Its clock starts when it is made.
+    Its clock starts when it is created.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Pace:
         step_s: float,  # a first guess at the seconds per step
     ) -> None:
         self._settings, self._stop = settings, stop
-        self._total_steps = total_steps(settings, batches, first_step, elapsed_s, started_at, step_s)
+        self._total_steps = make_total_steps(settings, batches, first_step, elapsed_s, started_at, step_s)
         self.n_steps = main_process(self._total_steps)(first_step)  # may change with the machine's speed
         is_timed = settings.budget_minutes is not None
         report = settings.eval_freq or (max(self.n_steps // 20, 1) if is_timed else 100)
@@ -98,11 +98,11 @@ class Pace:
 
 
 def time_left_s(settings: TrainingSettings, elapsed_s: float, started_at: float) -> float:
-    """Return the seconds of the budget that are left now; elapsed_s are those of earlier sessions."""
+    """Return the seconds of the budget that remain now; elapsed_s are those of earlier sessions."""
     return budget_s(settings) - elapsed_s - (time.monotonic() - started_at)
 
 
-def total_steps(
+def make_total_steps(
     settings: TrainingSettings,
     batches: TrainingBatches,
     first_step: int,
@@ -122,6 +122,6 @@ def total_steps(
 def is_finished(
     settings: TrainingSettings, batches: TrainingBatches, step: int, elapsed_s: float, started_at: float
 ) -> bool:
-    """Return whether a run has made all its steps, or used up its budget."""
+    """Return whether a run has done all its steps, or used up its budget."""
     is_late = time_left_s(settings, elapsed_s, started_at) < CLOSING_S
     return step >= max_total_steps(settings, batches) or is_late

@@ -1,6 +1,6 @@
-"""What a run trains: its model and its batch, as asked for or, with a budget of time, as this machine allows.
+"""Choose the model and the batch of a run: as asked for or, with a time budget, as this machine allows.
 
-A model is known here by its dimensions (a dataclass) and by a factory that builds it of them.
+A model is known here by its dimensions (a dataclass) and by a factory that builds it from them.
 """
 
 import math
@@ -26,8 +26,8 @@ from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, con
 # their blocks (benchmarks/README.md). Hoffmann et al. 2022 found 20 where the whole model counts and the
 # text is English; a small model pays for its vocabulary besides.
 TOKENS_PER_PARAMETER = 2.0
-# Optimizer steps in a run: 1,000 for a million tokens, where a batch of 1,024 was the best tried, and as many more as the
-# cube root of the tokens grows, so that batch and steps both grow. Only the first was measured (benchmarks/README.md).
+# Optimizer steps in a run: 1,000 for a million tokens, where a batch of 1,024 was the best tried, growing with
+# the cube root of the tokens, so that batch and steps both grow. Only the first was measured (benchmarks/README.md).
 STEPS, STEPS_TOKENS, STEPS_POWER = 1000, 1e6, 1 / 3
 CLOSING_S = 3.0  # of a budget: the last evaluation, sample, checkpoint and curve
 MIN_TRAINING_S = 5.0  # of a budget that must be left when training begins
@@ -43,7 +43,7 @@ IDENTITY = {
     "val_fraction": "--val_fraction",
     "init_from": "--init_from",
 }
-UNPRINTED = ("model", "tokenizer", "tokens")  # too long to print
+NOT_PRINTED = ("model", "tokenizer", "tokens")  # too long to print
 # What may change within a run, and changes its result.
 RECIPE = ("lr", "adam_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "dtype")
 LENGTH = ("n_epochs", "max_tokens", "max_steps", "budget_minutes")
@@ -104,7 +104,7 @@ def choose_plan(
 ) -> Plan:
     """Return the plan that the settings ask for; what they leave to the budget is chosen by measuring this machine.
 
-    `sizes` are the models to choose from, from small to large; a single one is taken. `build` makes a model of its
+    `sizes` are the models to choose from, from small to large; a single one is taken. `build` makes a model from its
     dimensions. A run that resumes, whose `state` is given, keeps what it chose at its start. Raises UserError.
     """
     n_processes = world_size()
@@ -123,8 +123,8 @@ def choose_plan(
     left_s = budget_s(settings) - (time.monotonic() - started_at)
     if left_s < MIN_TRAINING_S:
         raise UserError(
-            f"--budget_minutes {settings.budget_minutes} are over before training begins; give more, or make the tokens"
-            " before (pretokenize.py)"
+            f"--budget_minutes {settings.budget_minutes} are over before training begins; give more, or tokenize the"
+            " text first (pretokenize.py)"
         )
     return plan_for_budget(
         left_s,
@@ -187,7 +187,7 @@ def plan_for_budget(
 
 
 def n_block_parameters(model: Any) -> int:
-    """Return the number of entries in the matrices of all blocks, without norms and biases. `model` as below."""
+    """Count the entries in the matrices of all blocks, without norms and biases; `model` as in flops_per_token."""
     attention = model.emb_dim * model.head_dim * (2 * model.n_heads + 2 * model.kv_heads)
     feed_forward = (2 if model.arch == "gpt2" else 3) * model.emb_dim * model.hidden_dim
     entries: int = model.n_layers * (attention + feed_forward)
@@ -205,7 +205,7 @@ def flops_per_token(model: Any) -> int:
 
 
 def sequences_per_step(total_tokens: float, context_length: int) -> int:
-    """Return the batch for a run of total_tokens: a power of two of sequences, for about the steps that suit it."""
+    """Return the sequences per step for a run of total_tokens: a power of two, for about the steps that suit it."""
     n_steps = STEPS * (total_tokens / STEPS_TOKENS) ** STEPS_POWER
     return int(2 ** round(math.log2(max(total_tokens / n_steps / context_length, 1))))
 
@@ -217,9 +217,9 @@ def measure_tokens_per_s(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Return the speed of training on this machine, by a few steps of a new model on random tokens.
+    """Measure the speed of training on this machine, by a few steps of a new model on random tokens.
 
-    Changes no random stream.
+    It changes no random stream.
     """
     states = devices.get_rng_states(device)
     model = build(dimensions).to(device)
@@ -271,7 +271,7 @@ def resume_plan(plan: Plan, settings: TrainingSettings, state: Mapping[str, Any]
 
 
 def run_identity(settings: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what must stay the same within a run; that of its plan and the tokens' fingerprint are added to it."""
+    """Return what must stay the same within a run; the caller adds the plan's and the tokens' fingerprint."""
     named = ("optimizer", "seed", "val_fraction", "init_from")
     return {"tokenizer": tokenizer.fingerprint} | {name: getattr(settings, name) for name in named}
 
@@ -296,12 +296,12 @@ def find_difference(before: Mapping[str, Any], identity: Mapping[str, Any]) -> s
     for name, value in identity.items():
         known = before.get(name)
         if known != value:
-            return IDENTITY[name] + ("" if name in UNPRINTED else f" ({known}, now {value})")
+            return IDENTITY[name] + ("" if name in NOT_PRINTED else f" ({known}, now {value})")
     return None
 
 
 def warn_changed_settings(before: Any, settings: Mapping[str, Any], step: int) -> None:
-    """Print on standard error which settings that may change have changed since a checkpoint, and what that means."""
+    """Print a note on standard error for each setting that has changed since a checkpoint, and what that means."""
     before = as_dict(before)
     changed = [name for name in (*RECIPE, *LENGTH) if name in before and before[name] != settings[name]]
     for name in changed:

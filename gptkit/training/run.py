@@ -1,6 +1,6 @@
-"""A training run: what it works with, and what it does in a step.
+"""The state of a training run, and what it does in a step.
 
-How long it is, what is skipped and what is saved is the work of Pace, Guard and Saver.
+How long it is, what is skipped and what is saved is left to Pace, Guard and Saver.
 
 Shapes: B sequences per micro-step, T time (context_length).
 """
@@ -76,7 +76,7 @@ class Run:
         """Return the micro-steps of an optimizer step."""
         return self.plan.grad_accum_steps
 
-    # In a step
+    # Training
 
     def compile(self) -> dict[str, float]:
         """Compile the loss where that is asked for, and return the seconds of each part of an optimizer step.
@@ -113,7 +113,7 @@ class Run:
 
     @contextlib.contextmanager
     def forward_context(self, is_last: bool) -> Iterator[None]:
-        """Compute a loss by products in the run's dtype; is_last: the micro-step after which DDP averages gradients."""
+        """Compute a loss in the run's dtype; is_last: the micro-step after which DDP averages gradients."""
         process_group.set_gradient_sync(self.loss, is_last)
         with devices.autocast(self.device, self.dtype):
             yield
@@ -128,14 +128,14 @@ class Run:
         found: list[float] = process_group.all_reduce_mean(torch.stack(values)).tolist()
         return found
 
-    # Looking at it
+    # Evaluation
 
     def validation_loss(self) -> float:
-        """Return the mean over the validation batches, in nats per token."""
+        """Return the mean loss over the validation batches, in nats per token."""
         return mean_loss(self.model, self.loss, self.validation, self.device, self.dtype)
 
     def sample_text(self) -> str:
-        """Return --start_context as the model continues it, by the same random numbers each time."""
+        """Return --start_context and the model's continuation, with the same random numbers each time."""
         start = self.settings.start_context
         prompt = [self.tokenizer.end_of_text_id, *self.tokenizer.encode(start)]
         text = TextStream(self.tokenizer, prompt, self.settings.seed)
@@ -154,14 +154,14 @@ class Run:
         return {"step": self.step, "best_val_loss": self.best_val_loss, "elapsed_s": self.elapsed_s}
 
     def load_progress(self, state: Mapping[str, Any]) -> None:
-        """Load what `progress` returned. Raises KeyError where something is missing, ValueError where it cannot be."""
+        """Load what `progress` returned. Raises KeyError where something is missing, ValueError where it is invalid."""
         step, best, elapsed_s = as_count(state["step"]), state["best_val_loss"], float(state["elapsed_s"])
         if not math.isfinite(elapsed_s + (best or 0.0)):
-            raise ValueError("its sums are not finite")
+            raise ValueError("its elapsed_s or best_val_loss is not finite")
         self.step, self.best_val_loss, self.elapsed_s = step, best, elapsed_s
 
     def full_tensors(self, keep: bool) -> tuple[Tensors, Tensors]:
-        """Return the weights, and the optimizer's state with the random states; without `keep` empty, but gathered."""
+        """Gather the weights, and the optimizer's state with the random states; without `keep`, return none of them."""
         weights = fsdp.full_tensors(self.model.state_dict(), keep)
         training = fsdp.full_tensors(optimizer_tensors(self.model, self.optimizer), keep)
         return weights, training | process_group.gather_rng_states(devices.get_rng_states(self.device))
@@ -178,7 +178,7 @@ class Run:
 
 
 def optimizer_state_bytes(run: Run) -> int:
-    """Return about how much the optimizer's state takes: of each parameter the moments that every one has."""
+    """Estimate the bytes of the optimizer's state, from the number of moments that it keeps for each parameter."""
     n_moments = OPTIMIZERS[run.settings.optimizer].n_moments
     return sum(n_moments * p.numel() * p.element_size() for p in run.model.parameters())
 
@@ -191,7 +191,7 @@ def require_disk_space(run: Run) -> None:
     if free < needed:
         raise UserError(
             f"--output_dir {run.output_dir} has {free / 2**20:,.0f} MiB free and a checkpoint takes about"
-            f" {needed / 2**20:,.0f} MiB (and during a save one more than --keep_checkpoints and the best are there);"
+            f" {needed / 2**20:,.0f} MiB (during a save there is one more than --keep_checkpoints and the best);"
             " make room, or name a folder on another disk"
         )
 
@@ -231,15 +231,15 @@ def announce(run: Run, n_steps: int, step_s: Mapping[str, float]) -> None:
 
 
 def finished_message(run: Run) -> str:
-    """Return what there is to say of a run that has nothing left to do."""
+    """Return the message about a run that has nothing left to do."""
     return (
-        f"{run.output_dir}: the run is finished, step {run.step}; more: --n_epochs, --max_tokens, --max_steps or"
-        " --budget_minutes, as it was given"
+        f"{run.output_dir}: the run is finished at step {run.step}; to train longer, raise --n_epochs, --max_tokens,"
+        " --max_steps or --budget_minutes"
     )
 
 
 def closing_message(run: Run, n_steps: int) -> str:
-    """Return what there is to say at the end of a session."""
+    """Return the message at the end of a session."""
     if run.step < n_steps:
         return f"stopped at step {run.step} of {n_steps} and saved in {run.output_dir}; run the same command to resume"
     best = "unknown" if run.best_val_loss is None else f"{run.best_val_loss:.4f}"

@@ -1,6 +1,6 @@
 """The log of a run: printed lines, a progress bar, metrics.jsonl and samples.jsonl for programs, loss_curve.png to look at.
 
-What is reported and when is decided elsewhere, and so is where else it is shown: by a Logger (training/loggers.py).
+What is reported, and when, is decided elsewhere. A Logger (training/loggers.py) may show it somewhere else too.
 """
 
 import errno
@@ -34,7 +34,7 @@ class Logger:
 
 
 class JsonlFile:
-    """A file of JSON objects, one per line, each with its "step"; what a full disk does not take waits for the next."""
+    """A file of JSON objects, one per line, each with its "step"; a line that a full disk refused is retried."""
 
     def __init__(self, path: Path, warn: Callable[[str], None], writes: bool = True) -> None:
         self.path, self._warn, self._writes = path, warn, writes
@@ -49,8 +49,8 @@ class JsonlFile:
             with open(self.path, "ab", buffering=0) as file:
                 end = file.tell()
                 try:
-                    for part in self._unwritten:
-                        if file.write(part) < len(part):
+                    for line in self._unwritten:
+                        if file.write(line) < len(line):
                             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     os.fsync(file.fileno())
                 except OSError:
@@ -58,7 +58,7 @@ class JsonlFile:
                     raise
             self._unwritten.clear()
         except OSError as error:
-            self._warn(f"warning: {self.path} could not be written ({error}); its lines wait for the next one")
+            self._warn(f"warning: {self.path} could not be written ({error}); the next line retries")
 
     def truncate_after(self, step: int) -> None:
         """Drop what comes after `step`: the steps from there on are done again."""
@@ -69,9 +69,9 @@ class JsonlFile:
 
 
 class RunLog:
-    """The log of one session of a run: from step first_step (0 in a new run) on to total_steps.
+    """The log of one session of a run: from first_step (0 in a new run) to total_steps.
 
-    Without `writes` it leaves its files alone: one process of several writes them.
+    Without `writes` it leaves its files alone: only the main process writes them.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class RunLog:
         self._logger.report(n_done, {name: value for name, value in record.items() if name != "step"})
 
     def sample(self, n_done: int, text: str) -> None:
-        """Print what the model wrote after n_done steps, and append it to samples.jsonl."""
+        """Print a sample that the model generated after n_done steps, and append it to samples.jsonl."""
         self.print_line(f"sample after step {n_done}: {text}")
         self._samples.append({"step": n_done, "tokens": n_done * self.tokens_per_step, "text": text})
         self._logger.sample(n_done, text)

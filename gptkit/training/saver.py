@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written beside the training, loaded, and rolled back to."""
+"""Write the checkpoints of a run in the background, load them, and roll back to one."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ class Saver:
         self._writer = BackgroundWriter(run.output_dir, run.settings.keep_checkpoints)
 
     def save(self, elapsed_s: float, val_loss: float | None) -> None:
-        """Have the main process write a checkpoint of this moment, and draw the loss curve, in the background.
+        """Write a checkpoint of this moment, and draw the loss curve, in the background of the main process.
 
         elapsed_s are the seconds of training; val_loss, if it was evaluated, is in nats per token.
         """
@@ -85,10 +85,10 @@ class Saver:
         print_line(f"warning: {trouble}; going back to {checkpoint} with 1/{2**n_rollbacks} of the rate")
 
     def finish(self) -> None:
-        """Wait until all is written. Raises UserError where the last checkpoint could not be."""
+        """Wait until all is written. Raises UserError where the last checkpoint could not be written."""
         self._writer.wait()
         if self._writer.failure:
-            raise UserError(f"{self._writer.failure}; make room and run the same command to resume from the one before")
+            raise UserError(f"{self._writer.failure}; make room and run the same command to resume from the newest")
 
 
 @main_process
@@ -100,10 +100,10 @@ def find_last_good(output_dir: Path) -> Path | None:
 
 
 class BackgroundWriter:
-    """Writes checkpoints beside the training, one at a time.
+    """Writes checkpoints while training continues, one at a time.
 
-    A save that fails leaves the earlier ones as they are and is a warning; `failure` then holds what went wrong, until
-    one succeeds.
+    A save that fails prints a warning and leaves the earlier checkpoints unchanged; `failure` then holds what went
+    wrong, until one succeeds.
     """
 
     def __init__(self, output_dir: Path, keep: int) -> None:
@@ -147,10 +147,10 @@ class BackgroundWriter:
 
     def _fail(self, step: int, reason: str) -> None:
         self.failure = f"the checkpoint of step {step} could not be saved: {reason}"
-        print_line(f"warning: {self.failure}; the ones before are as they were")
+        print_line(f"warning: {self.failure}; earlier checkpoints are unchanged")
 
     def wait(self) -> None:
-        """Return when nothing is being written any more."""
+        """Wait until the save in progress, if there is one, has ended."""
         if self._future:
             self._future.result()
             self._future = None

@@ -8,7 +8,7 @@ import math
 
 
 def learning_rate(step: int, *, peak: float, final: float, warmup_steps: int, total_steps: int) -> float:
-    """Return the rate for optimizer step `step`, counted from 0.
+    """Return the learning rate for optimizer step `step`, counted from 0.
 
     It is peak / warmup_steps at step 0, `peak` at step warmup_steps - 1 (without warmup: at step 0), and `final`
     at the last step, total_steps - 1, and after it.

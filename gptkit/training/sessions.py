@@ -39,9 +39,9 @@ SESSIONS_FILE = "sessions.jsonl"
 
 @contextlib.contextmanager
 def record_session(output_dir: Path, step: int, settings: Any, environment: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Have the main process record the session that the block is; sessions that began after `step` are dropped.
+    """Record the session that runs within the block, in the main process; drop sessions that began after `step`.
 
-    Yields a dict, in which the block puts how it ended: step, how (finished or stopped), reason.
+    Yields a dict, into which the block writes how it ended: step, how (finished or stopped), reason.
     """
     if not is_main_process():
         yield {}
@@ -77,10 +77,10 @@ def lock_output(output_dir: Path) -> Iterator[None]:
 
 
 def check_output_dir(output_dir: str, resume: Literal["auto", "none"]) -> Path:
-    """Return the output folder, which need not exist. Raises UserError where it holds something else than a run."""
+    """Return the output folder, which need not exist. Raises UserError where it holds anything but a run."""
     folder = Path(output_dir)
     if not output_dir or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"--output_dir {output_dir!r} is no folder; name one")
+        raise UserError(f"--output_dir {output_dir!r} is not a folder; name one")
     if resume == "none" and find_checkpoints(folder):
         raise UserError(
             f"--output_dir {folder} holds a run already; name another folder, or resume it with --resume auto"

@@ -13,15 +13,15 @@ from torch import nn
 
 from gptkit.base.cli import UserError, setting
 from gptkit.data.batches import TrainingBatches
-from gptkit.distributed.process_group import Kind
+from gptkit.distributed.process_group import Parallelism
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, build_optimizer
 
-MAX_ROLLBACKS = 3  # to a checkpoint, in a run that diverges: an eighth of the rate
+MAX_ROLLBACKS = 3  # to a checkpoint, when a run diverges; each halves the rate
 BATCH_SIZE = 16  # where neither a flag nor a budget says otherwise
 
 
 def _by_optimizer(name: str, form: str) -> str:
-    """Return what the optimizers' specs say of `name`, for a help text."""
+    """Return each optimizer's value of the field `name` of its spec, for a help text."""
     return ", ".join(f"{optimizer} {getattr(spec, name):{form}}" for optimizer, spec in OPTIMIZERS.items())
 
 
@@ -193,7 +193,7 @@ class TrainingSettings:
         "keep less for the backward pass and compute it again: less memory, a third more arithmetic",
         group="device",
     )
-    parallel: Kind = setting(
+    parallel: Parallelism = setting(
         "ddp",
         "of several processes (torchrun): ddp, each has the full model; fsdp, each has a shard of it",
         group="device",
@@ -207,7 +207,7 @@ class TrainingSettings:
 
 
 def check_training_settings(settings: TrainingSettings, n_processes: int) -> None:
-    """Raise UserError where settings of the training do not go together, or a package is missing."""
+    """Raise UserError where training settings conflict, or a package is missing."""
     spec = OPTIMIZERS[settings.optimizer]
     spec.require_package()
     if settings.pretokenized_dir and not settings.use_pretokenized:
@@ -234,7 +234,7 @@ def peak_lr(settings: TrainingSettings) -> float:
 
 
 def configure_optimizer(settings: TrainingSettings, model: nn.Module, dtype: torch.dtype) -> Optimizer:
-    """Build the optimizer of a run over a model; dtype is that of the run's matrix products."""
+    """Build the optimizer of a run for a model; dtype is that of the run's matrix products."""
     return build_optimizer(model, settings.optimizer, peak_lr(settings), settings.adam_lr, settings.weight_decay, dtype)
 
 
@@ -246,5 +246,5 @@ def max_total_steps(settings: TrainingSettings, batches: TrainingBatches) -> int
 
 
 def budget_s(settings: TrainingSettings) -> float:
-    """Return the seconds of --budget_minutes, infinity without."""
+    """Return the seconds of --budget_minutes, or infinity without it."""
     return 60 * (settings.budget_minutes or math.inf)

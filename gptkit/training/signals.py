@@ -1,7 +1,7 @@
-"""SIGTERM, SIGINT and SIGHUP as requests to stop: before training at once, within it after the step.
+"""Handle SIGTERM, SIGINT and SIGHUP as requests to stop: before training at once, during it after the current step.
 
-Rented machines are taken back by SIGTERM, Ctrl-C is SIGINT, a closed terminal is SIGHUP (which nohup has ignored, and
-ignored it stays). A second signal ends the process at once, by the signal itself.
+Rented machines are taken back by SIGTERM, Ctrl-C is SIGINT, a closed terminal is SIGHUP (where nohup has set it to be
+ignored, it stays ignored). A second signal ends the process at once, by the signal itself.
 """
 
 import signal
@@ -13,7 +13,7 @@ NAMES = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
 
 
 class StopSignals:
-    """Notices signals that ask this process to stop. To be made in the main thread, which alone may handle signals."""
+    """Notices signals that ask this process to stop. Create it in the main thread, which alone may handle signals."""
 
     def __init__(self) -> None:
         self.received: str | None = None  # the signal's name
@@ -28,11 +28,11 @@ class StopSignals:
             signal.signal(each, signal.SIG_DFL)
         self.received = signal.Signals(number).name
         if self.exits_at_once:
-            self.exit("nothing of this session was to be saved")
-        print(f"{self.received}: the step is finished and saved; a second signal quits at once", file=sys.stderr)
+            self.exit("there was nothing to save yet")
+        print(f"{self.received}: finishing the step and saving; a second signal ends the run at once", file=sys.stderr)
 
     def exit(self, what: str) -> None:
-        """Exit with code EXIT_STOPPED, after a message that says what became of the work."""
+        """Print what became of the work, and exit with code EXIT_STOPPED."""
         by = self.received or "a signal to another process"
         print(f"stopped by {by}: {what}; run the same command to resume", file=sys.stderr)
         raise SystemExit(EXIT_STOPPED)
