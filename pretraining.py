@@ -169,8 +169,8 @@ def train(
         if due.sample:
             log.sample(run.step, run.sample_text())
         if due.stop or (due.save and not guard.n_skipped_in_a_row):
-            saver.save(log.elapsed_s, val_loss)
             pace.mark_saved()
+            saver.save(log.elapsed_s, val_loss)
         if due.stop:
             break
     log.close()
@@ -198,6 +198,7 @@ def start_session(run: Run, started_at: float, stop: StopSignals) -> tuple[Pace,
         run.output_dir, run.step, pace.n_steps, run.batches.tokens_per_step, pace.elapsed_before_s, logger,
         is_main_process(),
     )  # fmt: skip
+    pace.start_clock()
     return pace, log
 
 
@@ -264,12 +265,12 @@ def make_batches(
 
 def model_sizes(config: PretrainingConfig, vocab_size: int, state: Mapping[str, Any]) -> dict[str, GPTConfig]:
     """Return the model configs to choose from, by name: one, unless the budget decides the size. Raises UserError."""
-    if config.model_size != "auto":
-        name = config.model_size or ("the one of --init_from" if config.init_from else "124M")
-        return {name: model_config(config, name, vocab_size, state)}
-    if not state:
-        return {name: model_config(config, name, vocab_size, state) for name in BUDGET_PRESETS}
     try:
+        if config.model_size != "auto":
+            name = config.model_size or ("that of --init_from" if config.init_from else "124M")
+            return {name: model_config(config, name, vocab_size, state)}
+        if not state:
+            return {name: model_config(config, name, vocab_size, state) for name in BUDGET_PRESETS}
         return {"auto": GPTConfig(**state["identity"]["model"])}  # as the run chose it when it began
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the newest checkpoint is damaged ({error!r}); remove it to resume from an older one")
@@ -283,7 +284,7 @@ def model_config(config: PretrainingConfig, size: str, vocab_size: int, state: M
     given = {name: getattr(config, name) for name in DIMENSIONS if getattr(config, name) is not None}
     if config.init_from:
         known = as_dict(as_dict(state.get("identity")).get("model"))
-        dimensions = known or huggingface.read_dimensions(config.init_from)
+        dimensions = known or main_process(huggingface.read_dimensions)(config.init_from)
         if given.get("context_length", 0) > dimensions["context_length"]:
             raise UserError(
                 f"--context_length {config.context_length} is more than the {dimensions['context_length']} of --init_from"

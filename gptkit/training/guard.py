@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gptkit.base.cli import print_line
+from gptkit.training.settings import MAX_ROLLBACKS
 
 
 @dataclass
@@ -59,9 +60,9 @@ class Guard:
         """Load the counts. Raises KeyError where one is missing, ValueError where one is invalid."""
         counts = ("n_losses", "n_skipped", "n_skipped_in_a_row", "n_rollbacks")
         values = {name: as_count(state[name]) for name in counts}
-        loss_sum = float(state["loss_sum"])
-        if not math.isfinite(loss_sum):
-            raise ValueError("its loss_sum is not finite")
+        loss_sum = as_sum(state["loss_sum"])
+        if values["n_rollbacks"] > MAX_ROLLBACKS:
+            raise ValueError(f"{values['n_rollbacks']} rollbacks are more than a run can have")
         self.loss_sum = loss_sum
         for name, value in values.items():
             setattr(self, name, value)
@@ -71,4 +72,11 @@ def as_count(value: Any) -> int:
     """Return a count from a checkpoint. Raises ValueError where it is not a count."""
     if type(value) is not int or not 0 <= value < 2**53:
         raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def as_sum(value: Any) -> float:
+    """Return a sum from a checkpoint. Raises ValueError where it is not a finite number."""
+    if type(value) not in (int, float) or not abs(value) < math.inf:
+        raise ValueError(f"{value!r} is not a finite number")
     return value

@@ -54,10 +54,13 @@ class Pace:
         self._report_every = report
         self._sample_every = settings.print_sample_iter or (5 * report if is_timed else 100)
         self._save_every = settings.save_ckpt_freq or (5 * report if is_timed else 500)
-        self._start = time.monotonic()
-        self._saved_at = self._start
+        self.start_clock()
         # Seconds of training until now; with a budget also those before a session's first step.
         self.elapsed_before_s = elapsed_s + (self._start - started_at if is_timed else 0.0)
+
+    def start_clock(self) -> None:
+        """Start the clock of --max_minutes and --save_every_minutes: at the first step of a session."""
+        self._start = self._saved_at = time.monotonic()
 
     def lr_multiplier(self, step: int) -> float:
         """Return the learning rate of a step (from 0) as a share of the peak."""

@@ -58,6 +58,10 @@ class Plan:
     grad_accum_steps: int
     n_processes: int = 1
 
+    def __post_init__(self) -> None:
+        if not all(type(n) is int and n >= 1 for n in self.batch.values()):
+            raise ValueError(f"{self.batch} is not a batch")
+
     @property
     def batch(self) -> dict[str, int]:
         """Return how a step's sequences are split, as a checkpoint keeps it."""

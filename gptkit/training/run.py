@@ -7,7 +7,6 @@ Shapes: B sequences per micro-step, T time (context_length).
 
 import contextlib
 import dataclasses
-import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -36,7 +35,7 @@ from gptkit.training.compilation import (
     find_batch_size,
     time_optimizer_step,
 )
-from gptkit.training.guard import as_count
+from gptkit.training.guard import as_count, as_sum
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, load_optimizer_tensors, optimizer_tensors
 from gptkit.training.planning import Plan, flops_per_token
 from gptkit.training.run_log import CURVE_FILE, RUN_FILE, RUN_FORMAT
@@ -155,10 +154,9 @@ class Run:
 
     def load_progress(self, state: Mapping[str, Any]) -> None:
         """Load what `progress` returned. Raises KeyError where something is missing, ValueError where it is invalid."""
-        step, best, elapsed_s = as_count(state["step"]), state["best_val_loss"], float(state["elapsed_s"])
-        if not math.isfinite(elapsed_s + (best or 0.0)):
-            raise ValueError("its elapsed_s or best_val_loss is not finite")
-        self.step, self.best_val_loss, self.elapsed_s = step, best, elapsed_s
+        step, best, elapsed_s = as_count(state["step"]), state["best_val_loss"], as_sum(state["elapsed_s"])
+        self.best_val_loss = None if best is None else as_sum(best)
+        self.step, self.elapsed_s = step, elapsed_s
 
     def full_tensors(self, keep: bool) -> tuple[Tensors, Tensors]:
         """Gather the weights, and the optimizer's state with the random states; without `keep`, return none of them."""

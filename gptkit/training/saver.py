@@ -74,11 +74,8 @@ class Saver:
             raise UserError(
                 f"{trouble}; {remedy}: it resumes from the newest checkpoint in {self.run.output_dir}, if there is one"
             )
-        checkpoint = find_last_good(self.run.output_dir)
-        if checkpoint is None:
-            raise UserError(
-                f"{trouble}, and there is no checkpoint to go back to; {remedy}, or a smaller --save_ckpt_freq"
-            )
+        if_none = f"{trouble}, and there is no checkpoint to go back to; {remedy}, or a smaller --save_ckpt_freq"
+        checkpoint = find_last_good(self.run.output_dir, if_none)
         n_rollbacks, n_skipped = guard.n_rollbacks + 1, guard.n_skipped
         self.load(checkpoint)
         guard.n_rollbacks, guard.n_skipped = n_rollbacks, n_skipped
@@ -92,11 +89,16 @@ class Saver:
 
 
 @main_process
-def find_last_good(output_dir: Path) -> Path | None:
-    """Return the newest valid checkpoint before which no step was skipped. Raises UserError where all are damaged."""
+def find_last_good(output_dir: Path, if_none: str) -> Path:
+    """Return the newest valid checkpoint before which no step was skipped.
+
+    Raises UserError, with the message `if_none` where there is no such checkpoint, and where all are damaged.
+    """
     found = checkpoints.find_checkpoints(output_dir)
     good = [folder for folder in found if checkpoints.read_state_or_empty(folder).get("n_skipped_in_a_row") == 0]
-    return checkpoints.first_valid(good[::-1]) if good else None
+    if not good:
+        raise UserError(if_none)
+    return checkpoints.first_valid(good[::-1])
 
 
 class BackgroundWriter:

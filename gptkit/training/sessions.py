@@ -22,7 +22,7 @@ from gptkit import __version__
 from gptkit.base import devices
 from gptkit.base.cli import UserError, first_line
 from gptkit.base.files import folder_lock, read_json, write_atomically
-from gptkit.distributed.process_group import is_main_process
+from gptkit.distributed.process_group import is_main_process, main_process
 from gptkit.training.checkpoints import find_checkpoints
 from gptkit.training.run_log import (
     CURVE_FILE,
@@ -101,6 +101,7 @@ def non_default_settings(settings: Any) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
+@main_process
 def describe_environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return what a run's numbers may depend on besides its settings."""
     return {
