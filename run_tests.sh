@@ -2,7 +2,7 @@
 # Make the environment, then run the linter, the type checker, shellcheck and the tests. Arguments are passed to pytest:
 #
 #     ./run_tests.sh                  all tests
-#     ./run_tests.sh -m "not slow"    all but those that take more than 10 seconds each
+#     ./run_tests.sh -m "not slow"    all but real runs of about 10 seconds and more
 set -euo pipefail
 cd "$(dirname "$0")"
 ./quickstart.sh --install_only tests/requirements.txt

@@ -69,6 +69,7 @@ def set_slider(page: Any, label: str, value: float) -> None:
     box.press("Enter")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
 def test_writing_in_a_browser(page: Any, poem: tuple[Path, str]) -> None:
     """Type, write, continue from a place in the text, stop, turn the text vertical, compare."""
@@ -129,6 +130,7 @@ def test_hostile_requests(poem: tuple[Path, str], tmp_path: Path) -> None:
     assert any(name.startswith("refused") for name in found["outcomes"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the server's thread exits
 def test_user_errors(tmp_path: Path, poem: tuple[Path, str]) -> None:
     assert_user_error(call_command("demo.py", "--exp_dir", tmp_path / "none"), "--exp_dir")

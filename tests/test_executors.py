@@ -88,6 +88,7 @@ def test_the_same_bytes_whatever_the_number_of_workers(tmp_path: Path, shards: P
     assert contents(by_one_process) == contents(tmp_path / "3")
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_the_same_command_ends_the_same(
     tmp_path: Path, shards: Path, by_one_process: Path
 ) -> None:

@@ -125,6 +125,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path) -> tu
     return folder, arguments
 
 
+@pytest.mark.slow
 def test_training_starts_from_an_export_and_resumes_without_it(
     learned: tuple[Path, list[object]], tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ def test_broken_weights_are_never_saved(tmp_path: Path, short_shards: Path) -> N
     assert not list(output.glob("step_*"))
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit(tmp_path: Path, short_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than two sequences at once are refused memory."""
     arguments = (*small_run(short_shards, tmp_path / "out", "adamw"), "--max_steps", 2)
@@ -236,6 +237,7 @@ def test_which_settings_may_change_and_which_may_not(tmp_path: Path, short_shard
     assert [report["step"] for report in curve(output)] == [2, 3, 4]
 
 
+@pytest.mark.slow
 def test_saves_by_the_clock_change_nothing_but_the_folders(tmp_path: Path, short_shards: Path) -> None:
     output, whole = tmp_path / "out", tmp_path / "whole"
     for folder, more in ((output, ("--save_every_minutes", 1e-5, "--keep_checkpoints", 3)), (whole, ())):
@@ -304,6 +306,7 @@ torch.nn.utils.clip_grad_norm_ = fill
     assert curve(saved) == curve(whole)
 
 
+@pytest.mark.slow
 def test_a_disk_too_small_from_the_start(tmp_path: Path, short_shards: Path) -> None:
     wide = ("--emb_dim", 512, "--max_steps", 3)
     arguments = (*small_run(short_shards, tmp_path / "disk" / "out", "muon"), *wide)

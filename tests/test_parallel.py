@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from gpt_model import GPTModel
 from gptkit.training.checkpoints import load_checkpoint, verify_checkpoint
 
+pytestmark = pytest.mark.slow  # each starts several processes
 STEPS = 40
 RUN = (
     *("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER, "--use_pretokenized"),

@@ -49,6 +49,7 @@ def run_with_sgd(script: Path, arguments: tuple[object, ...], kill_at: int | Non
     return out
 
 
+@pytest.mark.slow
 def test_an_added_optimizer_trains_is_killed_and_resumes_byte_for_byte(tmp_path: Path, sample_shards: Path) -> None:
     script = tmp_path / "adds_sgd.py"
     script.write_text(ADDS_SGD.format(root=str(ROOT)), "utf-8")

@@ -203,6 +203,7 @@ def test_a_signal_during_the_download_ends_the_command(
     assert not (repository / "dataset" / "001").exists()
 
 
+@pytest.mark.slow
 def test_under_nohup_a_closed_terminal_is_ignored(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
     change_script(prepared, "--max_steps 6", "--max_steps 60")
     process = start(prepared, pod, "nohup")

@@ -26,6 +26,7 @@ from conftest import (
 from gptkit.training.checkpoints import verify_checkpoint
 from gptkit.training.signals import EXIT_STOPPED
 
+pytestmark = pytest.mark.slow  # each starts real runs
 STEPS = ("--max_steps", 60)  # enough for a signal to come in time
 
 
@@ -104,7 +105,6 @@ def test_a_signal_in_any_phase(
         assert [r["val_loss"] for r in curve(output)[last]] == [r["val_loss"] for r in curve(whole)[last]]
 
 
-@pytest.mark.slow
 def test_a_signal_while_the_model_is_compiled(
     tmp_path: Path, short_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
