@@ -32,7 +32,7 @@ class Due:
 class Pace:
     """How long a run is (epochs, tokens, steps or a budget of time), and what is due after each of its steps.
 
-    Its clock starts when it is created.
+    Its clock starts when it is created, and again with `start_clock`.
     """
 
     def __init__(
