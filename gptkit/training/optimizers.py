@@ -51,6 +51,7 @@ class OptimizerSpec:
     warmup_share: float  # of the steps of a run
     n_moments: int  # tensors of a parameter's size in its state, at least: for the estimate of memory
     state_keys: Callable[[Group], tuple[str, ...]]  # the names of a parameter's state tensors, by its group
+    is_slow_to_start: bool = False  # its first step costs far more than others: it is not timed before a run
     needs_full_matrices: bool = False  # its step cannot be computed on shards of them
     require_package: Callable[[], object] = lambda: None  # raises UserError where its package is missing
     to_tensor: Callable[[str, Any], torch.Tensor] = lambda key, value: torch.as_tensor(value)
@@ -290,6 +291,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         warmup_share=0.05,
         n_moments=2,
         state_keys=lambda group: (*ADAM_STATE, "projector") if "rank" in group else ADAM_STATE,
+        is_slow_to_start=True,  # an SVD of each matrix
         needs_full_matrices=True,
         require_package=import_galore,
         to_tensor=_galore_to_tensor,

@@ -104,7 +104,7 @@ class Run:
             self.loss = process_group.wrap_ddp(self.model, loss, self.device)
         parts_s = {"reading": reading_s, **parts_s}
         step_s = {name: self.grad_accum_steps * seconds for name, seconds in parts_s.items()}
-        if self.step == 0:
+        if self.step == 0 and not OPTIMIZERS[self.settings.optimizer].is_slow_to_start:
             step_s["optimizer"] = time_optimizer_step(
                 self.model, lambda: configure_optimizer(self.settings, self.model, self.dtype), self.device
             )
