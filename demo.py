@@ -6,6 +6,11 @@ Needs gradio (pip install gradio). Serves only this machine unless --host names 
 reads no file that a visitor names, and keeps nothing of what is written.
 """
 
+from gptkit.base.startup import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before the imports below, which take seconds
+
 import functools
 import os
 import random

@@ -4,9 +4,14 @@
     python evaluate_model.py --exp_dir exp001 exp002 --hf_model rinna/japanese-gpt2-small --text_path dataset/heldout.jsonl
 
 The figure to compare models by is bits_per_char, whatever their tokenizers; gptkit/evaluation/scoring.py defines it.
-Only JSON is printed to standard output: an object, or an array for several models. Everything else is printed to
-standard error, for several models also a table.
+Only JSON is printed to standard output (to the file evaluate_model.out where that is closed): an object, or an array
+for several models. Everything else is printed to standard error, for several models also a table.
 """
+
+from gptkit.base.startup import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before the imports below, which take seconds
 
 import json
 import math
@@ -22,6 +27,7 @@ from gpt_model import GPTModel
 from gptkit.base import devices
 from gptkit.base.cli import UserError, first_line, progress_bar, run_command, setting
 from gptkit.base.paths import existing_path, hub_folder
+from gptkit.base.streams import output_has_failed
 from gptkit.evaluation.documents import read_documents
 from gptkit.evaluation.scoring import score_documents
 from gptkit.text.tokenizer import HF_PATTERNS, Tokenizer, load_hf
@@ -101,7 +107,16 @@ def main(config: EvaluationConfig) -> None:
             print(format_table(results), file=sys.stderr)
         if results:
             several = len(config.exp_dir) + len(config.hf_model) > 1
-            print(json.dumps(results if several else results[0]))  # in ASCII, which every locale can show
+            print_result(json.dumps(results if several else results[0]))  # in ASCII, which every locale can show
+
+
+def print_result(line: str) -> None:
+    """Print a line to standard output; where that is closed, append it to evaluate_model.out, as nohup would do."""
+    print(line, flush=True)
+    if output_has_failed():
+        with open("evaluate_model.out", "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+        print("standard output is closed: the result is in evaluate_model.out", file=sys.stderr)
 
 
 def load_contenders(config: EvaluationConfig, device: torch.device) -> Iterator[Contender]:

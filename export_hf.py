@@ -7,6 +7,11 @@ The way back, from such a folder to training, is `pretraining.py --init_from`. B
 transformers' tokenizer is checked on 1,000 lines: an export whose ids differ from those of training is refused.
 """
 
+from gptkit.base.startup import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before the imports below, which take seconds
+
 import contextlib
 import itertools
 import json

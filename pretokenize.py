@@ -6,6 +6,11 @@
 pretraining.py with --use_pretokenized finds these token shards, and tokenizes only what no longer matches.
 """
 
+from gptkit.base.startup import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before the imports below, which take seconds
+
 import re
 import sys
 from dataclasses import dataclass

@@ -6,6 +6,11 @@ The story is main() and train(), top to bottom. The model is gpt_model.py's; eve
 0 finished (or --max_minutes have passed), 2 a user's mistake, reported in one line, 75 stopped: run again to resume.
 """
 
+from gptkit.base.startup import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before the imports below, which take seconds
+
 import dataclasses
 import math
 import os
@@ -77,10 +82,7 @@ class PretrainingConfig(TokenizerSettings, TrainingSettings):
     n_layers: int | None = setting(None, "transformer blocks (default: of --model_size)", at_least=1, group="model")
     n_heads: int | None = setting(None, "attention heads (default: of --model_size)", at_least=1, group="model")
     n_kv_heads: int | None = setting(
-        None,
-        "modern: heads of keys and values, each for a group of heads (default: --n_heads)",
-        at_least=1,
-        group="model",
+        None, "modern: heads of keys and values, each for some heads (default: --n_heads)", at_least=1, group="model"
     )
     drop_rate: float = setting(0.0, "dropout", at_least=0, group="model")
     qkv_bias: bool | None = setting(
@@ -340,8 +342,6 @@ def launch(config: PretrainingConfig) -> None:
         if not config.auto_batch or not error.flags:
             raise
         print(f"warning: {error}; restarting with these", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
         os.execv(sys.executable, [*sys.orig_argv, *error.flags])
 
 

@@ -4,6 +4,7 @@
 #     ./quickstart.sh                         do all of it; a second run finds the environment and starts at once
 #     ./quickstart.sh --install_only FILE     only make the environment, from a requirements file (used by run_tests.sh)
 set -euo pipefail
+trap '' PIPE # a tee that was killed must not end the work
 cd "$(dirname "$0")"
 
 find_python() { # print the name of a Python 3.10 or newer that has venv
@@ -25,7 +26,7 @@ make_environment() { # install the packages of $1, a requirements file, into .ve
   fi
   local python
   python=$(find_python)
-  echo "making the environment .venv (this takes some minutes, once)"
+  say "making the environment .venv (this takes some minutes, once)"
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" -c constraints.txt || {
     echo "error: the packages of $1 could not be installed; see pip's messages above, then run this again" >&2
@@ -34,8 +35,13 @@ make_environment() { # install the packages of $1, a requirements file, into .ve
   cat requirements.txt "$1" constraints.txt >"$stamp"
 }
 
+say() { # print a line; where nobody reads it any more, continue
+  printf '%s\n' "$*" 2>/dev/null || true
+}
+
 run() { # print a command, then run it
-  printf '\n$ %s\n' "$*"
+  say
+  say "$ $*"
   "$@"
 }
 
@@ -58,5 +64,5 @@ run python pretraining.py --data_dir dataset/sample_001 --use_pretokenized --out
   --model_size micro --drop_rate 0.2 --n_epochs 4 --batch_size 8 --val_fraction 0.05 --eval_freq 20 \
   --print_sample_iter 70 --device cpu
 run python inference.py --exp_dir quickstart_run --prompt "雨の匂いが" --max_new_tokens 200 --temperature 0.8 --top_k 40
-echo
-echo "The loss curve: quickstart_run/loss_curve.png"
+say
+say "The loss curve: quickstart_run/loss_curve.png"

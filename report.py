@@ -7,6 +7,11 @@ The page is one HTML file, in Japanese, that needs no network and no other file.
 come from an older version.
 """
 
+from gptkit.base.startup import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before the imports below, which take seconds
+
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 MIB = 1024 * 1024
 
@@ -43,18 +43,49 @@ _OS_REMEDIES = {
 }
 
 
+class LossyFile(io.RawIOBase):
+    """The file of a text stream, for writing, that takes everything: what the system refuses is dropped."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream = stream  # it closes its file when nobody holds it
+        self._file: Any = getattr(stream.buffer, "raw", stream.buffer)
+        self.fileno, self.isatty = self._file.fileno, self._file.isatty  # type: ignore[method-assign]
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) or len(rest) :]
+        except (OSError, ValueError):
+            pass
+        return len(data)
+
+
+def lossy(stream: Any) -> Any:
+    """Return a text stream that writes where a standard stream does (None: nowhere), and never fails."""
+    if stream is None:
+        stream = open(os.devnull, "w", encoding="utf-8")
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    # backslashreplace: continue where the locale cannot show Japanese
+    return io.TextIOWrapper(cast(Any, LossyFile(stream)), stream.encoding, "backslashreplace", line_buffering=True)
+
+
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Call main and exit: with code 0, or with an error of one line and code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # continue where the locale cannot show Japanese
+    """Call main and exit: with code 0, or with an error of one line and code 2. What cannot be printed is dropped."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: a file that is opened would take its place, and get what is printed
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
     try:
         main()
-        print(end="", flush=True)
         sys.exit(0)
-    except BrokenPipeError:  # the reader of our output has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except UserError as error:
         message = str(error)
     except OSError as error:

@@ -10,6 +10,7 @@
 #     HOURLY_USD=PRICE   also print at the end what this session cost
 #     STOP_POD=1         stop this RunPod pod at the end, also after a failure, but not where a signal ended the run
 set -euo pipefail
+trap '' PIPE # a tee that was killed must not end this script before the pod is stopped
 cd "$(dirname "$0")"
 python=../.venv/bin/python
 [ -x "$python" ] || python=python3
@@ -33,6 +34,10 @@ train() { # run each step whose result does not exist yet
     --data_dir ../dataset/001 --use_pretokenized --pretokenized_dir ../dataset/001_pretok \
     --n_epochs 1 --batch_size 16 --eval_freq 100 --print_sample_iter 100 \
     --output_dir model_checkpoints
+}
+
+say() { # print a line; where nobody reads it any more, continue
+  printf '%s\n' "$*" 2>/dev/null || true
 }
 
 set -m # each command gets its own process group, so that a signal to this one reaches it just once, through forward
@@ -66,9 +71,9 @@ stop_pod() { # stop the pod, unless the exit code $1 shows that a signal ended t
     problem="a signal ended the run; run the same command to resume"
   fi
   if [ -n "$problem" ]; then
-    echo "the pod is not stopped: $problem"
+    say "the pod is not stopped: $problem"
   elif ! runpodctl stop pod "$RUNPOD_POD_ID"; then
-    echo "the pod is not stopped: runpodctl failed; stop it by hand"
+    say "the pod is not stopped: runpodctl failed; stop it by hand"
   fi
 }
 
@@ -77,7 +82,7 @@ if [[ ! ${HOURLY_USD:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]] || [[ ! ${STOP_POD:-0} =~ ^[0
   exit 2
 fi
 if [ "${STOP_POD:-0}" = 1 ] && [ -n "$(pod_problem)" ]; then
-  echo "warning: STOP_POD=1 will not stop the pod: $(pod_problem)"
+  say "warning: STOP_POD=1 will not stop the pod: $(pod_problem)"
 fi
 trap 'forward TERM' TERM
 trap 'forward INT' INT
@@ -86,10 +91,9 @@ trap 'forward HUP' HUP # no effect under nohup: bash keeps ignoring a signal tha
 code=0
 train || code=$?
 [ -z "$signalled" ] || [ "$code" -eq 0 ] || code=75 # a signal may also arrive before pretraining.py runs
-awk -v seconds="$SECONDS" -v usd="${HOURLY_USD:-}" 'BEGIN {
+say "$(awk -v seconds="$SECONDS" -v usd="${HOURLY_USD:-}" 'BEGIN {
   printf "this session took %.2f hours", seconds / 3600
   if (usd != "") printf ", %.2f USD at %s USD an hour", seconds / 3600 * usd, usd
-  print ""
-}'
+}')"
 [ "${STOP_POD:-0}" = 0 ] || stop_pod "$code"
 exit "$code"

@@ -8,9 +8,9 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import io
 import math
 import os
+import signal
 import sys
 import time
 import types
@@ -19,6 +19,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
+
+from gptkit.base import streams
 
 EXIT_USER_ERROR = 2
 Config = TypeVar("Config")
@@ -148,12 +150,17 @@ def _check_bounds(field: dataclasses.Field[Any], value: Any) -> None:
         raise UserError(f"--{field.name} {value} is too large; it must be at most {bounds['at_most']}")
 
 
-def run_command(config_class: type[Config], main: Callable[[Config], int | None]) -> NoReturn:
-    """Parse the command line, call main, and exit: with main's code, or with one line and code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # where the locale cannot show Japanese, a run continues
+def run_command(
+    config_class: type[Config], main: Callable[[Config], int | None], *, prints_its_work: bool = False
+) -> NoReturn:
+    """Parse the command line, call main, and exit: with main's code, or with one line and code 2.
+
+    A line that cannot be printed ends a command only where `prints_its_work`: it then has nothing else to do.
+    """
+    streams.replace_streams(standard_output=not prints_its_work)
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # prepare_process had taken it away
         code = main(parse(config_class)) or 0
         print(end="", flush=True)  # report a full disk here, since the interpreter could not at its exit
         sys.exit(code)
@@ -184,6 +191,7 @@ def _flush_or_drop_output() -> None:
 
 
 _OS_REMEDIES = {
+    errno.EIO: "the disk or the terminal fails; run the same command again where they work",
     errno.ENOSPC: "make room on the disk and run the same command again",
     errno.EDQUOT: "make room in the quota and run the same command again",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run the same command again",
@@ -217,11 +225,15 @@ def progress_bar(total: int, unit: str, what: str) -> Iterator[Callable[[int], N
         nonlocal n_done, printed_at
         n_done += n_new
         bar.update(n_new)
-        if bar.disable and (n_done == total or time.monotonic() - printed_at > QUIET_S):
+        if n_done == total or time.monotonic() - printed_at > QUIET_S:
             printed_at = time.monotonic()
             rate = n_done / max(printed_at - start, 1e-9)
             eta = format_duration((total - n_done) / rate)
-            print(f"{n_done:,} of {total:,} {unit}s, {rate:,.1f} {unit}s/s, ETA {eta}", file=sys.stderr, flush=True)
+            line = f"{n_done:,} of {total:,} {unit}s, {rate:,.1f} {unit}s/s, ETA {eta}"
+            if bar.disable:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                streams.log_line(line)
 
     with tqdm(total=total, unit=unit, unit_scale=True, desc=what, disable=not sys.stderr.isatty()) as bar:
         yield update

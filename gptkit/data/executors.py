@@ -17,6 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Literal
 
+from gptkit.base import streams
+
 ExecutorName = Literal["local", "ray"]
 RunTasks = Callable[[Callable[[int], Any], Sequence[int]], Iterator[tuple[int, Any]]]
 TASKS_PER_WORKER = 2
@@ -48,9 +50,23 @@ def open_executor(engine: ExecutorName, num_workers: int) -> Iterator[RunTasks]:
             yield run
 
 
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Block SIGINT: processes started within leave it to this one, which receives it at the end of the block."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _init_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and exit when the parent does: one that is killed cannot stop its workers."""
+    """Exit when the parent does: one that is killed cannot stop its workers. What cannot be printed ends no worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    streams.replace_streams()
 
     def end_with_parent() -> None:
         while os.getppid() == parent:
@@ -86,10 +102,12 @@ def _process_pool(num_workers: int) -> Iterator[RunTasks]:
         return wait(futures, return_when=FIRST_COMPLETED).done
 
     def run(task: Callable[[int], Any], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        def submit(number: int) -> Any:
+            with _without_ctrl_c():  # a new process would print a traceback while it imports
+                return pool.submit(task, number)
+
         try:
-            for number, future in _run_bounded(
-                lambda number: pool.submit(task, number), first_ended, numbers, TASKS_PER_WORKER * num_workers
-            ):
+            for number, future in _run_bounded(submit, first_ended, numbers, TASKS_PER_WORKER * num_workers):
                 yield number, future.result()
         except BrokenProcessPool:
             raise ExecutorError(

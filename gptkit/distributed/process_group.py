@@ -27,6 +27,7 @@ import torch
 from torch import distributed, nn
 
 from gptkit.base.cli import UserError, first_line
+from gptkit.base.streams import without_failures
 
 Parallelism = Literal["ddp", "fsdp"]
 P = ParamSpec("P")
@@ -144,7 +145,7 @@ def _raise_once(error: Exception) -> None:
         is_first = False
     if not is_first:
         raise SystemExit(ENDED)
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    sys.stdout, sys.stderr = without_failures(sys.__stdout__), without_failures(sys.__stderr__)
     if is_lost:
         named = f"rank {', '.join(gone)}" if gone else "unknown rank"
         raise ProcessLost(f"another process of the run ended or hangs ({named} of {world_size()}): {first_line(error)}")

@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from gptkit.base.cli import QUIET_S, format_duration, print_line
 from gptkit.base.files import as_dict, read_json
+from gptkit.base.streams import log_line
 
 RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"  # what a run is, and how that file is recognized
 METRICS_FILE, SAMPLES_FILE, CURVE_FILE = "metrics.jsonl", "samples.jsonl", "loss_curve.png"
+LOG_FILE = "run.log"  # what was printed
 MAX_NUMBER = 1e18  # a larger value is not a measurement of a run, and would break a chart
 
 
@@ -119,8 +121,13 @@ class RunLog:
         """Show that n_done steps are done, of total_steps: with a budget of time that number changes."""
         self.total_steps = self._bar.total = total_steps
         self._bar.update(1)
-        if self._bar.disable and time.monotonic() - self._printed_at > QUIET_S:
-            self.print_line(f"step {n_done}/{self.total_steps}, ETA {self._eta(n_done)}")
+        if time.monotonic() - self._printed_at > QUIET_S:
+            line = f"step {n_done}/{self.total_steps}, ETA {self._eta(n_done)}"
+            if self._bar.disable:
+                self.print_line(line)
+            else:
+                self._printed_at = time.monotonic()
+                log_line(line)
 
     def report(self, n_done: int, epoch: int, **values: float) -> None:
         """Print a line and append to metrics.jsonl: train_loss, val_loss (nats per token), lr, grad_norm."""

@@ -8,7 +8,9 @@ own settings.
 
 import contextlib
 import dataclasses
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,11 +23,13 @@ import torch
 from gptkit import __version__
 from gptkit.base import devices
 from gptkit.base.cli import UserError, first_line
-from gptkit.base.files import folder_lock, read_json, write_atomically
+from gptkit.base.files import LOCK_FILE, folder_lock, read_json, write_atomically
+from gptkit.base.streams import start_log
 from gptkit.distributed.process_group import is_main_process, main_process
 from gptkit.training.checkpoints import find_checkpoints
 from gptkit.training.run_log import (
     CURVE_FILE,
+    LOG_FILE,
     METRICS_FILE,
     RUN_FILE,
     RUN_FORMAT,
@@ -64,16 +68,35 @@ def record_session(output_dir: Path, step: int, settings: Any, environment: dict
 
 @contextlib.contextmanager
 def lock_output(output_dir: Path) -> Iterator[None]:
-    """Make the output folder and keep other runs out of it. Raises UserError where one is running there."""
+    """Make the output folder, keep other runs out of it, and log there what is printed. Raises UserError where one is
+    running there.
+    """
     with contextlib.ExitStack() as stack:
         try:
             if is_main_process():
                 stack.enter_context(folder_lock(output_dir))
+                stack.enter_context(_log_output(output_dir))
         except BlockingIOError as holder:
             raise UserError(
                 f"--output_dir {output_dir} is in use by another run, {holder}; wait for it or name another folder"
             )
         yield
+
+
+@contextlib.contextmanager
+def _log_output(output_dir: Path) -> Iterator[None]:
+    """Log what is printed from here on to the end of the process; a run that was refused before it began leaves no log."""
+    path = output_dir / LOG_FILE
+    try:
+        start_log(path, f"--- {_now()}  {shlex.join(sys.argv)}")
+    except OSError as error:
+        print(f"warning: {path} could not be opened ({error}); what is printed is not logged there", file=sys.stderr)
+    try:
+        yield
+    finally:
+        if set(os.listdir(output_dir)) <= {LOCK_FILE, LOG_FILE}:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def check_output_dir(output_dir: str, resume: Literal["auto", "none"]) -> Path:

@@ -1,0 +1,22 @@
+"""Prepare the process of a command before its imports, which take seconds where torch is among them.
+
+A command imports this module first. It imports only what Python has loaded by then.
+"""
+
+import os
+import signal
+
+
+def prepare_process() -> None:
+    """Let Ctrl-C end the imports without a traceback, and open the standard streams that are closed.
+
+    `run_command` gives Ctrl-C its usual meaning back. A file that is opened while a standard stream is closed (`>&-`)
+    would get its descriptor, and whatever a library prints there.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell, or nohup, has it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor

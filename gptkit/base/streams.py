@@ -1,0 +1,148 @@
+"""Let no standard stream end a command's work, and copy what is printed to a log file.
+
+A terminal may be closed, Ctrl-C ends the `tee` that reads a pipe too, and a log may fill its disk. What cannot be
+written is then dropped, and the command continues.
+"""
+
+import contextlib
+import io
+import os
+import select
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+STALLED_S = 10  # how long a write waits for the reader of a full stream that somebody has made non-blocking
+MAX_UNWRITTEN = 1 << 20  # bytes of a log that wait for a full disk to have room
+
+
+class _LossyFile(io.RawIOBase):
+    """A file for writing that takes everything: what the file behind it refuses is dropped."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.has_failed = False
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while rest:
+            try:
+                n_written = self._file.write(rest)
+                if n_written is None and not select.select([], [self._file], [], STALLED_S)[1]:
+                    break
+            except (OSError, ValueError):  # ValueError: it was closed
+                self.has_failed = True
+                break
+            rest = rest[n_written or 0 :]
+        return len(data)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def isatty(self) -> bool:
+        return self._file.isatty()
+
+
+class OutputStream(io.TextIOWrapper):
+    """A standard stream that drops what cannot be written. With a log, it copies its lines there.
+
+    A text that begins with a carriage return is a progress bar: it is not copied.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper | None) -> None:
+        self.log: LogFile | None = None
+        self._line, self._is_after_bar = "", False
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # kept, for it closes its file at its end
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+        file = _LossyFile(getattr(self._stream.buffer, "raw", self._stream.buffer))
+        file.has_failed = stream is None
+        super().__init__(file, self._stream.encoding, "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
+        self._file = file
+
+    @property
+    def has_failed(self) -> bool:
+        """Return whether the stream was closed, or refused something."""
+        return self._file.has_failed
+
+    def write(self, text: str) -> int:
+        if self.log is not None and text:
+            is_bar, is_end_of_bar = text.startswith("\r"), self._is_after_bar and text == "\n"
+            if not (is_bar or is_end_of_bar):
+                self._line += text.replace("\r\n", "\n").replace("\r", "\n")
+            self._is_after_bar = is_bar
+            lines, newline, self._line = self._line.rpartition("\n")
+            self.log.append(lines + newline)
+        return super().write(text)
+
+    def flush(self) -> None:
+        if self.log is not None:  # the interpreter flushes at its end, too
+            self.log.append(self._line)
+            self._line = ""
+        super().flush()
+
+
+class LogFile:
+    """A text file in UTF-8 that lines are appended to at once; those that a full disk refused are retried."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._unwritten = b""
+
+    def append(self, text: str) -> None:
+        """Append a text. No failure raises."""
+        self._unwritten = (self._unwritten + text.encode(errors="backslashreplace"))[-MAX_UNWRITTEN:]
+        with contextlib.suppress(OSError):
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._descriptor, self._unwritten) :]
+
+    def is_written_by(self, stream: Any) -> bool:
+        """Return whether a stream was redirected to this file."""
+        try:
+            return os.path.sameopenfile(self._descriptor, stream.fileno())
+        except (OSError, ValueError):
+            return False
+
+
+def replace_streams(*, standard_output: bool = True) -> None:
+    """Replace standard error, and standard output unless it is what a command is for, by streams that never fail."""
+    sys.stderr = without_failures(sys.stderr)
+    if standard_output or sys.stdout is None:
+        sys.stdout = without_failures(sys.stdout)
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the locale cannot show Japanese
+
+
+def without_failures(stream: Any) -> Any:
+    """Return a stream that writes where `stream` does (None: nowhere) and never fails."""
+    return OutputStream(stream) if stream is None or isinstance(stream, io.TextIOWrapper) else stream
+
+
+def output_has_failed() -> bool:
+    """Return whether standard output was closed, or did not take all that was printed until now."""
+    return isinstance(sys.stdout, OutputStream) and sys.stdout.has_failed
+
+
+def start_log(path: Path, title: str) -> None:
+    """Append the title to a log file, and what is printed from here on to the end of the process.
+
+    Where the user has redirected a stream to that file, only the stream is written there. Raises OSError.
+    """
+    log = LogFile(path)
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, OutputStream)]
+    if not any(map(log.is_written_by, streams)):
+        log.append(f"{title}\n")
+        for stream in streams:
+            stream.log = log
+
+
+def log_line(text: str) -> None:
+    """Write a line to the log file alone, if there is one: what a progress bar shows on the terminal."""
+    if isinstance(sys.stderr, OutputStream) and sys.stderr.log is not None:
+        sys.stderr.log.append(f"{text}\n")
