@@ -27,7 +27,7 @@ SUFFIXES = set(re.findall(r"\w+", "cff gz html json jsonl log md model npy png p
 CREATED = re.compile(
     r"dataset/(001|sample_001|aozorabunko)[\w.-]*/?|exp00[2-9]/?.*|(exp001/)?model_checkpoints(/.*)?|\.venv"
     r"|(manifest|config|state|tokenizer)\.json|(metrics|samples|sessions|heldout|texts)\.jsonl|combined_0001\.txt"
-    r"|step_\d+/|loss_curve\.png|training\.log|report\.html|prompts\.txt|beginning\.txt|SHA256SUMS|\.jsonl(\.gz|\.xz)?"
+    r"|step_\d+/|loss_curve\.png|(training|run)\.log|report\.html|prompts\.txt|beginning\.txt|SHA256SUMS|\.jsonl(\.gz|\.xz)?"
     r"|aozorabunko[\w.-]+|(tokens|wandb|trackio|tensorboard)/|\.(gz|txt|model)"
     r"|(rinna|globis-university)/[\w.-]+|runpod/COUNTRY/DATA-CENTER|NAME/MODEL"
 )

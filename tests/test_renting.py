@@ -222,6 +222,16 @@ def test_a_crash_of_training_stops_the_pod(tmp_path: Path, prepared: Path, pod: 
     assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
 
 
+def test_a_killed_tee_stops_the_pod_all_the_same(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+    """command.sh itself prints after the training, to a pipe that nobody reads."""
+    replace_pretraining(tmp_path, "exit 0")
+    process = start(prepared, pod)
+    assert process.stdout
+    process.stdout.close()
+    assert process.wait(timeout=100) == 0
+    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
+
+
 def test_a_user_error_stops_the_pod(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
     change_script(prepared, "--n_heads 2", "--n_heads 3")
     code, printed = run(prepared, pod)

@@ -164,3 +164,18 @@ def test_a_second_signal_quits_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == -signal.SIGTERM
     process.communicate()
+
+
+def test_a_signal_while_the_interpreter_ends_changes_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "ends.py"
+    script.write_text(
+        "import os, sys, time\nsys.path.insert(0, sys.argv[1])\nfrom gptkit.training.signals import StopSignals\n"
+        "class Slow:\n    def __del__(self, write=os.write, sleep=time.sleep):\n        write(1, b'ending\\n'), sleep(1)\n"
+        "stop, slow = StopSignals(), Slow()\n"
+    )
+    process = start_process([sys.executable, str(script), str(ROOT)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "ending\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 0
+    process.communicate()

@@ -4,6 +4,7 @@ Rented machines are taken back by SIGTERM, Ctrl-C is SIGINT, a closed terminal i
 ignored, it stays ignored). A second signal ends the process at once, by the signal itself.
 """
 
+import atexit
 import signal
 import sys
 from types import FrameType
@@ -22,6 +23,12 @@ class StopSignals:
         self._numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
         for number in self._numbers:
             signal.signal(number, self._handle)
+        atexit.register(self._ignore)
+
+    def _ignore(self) -> None:
+        """Ignore the signals while the interpreter ends: nothing is left to save, and the exit code is decided."""
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         for each in self._numbers:
