@@ -14,8 +14,9 @@ from pathlib import Path
 from gptkit.base.cli import UserError, run_command, setting
 from gptkit.base.paths import existing_path
 from gptkit.data.executors import ExecutorName, available_cores
-from gptkit.data.pretokenization import describe_tokens, pretokenize, tokenize_missing
+from gptkit.data.pretokenization import pretokenize, tokenize_missing
 from gptkit.data.text_shards import SELF_CHECK_CHARS, find_text_shards, sample_documents
+from gptkit.data.token_folder import describe_tokens
 from gptkit.text.check import check_tokenizer, describe_tokenizer, raise_on_damage
 from gptkit.text.tokenizer import TokenizerSettings, load_tokenizer
 

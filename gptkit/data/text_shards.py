@@ -1,14 +1,13 @@
-"""Find text shards, read their documents, and choose the documents for validation.
+"""Find text shards and read their documents.
 
 A document that is larger than a shard continues in the next ones; it belongs to the shard that it begins in, so
-shards can be read one by one. Validation takes the documents whose hash is below a threshold: a document stays on its
-side however the text is split into shards. dataset/prepare_aozora_jsonl.py writes the shards; tokens are left to
-pretokenization.py.
+shards can be read one by one. dataset/prepare_aozora_jsonl.py writes the shards. Which documents are for validation is
+left to validation_split.py, tokens to pretokenization.py.
 """
 
 import codecs
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,22 +135,7 @@ def hash_document(document: bytes) -> int:
     return int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
 
 
-def survey_shard(text: TextShards, index: int) -> tuple[str, list[int]]:
-    """Return the sha256 of shard `index` and the hashes of its documents. Raises UserError where it is not UTF-8."""
-    return sha256_of(text.paths[index]), [hash_document(document) for document in _encoded_documents(text, index)]
-
-
-def validation_threshold(text: TextShards, document_hashes: Iterable[int], val_fraction: float) -> int:
-    """Return the hash below which documents are for validation: about val_fraction of them, and at least one.
-
-    Raises UserError where no document is left to train on.
-    """
-    hashes = sorted(document_hashes)
-    if len(set(hashes)) < 2:
-        raise UserError(
-            f"{text.paths[0].parent} holds {len(set(hashes))} document(s); at least 2 are needed, one for validation"
-        )
-    threshold = max(int(val_fraction * 2**64), hashes[0] + 1)
-    if hashes[-1] < threshold:
-        raise UserError(f"--val_fraction {val_fraction} leaves no document to train on; give a smaller one")
-    return threshold
+def survey_shard(text: TextShards, index: int) -> tuple[str, list[tuple[int, int]]]:
+    """Return the sha256 of shard `index`, and (hash, bytes) of its documents. Raises UserError where it is not UTF-8."""
+    documents = [(hash_document(document), len(document)) for document in _encoded_documents(text, index)]
+    return sha256_of(text.paths[index]), documents
