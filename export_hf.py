@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from gpt_model import GPTModel
 from gptkit.base.cli import UserError, one_line, run_command, setting
-from gptkit.base.files import read_json, replace_folder
+from gptkit.base.files import is_system_file, read_json, replace_folder
 from gptkit.base.paths import existing_path
 from gptkit.evaluation.documents import read_documents
 from gptkit.generation.generate import TextStream, stream_text
@@ -108,7 +108,8 @@ def check_output_dir(folder: Path) -> Path:
     if folder.is_dir() and (Path.cwd().is_relative_to(resolved) or os.path.ismount(resolved)):
         raise UserError(f"--output_dir {folder} is in use as a working directory or a mount; name a folder within it")
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    foreign = [name for name in names if not is_export or not (name in EXPORTED or name.endswith(".gguf"))]
+    foreign = [name for name in names if not (is_export and (name in EXPORTED or name.endswith(".gguf")))]
+    foreign = [name for name in foreign if not is_system_file(name)]
     if foreign:
         raise UserError(f"--output_dir {folder} holds something else ({foreign[0]}); name a new or empty folder")
     return folder

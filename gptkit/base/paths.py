@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from gptkit.base.cli import UserError
+from gptkit.base.files import is_stray
 
 
 def existing_path(path: str, flag: str) -> Path:
@@ -55,7 +56,8 @@ def likely_path(path: Path) -> Path | None:
             return candidate
     for candidate in [path, *candidates]:
         if candidate.parent.is_dir():
-            close = difflib.get_close_matches(candidate.name, os.listdir(candidate.parent), n=1)
+            names = [name for name in os.listdir(candidate.parent) if not is_stray(name)]
+            close = difflib.get_close_matches(candidate.name, names, n=1)
             if close:
                 return candidate.parent / close[0]
     return None

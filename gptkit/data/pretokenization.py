@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gptkit.base.cli import UserError
-from gptkit.base.files import read_json, sha256_of, write_atomically, write_json
+from gptkit.base.files import is_stray, read_json, sha256_of, write_atomically, write_json
 from gptkit.data.executors import ExecutorError, ExecutorName, RunTasks, open_executor
 from gptkit.data.text_shards import (
     TextShards,
@@ -232,8 +232,7 @@ def _refuse_foreign_folder(output: Path) -> None:
         raise UserError(f"{output}: {there} is a file; name a folder for the token shards")
     if there != output:
         return
-    # Hidden files come from a file browser, and may stay.
-    other = sorted(path.name for path in output.iterdir() if not _is_ours(path) and not path.name.startswith("."))
+    other = sorted(path.name for path in output.iterdir() if not _is_ours(path) and not is_stray(path.name))
     if other:
         raise UserError(f"{output} holds something else ({other[0]}); name a new or empty folder for the token shards")
 

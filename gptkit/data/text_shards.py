@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptkit.base.cli import UserError
-from gptkit.base.files import read_json, sha256_of
+from gptkit.base.files import is_stray, read_json, sha256_of
 
 TEXT_FORMAT = "gptkit-text-shards"
 DEFAULT_SEPARATOR = "<|endoftext|>"
@@ -57,7 +57,9 @@ def find_text_shards(data_dir: Path) -> TextShards:
     else:
         if (data_dir / ".partial").exists():
             raise UserError(f"{data_dir} was left by a preparation that was stopped; prepare the folder again")
-        paths = sorted(path for path in data_dir.glob("*.txt") if path.is_file())
+        paths = sorted(path for path in data_dir.glob("*.txt") if not is_stray(path.name) and not path.is_dir())
+        if broken := next((path for path in paths if not path.is_file()), None):
+            raise UserError(f"{broken} is a link to a file that does not exist; remove it, or restore the file")
         found = TextShards(paths, [False] * len(paths), DEFAULT_SEPARATOR, [None] * len(paths), by_hand=True)
     if not found.paths or not found.separator:
         raise UserError(f"{data_dir} holds no text shards (*.txt); dataset/prepare_aozora_jsonl.py makes them")
