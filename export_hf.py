@@ -124,6 +124,10 @@ def as_user_error(output_dir: Path) -> Iterator[None]:
         if "google" not in str(error):
             raise
         raise UserError(f"to export a SentencePiece tokenizer, protobuf is needed ({error}); pip install protobuf")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--output_dir {output_dir} has a name that libraries cannot read in this locale; set PYTHONUTF8=1"
+        )
     except (SafetensorError, OSError) as error:
         if getattr(error, "errno", None):
             raise

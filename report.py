@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from gptkit.base.cli import UserError, run_command, setting
+from gptkit.base.cli import UserError, run_command, setting, utf8_text
 from gptkit.base.files import is_locked, write_atomically
 from gptkit.base.paths import existing_path
 from gptkit.report.charts import N_COLOURS
@@ -44,7 +44,7 @@ def main(config: ReportConfig) -> None:
         read_run(folder, name if names.count(name) == 1 else given)
         for (folder, given), name in zip(folders.items(), names, strict=True)
     ]
-    write_atomically(output, render_page(runs, datetime.now()).encode(errors="replace"))
+    write_atomically(output, utf8_text(render_page(runs, datetime.now())).encode(errors="replace"))
     print(f"{output}: {', '.join(run.name for run in runs)}")
 
 

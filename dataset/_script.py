@@ -29,8 +29,25 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, allow_abbrev=False)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the command line. Text is read as UTF-8 in any locale, but paths must stay as the system gave them."""
+        options = super().parse_args(args, namespace)
+        for name, value in vars(options).items():
+            if isinstance(value, (str, list)) and not name.endswith(("_dir", "_path")):
+                text = [utf8_text(each) for each in value] if isinstance(value, list) else utf8_text(value)
+                setattr(options, name, text)
+        return options
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def utf8_text(argument: str) -> str:
+    """Return an argument as the UTF-8 that its bytes are, also where the locale (LC_ALL=C) could not read them."""
+    try:
+        return argument.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        return argument
 
 
 _OS_REMEDIES = {
@@ -146,7 +163,7 @@ def has_format(path: Path, name: str) -> bool:
 
 def json_bytes(value: Any) -> bytes:
     """Return a value as indented JSON in UTF-8 with a newline at the end."""
-    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
+    return utf8_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode(errors="replace")
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gptkit.base.cli import utf8_text
+
 LOCK_FILE = ".lock"
 # In lower case: what file browsers leave in a folder, and folders that systems keep at the root of a disk.
 SYSTEM_FILES = {".ds_store", ".localized", ".directory", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
@@ -50,7 +52,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as UTF-8 JSON with one trailing newline, atomically."""
-    write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+    text = utf8_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")  # a path may hold undecoded bytes
+    write_atomically(path, text.encode(errors="replace"))
 
 
 @contextlib.contextmanager

@@ -2,10 +2,13 @@
 
 import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from gptkit.base.cli import UserError
 from gptkit.base.files import is_stray
+
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
 def existing_path(path: str, flag: str) -> Path:
@@ -42,6 +45,16 @@ def hub_folder(name: str, flag: str, patterns: list[str]) -> Path:
             f"{flag} {name}: the Hugging Face hub cannot be reached ({type(error).__name__}); connect to the"
             " network once, or give a folder"
         )
+
+
+def refuse_pickles(files: Iterable[Path]) -> None:
+    """Raise UserError where one of the files is a pickle by its name."""
+    for path in files:
+        if path.suffix in PICKLES and not is_stray(path.name):
+            raise UserError(
+                f"{path} is a pickle, which can run any code when it is read, and is not opened; export the model as"
+                " safetensors where it was made"
+            )
 
 
 def likely_path(path: Path) -> Path | None:

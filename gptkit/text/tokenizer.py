@@ -165,13 +165,13 @@ def _unpickle(files: tuple[tuple[str, bytes], ...]) -> Tokenizer:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return end-of-text, which stood before each document in training, and the prompt's ids. Raises UserError."""
+    """Return end-of-text, which stood before each document in training, and a prompt's ids, none for "". Raises UserError."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError(f"prompt {prompt!a} is not valid text; give it in UTF-8")
     ids = tokenizer.encode(prompt)
-    if not ids:
+    if prompt and not ids:
         raise UserError(f"prompt {prompt!r} holds no text for this tokenizer; give a beginning, such as 吾輩は")
     return [tokenizer.end_of_text_id, *ids]
 

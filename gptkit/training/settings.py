@@ -155,7 +155,7 @@ class TrainingSettings:
         at_least=1,
         group="reports",
     )
-    start_context: str = setting("吾輩は", "how the samples begin", group="reports")
+    start_context: str = setting("吾輩は", "how the samples begin", group="reports", is_text=True)
     logger: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
         "none", "send reports and samples there too (each needs its package)", group="reports"
     )
