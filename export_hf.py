@@ -79,7 +79,7 @@ def main(config: ExportConfig) -> None:
     checkpoint = checkpoints.choose_checkpoint(config.exp_dir, config.checkpoint)
     model, tokenizer = checkpoints.load_checkpoint(checkpoint, GPTModel.from_dimensions, torch.device("cpu"))
     model = model.eval()
-    lines = read_check_lines(existing_path(config.text_path, "--text_path") if config.text_path else SAMPLE)
+    lines = read_check_lines(SAMPLE if config.text_path is None else existing_path(config.text_path, "--text_path"))
     with as_user_error(output_dir), replace_folder(output_dir) as folder:
         if config.format == "gguf":
             tensors, hf_config = huggingface.to_hf(model.state_dict(), vars(model.config), tokenizer.end_of_text_id)

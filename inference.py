@@ -100,7 +100,8 @@ def main(config: InferenceConfig) -> None:
     reads_stdin = "--prompt -" if config.prompt == "-" else "--interactive" if config.interactive else None
     if reads_stdin:
         prepare_standard_input(reads_stdin)
-    prompts = read_prompts(existing_path(config.prompts_file, "--prompts_file")) if config.prompts_file else []
+    file = None if config.prompts_file is None else existing_path(config.prompts_file, "--prompts_file")
+    prompts = [] if file is None else read_prompts(file)
     generator = load_generator(config)
     seed = random.SystemRandom().randrange(2**32) if config.seed is None else config.seed
     if config.interactive:

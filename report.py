@@ -52,6 +52,8 @@ def find_run(exp_dir: str, flag: str) -> Path:
     """Return the output folder that `exp_dir` means: itself, or the only one in it. Raises UserError."""
     folder = existing_path(exp_dir, flag)
     candidates = [folder] if is_run(folder) else sorted(path for path in folder.glob("[!.]*/") if is_run(path))
+    if not candidates and is_run(folder.absolute().parent):  # a checkpoint or a file of the run
+        candidates = [folder.absolute().parent]
     if len(candidates) > 1:
         raise UserError(f"{flag} {folder} holds several runs; name one: {', '.join(map(str, candidates))}")
     if not candidates:

@@ -137,6 +137,7 @@ def test_other_weights_generate_the_same(poem: tuple[Path, str], flag: tuple[str
         (("--prompts_file", "nowhere.txt"), ["--prompts_file nowhere.txt"]),
         (("--prompts_file", "README.md/x"), ["README.md/x"]),
         (("--prompts_file", "tests"), ["--prompts_file tests"]),
+        (("--prompts_file", ""), ["--prompts_file is empty"]),
     ],
     ids=str,
 )

@@ -134,7 +134,7 @@ def test_two_models_that_may_be_meant_are_refused(folder: Path) -> None:
         UserError, match=r"different models, spiece\.model and tokenizer\.model; remove all but the one"
     ):
         load_hf(str(folder))
-    with pytest.raises(UserError, match=r"2 \.model files; name the one meant, spiece\.model or tokenizer\.model"):
+    with pytest.raises(UserError, match=r"2 \.model files \(spiece\.model, tokenizer\.model\); name the one"):
         load_sentencepiece(str(folder))
 
 

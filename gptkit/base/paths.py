@@ -14,6 +14,8 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 def existing_path(path: str, flag: str) -> Path:
     """Return `path`, which must exist. Raises UserError, which names the path that was probably meant."""
     found = Path(path)
+    if not path:  # it would be the working directory; perhaps a variable of the shell is not set
+        raise UserError(f"{flag} is empty; name a file or folder")
     if found.exists():
         return found
     likely = likely_path(found)
@@ -23,6 +25,8 @@ def existing_path(path: str, flag: str) -> Path:
 
 def hub_folder(name: str, flag: str, patterns: list[str]) -> Path:
     """Return the folder that a flag names, or huggingface_hub's copy of those files of a repository. Raises UserError."""
+    if not name:
+        raise UserError(f"{flag} is empty; name a folder, or a repository of the hub")
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():

@@ -222,8 +222,8 @@ def load_sentencepiece(path: str | None) -> Tokenizer:
     if found.is_dir():
         models = find_models(found)
         if len(models) != 1:
-            names = " or ".join(model.name for model in models) or "a file"
-            raise UserError(f"--tokenizer_path {path} holds {len(models)} .model files; name the one meant, {names}")
+            names = f" ({', '.join(model.name for model in models)})" if models else ""
+            raise UserError(f"--tokenizer_path {path} holds {len(models)} .model files{names}; name the one meant")
         found = models[0]
     if not found.is_file():
         near = likely_path(found)
