@@ -19,11 +19,14 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from conftest import POEM_CONTEXT, ROOT, assert_user_error, call_command, command, environment
 
+import demo
 import inference
 from gptkit.base.cli import UserError, parse
 from gptkit.generation import cpu_linear, generate
+from gptkit.generation.sampling import SamplingSettings
 
 
 def infer(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
@@ -176,6 +179,9 @@ def test_an_empty_prompt_begins_a_work(poem: tuple[Path, str], tmp_path: Path, m
     generator = inference.load_generator(inference.InferenceConfig(exp_dir=str(poem[0]), device="cpu", prompt=""))
     ids = generator.new_text("", inference.GenerationSettings(), 0).prompt
     assert ids == [generator.tokenizer.end_of_text_id]
+    (folder,) = demo.find_folders([str(poem[0])]).values()
+    loaded = demo.load_model(folder, torch.device("cpu"))
+    assert len(list(demo.growing_text(loaded, "", SamplingSettings(), 8, 5))[-1]) > 2
 
 
 class Unreadable(io.StringIO):

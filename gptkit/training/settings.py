@@ -40,7 +40,7 @@ class TrainingSettings:
         None, "with --use_pretokenized: folder of token shards (default: DATA_DIR_pretok)", group="data"
     )
     val_fraction: float = setting(
-        0.01, "share of the documents kept for validation, chosen by a hash", more_than=0, at_most=0.5, group="data"
+        0.01, "share of the text held out for validation: documents by a hash", more_than=0, at_most=0.5, group="data"
     )
 
     budget_minutes: float | None = setting(
