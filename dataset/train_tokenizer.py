@@ -135,7 +135,7 @@ def survey(corpus: Corpus) -> list[Document]:
     """Return the documents by number. Those with the lowest hashes are held out: at least one, where there are two.
 
     Where these are most of the text (a long document and a short one), they are trained on and the others are held out.
-    pretokenize.py chooses validation documents in the same way, a smaller share: this tokenizer has not seen them.
+    pretokenize.py chooses whole validation documents in the same way, fewer of them: this tokenizer has not seen them.
     """
     documents: list[Document] = []
     digest = hashlib.sha256()
