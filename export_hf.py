@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from gpt_model import GPTModel
 from gptkit.base.cli import UserError, one_line, run_command, setting
-from gptkit.base.files import read_json, replace_folder
+from gptkit.base.files import is_system_file, read_json, replace_folder
 from gptkit.base.paths import existing_path
 from gptkit.evaluation.documents import read_documents
 from gptkit.generation.generate import TextStream, stream_text
@@ -84,7 +84,7 @@ def main(config: ExportConfig) -> None:
     checkpoint = checkpoints.choose_checkpoint(config.exp_dir, config.checkpoint)
     model, tokenizer = checkpoints.load_checkpoint(checkpoint, GPTModel.from_dimensions, torch.device("cpu"))
     model = model.eval()
-    lines = read_check_lines(existing_path(config.text_path, "--text_path") if config.text_path else SAMPLE)
+    lines = read_check_lines(SAMPLE if config.text_path is None else existing_path(config.text_path, "--text_path"))
     with as_user_error(output_dir), replace_folder(output_dir) as folder:
         if config.format == "gguf":
             tensors, hf_config = huggingface.to_hf(model.state_dict(), vars(model.config), tokenizer.end_of_text_id)
@@ -113,7 +113,8 @@ def check_output_dir(folder: Path) -> Path:
     if folder.is_dir() and (Path.cwd().is_relative_to(resolved) or os.path.ismount(resolved)):
         raise UserError(f"--output_dir {folder} is in use as a working directory or a mount; name a folder within it")
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    foreign = [name for name in names if not is_export or not (name in EXPORTED or name.endswith(".gguf"))]
+    foreign = [name for name in names if not (is_export and (name in EXPORTED or name.endswith(".gguf")))]
+    foreign = [name for name in foreign if not is_system_file(name)]
     if foreign:
         raise UserError(f"--output_dir {folder} holds something else ({foreign[0]}); name a new or empty folder")
     return folder
@@ -128,6 +129,10 @@ def as_user_error(output_dir: Path) -> Iterator[None]:
         if "google" not in str(error):
             raise
         raise UserError(f"to export a SentencePiece tokenizer, protobuf is needed ({error}); pip install protobuf")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--output_dir {output_dir} has a name that libraries cannot read in this locale; set PYTHONUTF8=1"
+        )
     except (SafetensorError, OSError) as error:
         if getattr(error, "errno", None):
             raise

@@ -7,16 +7,20 @@
 Needs only the checkpoint: no network, no dataset. Everything but the text goes to standard error.
 """
 
+from gptkit.base.startup import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before the imports below, which take seconds
+
 import codecs
+import contextlib
 import dataclasses
-import io
 import json
 import random
 import sys
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -27,6 +31,7 @@ from gptkit.base.cli import UserError, progress_bar, replace_setting, run_comman
 from gptkit.base.paths import existing_path
 from gptkit.generation.cpu_linear import Int8Linear, prepare_for_generation, replace_linear_layers
 from gptkit.generation.generate import Decode, TextStream, compiled_decode, decode_one_token, stream_text, window_start
+from gptkit.generation.prompts import prepare_standard_input, read_prompts, read_standard_input
 from gptkit.generation.sampling import SamplingSettings
 from gptkit.text.tokenizer import Tokenizer, encode_prompt
 from gptkit.training import checkpoints
@@ -43,7 +48,7 @@ class GenerationSettings(SamplingSettings):
     seed: int | None = setting(
         None, "the same seed gives the same text (default: any)", at_least=0, at_most=MAX_SEED, group="sampling"
     )
-    stop: tuple[str, ...] = setting((), "end before the first of these texts", group="text")
+    stop: tuple[str, ...] = setting((), "end before the first of these texts", group="text", is_text=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,9 @@ class InferenceConfig(GenerationSettings):
     """Generate text with a trained GPT."""
 
     exp_dir: str = setting(help="experiment folder (or the folder of checkpoints in it)", group="model")
-    prompt: str | None = setting(None, "beginning of the text; - reads it from standard input", group="prompt")
+    prompt: str | None = setting(
+        None, 'beginning of the text, "" for any; - reads it from standard input', group="prompt", is_text=True
+    )
     prompts_file: str | None = setting(
         None,
         "many prompts: the lines of a .txt file, or the prompt of each line of .jsonl; prints JSONL",
@@ -95,11 +102,11 @@ class TextGenerator:
 def main(config: InferenceConfig) -> None:
     if [config.prompt is not None, config.prompts_file is not None, config.interactive].count(True) != 1:
         raise UserError("give one of --prompt, --prompts_file and --interactive")
-    if config.prompt == "-" and sys.stdin is None:
-        raise UserError("--prompt - reads standard input, which is closed; pipe a text into it")
-    prompts = read_prompts(existing_path(config.prompts_file, "--prompts_file")) if config.prompts_file else []
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # encode_prompt reports bytes that are not UTF-8
+    reads_stdin = "--prompt -" if config.prompt == "-" else "--interactive" if config.interactive else None
+    if reads_stdin:
+        prepare_standard_input(reads_stdin)
+    file = None if config.prompts_file is None else existing_path(config.prompts_file, "--prompts_file")
+    prompts = [] if file is None else read_prompts(file)
     generator = load_generator(config)
     seed = random.SystemRandom().randrange(2**32) if config.seed is None else config.seed
     if config.interactive:
@@ -107,8 +114,7 @@ def main(config: InferenceConfig) -> None:
     elif config.prompts_file is not None:
         print_json_lines(generator, config, prompts, seed)
     else:
-        prompt = sys.stdin.read().removesuffix("\n") if config.prompt == "-" else config.prompt or ""
-        print_samples(generator, config, prompt, seed)
+        print_samples(generator, config, read_standard_input(reads_stdin) if reads_stdin else config.prompt or "", seed)
 
 
 def load_generator(config: InferenceConfig) -> TextGenerator:
@@ -193,32 +199,6 @@ def print_json_lines(generator: TextGenerator, config: InferenceConfig, prompts:
     report_speed(done, start)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a .jsonl file, or of any other the lines. Raises UserError where there are none."""
-    try:
-        lines = [line.removesuffix("\r") for line in path.read_text("utf-8-sig").split("\n")]  # a text may hold U+2028
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"--prompts_file {path}: no UTF-8 text ({error}); name a .txt or .jsonl file")
-    if path.name.lower().endswith(".jsonl"):
-        prompts = [parse_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    else:
-        prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts_file {path} holds no prompt; put one on each line")
-    return prompts
-
-
-def parse_prompt(path: Path, number: int, line: str) -> str:
-    """Return the prompt of a line of JSON. Raises UserError where it has none."""
-    try:
-        prompt = json.loads(line)["prompt"]
-        if isinstance(prompt, str):
-            return prompt
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(f'--prompts_file {path}: line {number}: give an object such as {{"prompt": "雨が"}}')
-
-
 HELP = """\
 書き出しを入れると、その続きを書きます(\\n は改行)。書いている途中は Ctrl-C で止まります(入力中は終わります)。
   (空行)            今の文章の続きを書く
@@ -235,11 +215,15 @@ def converse(generator: TextGenerator, config: InferenceConfig, seed: int) -> No
     names = [field.name for field in dataclasses.fields(GenerationSettings)]
     conversation = Conversation(generator, GenerationSettings(**{name: getattr(config, name) for name in names}), seed)
     print(HELP)
-    while (line := ask()) is not None and line.partition(" ")[0] != "/quit":
+    line = ask()
+    if line is None and not sys.stdin.isatty():
+        raise UserError("--interactive reads what you type, and standard input is empty; run it in a terminal")
+    while line is not None and line.partition(" ")[0] != "/quit":
         try:
             conversation.answer(line)
         except UserError as error:
             print(f"error: {error}")
+        line = ask()
 
 
 @dataclass
@@ -312,15 +296,14 @@ def unescape(line: str) -> str:
 
 def ask(prefilled: str = "") -> str | None:
     """Return a line that the user types, or None at the end of input; the user may edit `prefilled`."""
-    try:
-        import readline
+    if sys.getfilesystemencoding() != "ascii":  # in such a locale readline drops Japanese
+        with contextlib.suppress(ImportError):  # without readline, the user types the line again
+            import readline
 
-        readline.set_startup_hook(lambda: readline.insert_text(prefilled))
-    except ImportError:
-        pass  # without readline, the user types the line again
+            readline.set_startup_hook(lambda: readline.insert_text(prefilled))
     try:
         return input("> ")
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, KeyboardInterrupt, OSError):  # under nohup, standard input cannot be read
         print()
         return None
 
@@ -347,4 +330,4 @@ def report_speed(texts: list[TextStream], start: float) -> None:
 
 
 if __name__ == "__main__":
-    run_command(InferenceConfig, main)
+    run_command(InferenceConfig, main, prints_its_work=True)

@@ -19,15 +19,16 @@ from pathlib import Path
 from gptkit.base.cli import UserError, run_command, setting
 from gptkit.base.paths import existing_path
 from gptkit.data.executors import ExecutorName, available_cores
-from gptkit.data.pretokenization import describe_tokens, pretokenize, tokenize_missing
+from gptkit.data.pretokenization import pretokenize, tokenize_missing
 from gptkit.data.text_shards import SELF_CHECK_CHARS, find_text_shards, sample_documents
+from gptkit.data.token_folder import describe_tokens
 from gptkit.text.check import check_tokenizer, describe_tokenizer, raise_on_damage
 from gptkit.text.tokenizer import TokenizerSettings, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretokenizeConfig(TokenizerSettings):
-    """Tokenize text shards: each document is followed by end-of-text, and some are kept for validation."""
+    """Tokenize text shards: each document is followed by end-of-text, and some are held out for validation."""
 
     data_dir: str | None = setting(
         None, "folder of text shards (dataset/prepare_aozora_jsonl.py makes it)", group="data"
@@ -36,7 +37,7 @@ class PretokenizeConfig(TokenizerSettings):
         None, "folder for the token shards; what still matches in it is reused", group="data"
     )
     val_fraction: float = setting(
-        0.01, "share of the documents kept for validation, chosen by a hash", more_than=0, at_most=0.5, group="data"
+        0.01, "share of the text held out for validation: documents by a hash", more_than=0, at_most=0.5, group="data"
     )
     describe: bool = setting(
         False, "only describe the tokenizer, and with --data_dir what it does to that text", group="tokenizer"

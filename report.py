@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from gptkit.base.cli import UserError, run_command, setting
+from gptkit.base.cli import UserError, run_command, setting, utf8_text
 from gptkit.base.files import is_locked, write_atomically
 from gptkit.base.paths import existing_path
 from gptkit.report.charts import N_COLOURS
@@ -49,14 +49,16 @@ def main(config: ReportConfig) -> None:
         read_run(folder, name if names.count(name) == 1 else given)
         for (folder, given), name in zip(folders.items(), names, strict=True)
     ]
-    write_atomically(output, render_page(runs, datetime.now()).encode(errors="replace"))
+    write_atomically(output, utf8_text(render_page(runs, datetime.now())).encode(errors="replace"))
     print(f"{output}: {', '.join(run.name for run in runs)}")
 
 
 def find_run(exp_dir: str, flag: str) -> Path:
     """Return the output folder that `exp_dir` means: itself, or the only one in it. Raises UserError."""
     folder = existing_path(exp_dir, flag)
-    candidates = [folder] if is_run(folder) else sorted(path for path in folder.glob("*/") if is_run(path))
+    candidates = [folder] if is_run(folder) else sorted(path for path in folder.glob("[!.]*/") if is_run(path))
+    if not candidates and is_run(folder.absolute().parent):  # a checkpoint or a file of the run
+        candidates = [folder.absolute().parent]
     if len(candidates) > 1:
         raise UserError(f"{flag} {folder} holds several runs; name one: {', '.join(map(str, candidates))}")
     if not candidates:

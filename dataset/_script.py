@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 MIB = 1024 * 1024
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "lost+found", "@eadir", "$recycle.bin"}
 
 
 class UserError(Exception):
@@ -28,8 +29,25 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, allow_abbrev=False)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the command line. Text is read as UTF-8 in any locale, but paths must stay as the system gave them."""
+        options = super().parse_args(args, namespace)
+        for name, value in vars(options).items():
+            if isinstance(value, (str, list)) and not name.endswith(("_dir", "_path")):
+                text = [utf8_text(each) for each in value] if isinstance(value, list) else utf8_text(value)
+                setattr(options, name, text)
+        return options
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def utf8_text(argument: str) -> str:
+    """Return an argument as the UTF-8 that its bytes are, also where the locale (LC_ALL=C) could not read them."""
+    try:
+        return argument.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        return argument
 
 
 _OS_REMEDIES = {
@@ -136,14 +154,37 @@ class Progress:
             self.bar.close()
 
 
+def is_stray(name: str) -> bool:
+    """Return whether a system or an editor puts files of that name beside others: hidden ones, Thumbs.db, a.txt~."""
+    is_backup = name.endswith("~") or name.startswith("~$") or (name.startswith("#") and name.endswith("#"))
+    return name.startswith(".") or is_backup or name.lower() in SYSTEM_FILES
+
+
 def check_output_dir(output: Path, is_own: Callable[[str], bool]) -> None:
     """Raise UserError where the folder is a file, lies below one, or holds a name that is not the script's own."""
     existing = next(path for path in (output, *output.parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise UserError(f"--output_dir {output}: {existing} is a file; name a folder")
-    foreign = sorted(name for name in os.listdir(output) if not is_own(name)) if existing == output else []
+    foreign = []
+    if existing == output:
+        foreign = sorted(name for name in os.listdir(output) if not (is_own(name) or is_stray(name)))
     if foreign:
         raise UserError(f"--output_dir {output} holds something else ({foreign[0]}); name a new or empty folder")
+
+
+def list_txt(data_dir: Path) -> list[Path]:
+    """Return the .txt files in a folder, sorted, without what systems and editors leave.
+
+    Raises UserError where there is no such folder, naming the one that was probably meant, and for a link to nothing.
+    """
+    if not data_dir.is_dir():
+        near = [path for path in (Path("..") / data_dir, Path(*data_dir.parts[1:])) if path.parts and path.is_dir()]
+        remedy = f"did you mean {near[0]}?" if near else "dataset/prepare_aozora_jsonl.py makes one"
+        raise UserError(f"--data_dir {data_dir}: no such folder; {remedy}")
+    files = sorted(path for path in data_dir.glob("*.txt") if not is_stray(path.name) and not path.is_dir())
+    if broken := next((path for path in files if not path.is_file()), None):
+        raise UserError(f"{broken} is a link to a file that does not exist; remove it, or restore the file")
+    return files
 
 
 def has_format(path: Path, name: str) -> bool:
@@ -153,7 +194,7 @@ def has_format(path: Path, name: str) -> bool:
 
 def json_bytes(value: Any) -> bytes:
     """Return a value as indented JSON in UTF-8 with a newline at the end."""
-    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
+    return utf8_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode(errors="replace")
 
 
 def write_synced(path: Path, content: bytes) -> None:

@@ -86,7 +86,8 @@ def likely_file(path: Path) -> Path | None:
         candidates += [Path("..") / path, Path(*path.parts[1:])]
     if path.parent.is_dir():
         names = [name for name in os.listdir(path.parent) if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz"))]
-        candidates += [path.parent / name for name in difflib.get_close_matches(path.name, names)]
+        close = difflib.get_close_matches(path.name, names)
+        candidates += [path.parent / name for name in close if not name.startswith(".")]
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
@@ -94,8 +95,8 @@ def check_output(output: Path) -> None:
     """Raise UserError unless the folder is missing, empty, or holds only what this script wrote and may replace."""
     is_ours = has_format(output / "manifest.json", FORMAT) or (output / ".partial").is_dir()  # left by a killed run
 
-    def is_own(name: str) -> bool:  # hidden files are .partial, or come from a file browser
-        return name.startswith(".") or (is_ours and (name == "manifest.json" or bool(SHARD_NAME.fullmatch(name))))
+    def is_own(name: str) -> bool:
+        return is_ours and (name == "manifest.json" or bool(SHARD_NAME.fullmatch(name)))
 
     check_output_dir(output, is_own)
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _script import Parser, UserError, check_output_dir, has_format, json_bytes, log, run_script, write_synced
+from _script import Parser, UserError, check_output_dir, has_format, json_bytes, list_txt, log, run_script, write_synced
 
 FORMAT = "gptkit-tokenizer-report"
 TEXT_FORMAT, DEFAULT_SEPARATOR = "gptkit-text-shards", "<|endoftext|>"
@@ -72,10 +72,7 @@ def check(options: argparse.Namespace) -> None:
 
 def find_corpus(folder: Path) -> Corpus:
     """Return the shards that the manifest names, or else all .txt files, each ending a document. Raises UserError."""
-    if not folder.is_dir():
-        near = [path for path in (Path("..") / folder, Path(*folder.parts[1:])) if path.parts and path.is_dir()]
-        remedy = f"did you mean {near[0]}?" if near else "dataset/prepare_aozora_jsonl.py makes one"
-        raise UserError(f"--data_dir {folder}: no such folder; {remedy}")
+    files = list_txt(folder)
     if (folder / "manifest.json").exists():
         try:
             manifest = json.loads((folder / "manifest.json").read_bytes())
@@ -92,7 +89,6 @@ def find_corpus(folder: Path) -> Corpus:
     elif (folder / ".partial").exists():
         raise UserError(f"{folder} was left by a preparation that was stopped; prepare the folder again")
     else:
-        files = sorted(path for path in folder.glob("*.txt") if path.is_file())
         corpus = Corpus(files, [False] * len(files), DEFAULT_SEPARATOR, by_hand=True)
     if not corpus.files or not corpus.separator:
         raise UserError(f"--data_dir {folder} holds no text (*.txt); dataset/prepare_aozora_jsonl.py makes text shards")
@@ -138,7 +134,8 @@ class Document:
 def survey(corpus: Corpus) -> list[Document]:
     """Return the documents by number. Those with the lowest hashes are held out: at least one, where there are two.
 
-    pretokenize.py chooses validation documents in the same way, a smaller share: this tokenizer has not seen them.
+    Where these are most of the text (a long document and a short one), they are trained on and the others are held out.
+    pretokenize.py chooses whole validation documents in the same way, fewer of them: this tokenizer has not seen them.
     """
     documents: list[Document] = []
     digest = hashlib.sha256()
@@ -157,8 +154,10 @@ def survey(corpus: Corpus) -> list[Document]:
     threshold = max(int(HELD_OUT_SHARE * 2**64), hashes[0] + 1)
     if hashes[-1] < threshold:  # all are low; hold out one, or none where there is only one
         threshold = hashes[0] + (len(hashes) > 1)
+    n_low = sum(document.characters for document in documents if document.hash < threshold)
+    is_most = 3 * n_low > 2 * sum(document.characters for document in documents)
     for document in documents:
-        document.is_held_out = document.hash < threshold and not document.is_blank
+        document.is_held_out = (document.hash < threshold) != is_most and not document.is_blank
     return documents
 
 

@@ -30,7 +30,7 @@ SAMPLE = ROOT / "dataset" / "sample" / "sample.jsonl"
 SAMPLE_TOKENIZER = ROOT / "dataset" / "sample" / "tokenizer"
 SEPARATOR = "<|endoftext|>"
 POEM_CONTEXT = 64
-N_SHORT = 13  # documents of the sample that make 10,000 tokens in two shards
+N_SHORT = 13  # documents of the sample that make 11,700 tokens in two shards
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network; huggingface_hub reads this when it is imported
@@ -186,7 +186,7 @@ def sample_tokens(sample_shards: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def short_shards(tmp_path_factory: pytest.TempPathFactory, sample_texts: list[str]) -> Path:
-    """Return text shards, with token shards beside them, of which an epoch of small_run takes 40 steps; do not change them."""
+    """Return text shards, with token shards beside them, of which an epoch of small_run takes 45 steps; do not change them."""
     folder = tmp_path_factory.mktemp("short")
     shards = make_text_shards(write_jsonl(folder / "short.jsonl", sample_texts[:N_SHORT]), folder / "001")
     make_token_shards(shards)

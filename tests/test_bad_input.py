@@ -187,7 +187,6 @@ def test_experiment_without_checkpoint(tmp_path: Path) -> None:
 
 
 def test_prompts_that_cannot_be(trained: Path) -> None:
-    assert_user_error(infer(trained, ""), "prompt ''")
     assert_user_error(infer(trained, "雨", "--max_new_tokens", 0), "--max_new_tokens 0")
     assert_user_error(infer(trained, "雨", "--temperature", -1), "--temperature -1")
     assert_user_error(infer(trained, "雨", "--top_k", 0), "--top_k 0")

@@ -3,6 +3,7 @@
 import errno
 import math
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,46 @@ def test_generation_does_not_need_the_optimizers_state(tmp_path: Path) -> None:
     assert choose_checkpoint(str(tmp_path), "newest") == folder
     with pytest.raises(DamagedCheckpoint, match=r"training\.safetensors is not what was saved"):
         verify_checkpoint(folder)
+    (folder / TRAINING_FILE).unlink()
+    assert choose_checkpoint(str(folder), "newest") == folder
+    with pytest.raises(DamagedCheckpoint, match=r"training\.safetensors is missing"):
+        verify_checkpoint(folder)
+    sums = (folder / SUMS_FILE).read_text()
+    (folder / SUMS_FILE).write_text("".join(line for line in sums.splitlines(True) if TRAINING_FILE not in line))
+    assert choose_checkpoint(str(tmp_path), "newest") == folder
+    with pytest.raises(DamagedCheckpoint, match="does not name what a checkpoint holds"):
+        verify_checkpoint(folder)
+    for name in (MODEL_FILE, STATE_FILE, "tokenizer/spiece.model"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1])
+        with pytest.raises(UserError, match=f"{name} is not what was saved"):
+            choose_checkpoint(str(tmp_path), "newest")
+        (folder / name).write_bytes(content)
+
+
+def test_a_copied_link_is_not_taken_for_the_newest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tool that follows links has made folders of `latest` and `best`, and the run went on."""
+    copied = tmp_path / "copied"
+    save(tmp_path / "run", 1, 5.0)
+    shutil.copytree(tmp_path / "run", copied)
+    for name in ("latest", "best"):
+        assert not (copied / name).is_symlink()
+        assert choose_checkpoint(str(copied / name), "newest") == copied / name
+    assert capsys.readouterr().err == ""
+    save(copied, 2, 4.0, keep=9)
+    save(copied, 3, 6.0, keep=9)
+    for name, step in (("latest", 3), ("best", 2)):
+        assert choose_checkpoint(str(copied / name), "newest") == copied / f"step_{step:08d}"
+        warning = (
+            f"warning: {copied / name} is a copy of step 1, and no link; {copied}/step_0000000{step} is used instead\n"
+        )
+        assert capsys.readouterr().err == warning
+        assert choose_checkpoint(str(tmp_path / "run" / name), "newest") == tmp_path / "run" / name  # a link
+    (copied / "step_00000003" / MODEL_FILE).write_bytes(b"")
+    assert choose_checkpoint(str(copied / "latest"), "newest") == copied / "step_00000002"
+    assert "step_00000003 is damaged" in capsys.readouterr().err
+    shutil.copytree(copied / "latest", tmp_path / "run" / "mine")
+    assert choose_checkpoint(str(tmp_path / "run" / "mine"), "newest") == tmp_path / "run" / "mine"
 
 
 def test_no_path_leads_out_of_a_checkpoint(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, assert_user_error, call_command, environment, reset_signals
 
 from gptkit.base.cli import UserError, parse, setting
-from gptkit.base.paths import existing_path, likely_path
+from gptkit.base.paths import existing_path, hub_folder, likely_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +151,14 @@ def test_a_missing_path_unlike_any_other(given: str, tree: Path) -> None:
     with pytest.raises(UserError) as caught:
         existing_path(given, "--data_dir")
     assert str(caught.value) == f"--data_dir {given}: no such file or folder (looked from {tree})"
+
+
+def test_an_empty_path_is_not_the_working_directory(tree: Path) -> None:
+    """As a variable of the shell that is not set gives it."""
+    with pytest.raises(UserError, match="--exp_dir is empty; name a file or folder"):
+        existing_path("", "--exp_dir")
+    with pytest.raises(UserError, match="--hf_name is empty; name a folder, or a repository"):
+        hub_folder("", "--hf_name", [])
 
 
 SCRIPT = f"""

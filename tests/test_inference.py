@@ -7,6 +7,8 @@ import os
 import pty
 import re
 import select
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +19,14 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from conftest import POEM_CONTEXT, ROOT, assert_user_error, call_command, command, environment
 
+import demo
 import inference
 from gptkit.base.cli import UserError, parse
 from gptkit.generation import cpu_linear, generate
+from gptkit.generation.sampling import SamplingSettings
 
 
 def infer(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
@@ -135,6 +140,7 @@ def test_other_weights_generate_the_same(poem: tuple[Path, str], flag: tuple[str
         (("--prompts_file", "nowhere.txt"), ["--prompts_file nowhere.txt"]),
         (("--prompts_file", "README.md/x"), ["README.md/x"]),
         (("--prompts_file", "tests"), ["--prompts_file tests"]),
+        (("--prompts_file", ""), ["--prompts_file is empty"]),
     ],
     ids=str,
 )
@@ -158,6 +164,70 @@ def test_prompts_files_without_a_prompt(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(UserError, match=re.escape(str(path))):
         inference.read_prompts(path)
+
+
+def test_an_empty_prompt_begins_a_work(poem: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model sees end-of-text alone; from standard input, from a file of prompts and on the page of demo.py, too."""
+    text = infer(poem[0], "--prompt", "", "--temperature", 0, "--max_new_tokens", 8).stdout
+    assert len(text) > 2
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), "utf-8"))
+    assert infer(poem[0], "--prompt", "-", "--temperature", 0, "--max_new_tokens", 8).stdout == text
+    (tmp_path / "a.jsonl").write_text('{"prompt": ""}\n')
+    flags = ("--prompts_file", tmp_path / "a.jsonl", "--temperature", 0, "--max_new_tokens", 8)
+    line = json.loads(infer(poem[0], *flags).stdout)
+    assert (line["prompt"], line["text"]) == ("", text.removesuffix("\n"))
+    generator = inference.load_generator(inference.InferenceConfig(exp_dir=str(poem[0]), device="cpu", prompt=""))
+    ids = generator.new_text("", inference.GenerationSettings(), 0).prompt
+    assert ids == [generator.tokenizer.end_of_text_id]
+    (folder,) = demo.find_folders([str(poem[0])]).values()
+    loaded = demo.load_model(folder, torch.device("cpu"))
+    assert len(list(demo.growing_text(loaded, "", SamplingSettings(), 8, 5))[-1]) > 2
+
+
+class Unreadable(io.StringIO):
+    """Standard input as nohup leaves it."""
+
+    def readline(self, *_: Any) -> str:
+        raise OSError(9, "Bad file descriptor")
+
+    read = readline
+
+
+@pytest.mark.parametrize("flags", [("--interactive",), ("--prompt", "-")], ids=str)
+@pytest.mark.parametrize("stdin", [None, io.StringIO(), Unreadable()], ids=["closed", "empty", "unreadable"])
+def test_standard_input_without_a_text(
+    poem: tuple[Path, str], flags: tuple[str, ...], stdin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", stdin)
+    result = call_command("inference.py", "--exp_dir", poem[0], "--max_new_tokens", 3, *flags)
+    if isinstance(stdin, Unreadable) or stdin is None or flags[0] == "--interactive":
+        assert_user_error(result, " ".join(flags), "standard input")
+    else:
+        assert result.returncode == 0, result.stderr
+
+
+def test_interactive_with_standard_input_closed(poem: tuple[Path, str]) -> None:
+    interactive = command("inference.py", "--exp_dir", poem[0], "--interactive")
+    line = f"{' '.join(map(shlex.quote, interactive))} <&-"
+    result = subprocess.run(["bash", "-c", line], env=environment(), capture_output=True, encoding="utf-8")
+    assert_user_error(result, "--interactive", "closed")
+    assert result.stderr.count("\n") == 1
+
+
+def test_what_generation_does_not_read_may_be_missing(
+    poem: tuple[Path, str], tmp_path: Path, sample_texts: list[str]
+) -> None:
+    copy = Path(shutil.copytree(poem[0], tmp_path / "exp"))
+    (path,) = copy.glob("model_checkpoints/step_*/training.safetensors")
+    path.unlink()
+    assert infer(copy, "--prompt", "春", "--temperature", 0).stdout == f"春{poem[1]}\n"
+    (tmp_path / "a.txt").write_text(sample_texts[0], "utf-8")
+    for arguments in (
+        ("evaluate_model.py", "--exp_dir", copy, "--text_path", tmp_path / "a.txt"),
+        ("export_hf.py", "--exp_dir", copy, "--output_dir", tmp_path / "hf"),
+    ):
+        result = call_command(*arguments)
+        assert result.returncode == 0, result.stderr
 
 
 class Terminal:

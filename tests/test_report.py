@@ -143,6 +143,9 @@ def test_mistakes_are_errors_of_one_line(experiments: Path, tmp_path: Path) -> N
     exp001 = experiments / "exp001"
     assert_user_error(call_command("report.py", "--exp_dir", tmp_path / "none"), "--exp_dir")
     assert_user_error(call_command("report.py", "--exp_dir", tmp_path), "holds no run")
+    within = [exp001 / "model_checkpoints" / name for name in ("latest", "metrics.jsonl")]
+    results = [call_command("report.py", "--exp_dir", path, "--output", tmp_path / "a.html") for path in within]
+    assert [result.returncode for result in results] == [0, 0], results
     assert_user_error(
         call_command("report.py", "--exp_dir", exp001, "--compare", tmp_path), "--compare", "holds no run"
     )

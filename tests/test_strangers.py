@@ -24,8 +24,9 @@ from mutations import MAX_GROWTH_BYTES, count_outcomes, mutate_bytes, mutate_jso
 
 from gpt_model import GPTConfig, GPTModel
 from gptkit.base.cli import UserError
-from gptkit.data.pretokenization import describe_tokens, load_manifest, open_tokens, pretokenize
+from gptkit.data.pretokenization import load_manifest, open_tokens, pretokenize
 from gptkit.data.text_shards import documents_of_shard, find_text_shards
+from gptkit.data.token_folder import describe_tokens
 from gptkit.data.token_shards import open_token_shard, token_shard_bytes
 from gptkit.evaluation.documents import read_documents
 from gptkit.text.tokenizer import Tokenizer, load_sentencepiece

@@ -216,6 +216,14 @@ def test_few_documents_leave_one_held_out_and_some_to_train_on(tmp_path: Path) -
     assert sum(document.is_held_out for document in survey(find_corpus(tmp_path))) == 1
 
 
+def test_the_longer_of_two_documents_is_trained_on(tmp_path: Path) -> None:
+    """Whichever has the lower hash: the tokenizer would see next to nothing of the text."""
+    for number in range(4):
+        documents = [made_up_document(number, 3), made_up_document(number + 10, 300)]
+        (tmp_path / "a.txt").write_text(SEPARATOR.join(documents), "utf-8")
+        assert [document.is_held_out for document in survey(find_corpus(tmp_path))] == [True, False]
+
+
 def test_one_document_is_measured_on_itself(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

@@ -52,15 +52,16 @@ def setting(
     at_most: float | None = None,
     choices: Collection[str] | None = None,
     group: str | None = None,
+    is_text: bool = False,
 ) -> Any:
     """Declare a dataclass field that is also a flag.
 
     Without a default the flag is required. `parse` checks the bounds, and that a string is one of `choices`: a registry
     (any mapping by name) is read when a command line is parsed, not when the field is declared. --help lists the flags
-    of a group together.
+    of a group together. A string that is text is read as UTF-8 in any locale; a path must stay as the system gave it.
     """
     bounds = {"at_least": at_least, "more_than": more_than, "at_most": at_most}
-    metadata = {"help": help, "choices": choices, "group": group, **bounds}
+    metadata = {"help": help, "choices": choices, "group": group, "is_text": is_text, **bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -69,6 +70,14 @@ class _OneLineParser(argparse.ArgumentParser):
         if "expected one argument" in message:
             message += "; a value that begins with - is given as --flag=value"
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def utf8_text(argument: str) -> str:
+    """Return an argument as the UTF-8 that its bytes are, also where the locale (LC_ALL=C) could not read them."""
+    try:
+        return argument.encode(errors="surrogateescape").decode()
+    except UnicodeError:  # the bytes are not UTF-8; who uses the text reports that
+        return argument
 
 
 def parse(config_class: type[Config], arguments: Sequence[str] | None = None) -> Config:
@@ -97,9 +106,9 @@ def parse(config_class: type[Config], arguments: Sequence[str] | None = None) ->
         elif typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)
         elif typing.get_origin(kind) is tuple:
-            options |= {"nargs": "+", "type": str, "metavar": "TEXT"}
+            options |= {"nargs": "+", "type": utf8_text if field.metadata["is_text"] else str, "metavar": "TEXT"}
         else:
-            options["type"] = kind
+            options["type"] = utf8_text if field.metadata["is_text"] else kind
             options["metavar"] = kind.__name__.upper()
         if field.default not in (dataclasses.MISSING, None, ()) and kind is not bool:
             options["help"] += f" (default: {str(field.default).replace('%', '%%')})"

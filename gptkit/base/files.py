@@ -11,7 +11,26 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gptkit.base.cli import utf8_text
+
 LOCK_FILE = ".lock"
+# In lower case: what file browsers leave in a folder, and folders that systems keep at the root of a disk.
+SYSTEM_FILES = {".ds_store", ".localized", ".directory", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+SYSTEM_FOLDERS = {"lost+found", "@eadir", "__macosx", "$recycle.bin", "system volume information"}
+
+
+def is_system_file(name: str) -> bool:
+    """Return whether a file of that name was left by a file browser (.DS_Store, ._a.txt, Thumbs.db), and may go."""
+    return name.startswith("._") or name.lower() in SYSTEM_FILES
+
+
+def is_stray(name: str) -> bool:
+    """Return whether a system or an editor puts files of that name beside those that people mean.
+
+    These are hidden files, those of is_system_file, backups (a.txt~, #a.txt#) and folders such as lost+found.
+    """
+    is_backup = name.endswith("~") or name.startswith("~$") or (name.startswith("#") and name.endswith("#"))
+    return name.startswith(".") or is_backup or is_system_file(name) or name.lower() in SYSTEM_FOLDERS
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -33,7 +52,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as UTF-8 JSON with one trailing newline, atomically."""
-    write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+    text = utf8_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")  # a path may hold undecoded bytes
+    write_atomically(path, text.encode(errors="replace"))
 
 
 @contextlib.contextmanager

@@ -2,14 +2,20 @@
 
 import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from gptkit.base.cli import UserError
+from gptkit.base.files import is_stray
+
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
 def existing_path(path: str, flag: str) -> Path:
     """Return `path`, which must exist. Raises UserError, which names the path that was probably meant."""
     found = Path(path)
+    if not path:  # it would be the working directory; perhaps a variable of the shell is not set
+        raise UserError(f"{flag} is empty; name a file or folder")
     if found.exists():
         return found
     likely = likely_path(found)
@@ -19,6 +25,8 @@ def existing_path(path: str, flag: str) -> Path:
 
 def hub_folder(name: str, flag: str, patterns: list[str]) -> Path:
     """Return the folder that a flag names, or huggingface_hub's copy of those files of a repository. Raises UserError."""
+    if not name:
+        raise UserError(f"{flag} is empty; name a folder, or a repository of the hub")
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
@@ -43,6 +51,16 @@ def hub_folder(name: str, flag: str, patterns: list[str]) -> Path:
         )
 
 
+def refuse_pickles(files: Iterable[Path]) -> None:
+    """Raise UserError where one of the files is a pickle by its name."""
+    for path in files:
+        if path.suffix in PICKLES and not is_stray(path.name):
+            raise UserError(
+                f"{path} is a pickle, which can run any code when it is read, and is not opened; export the model as"
+                " safetensors where it was made"
+            )
+
+
 def likely_path(path: Path) -> Path | None:
     """Return the existing path that differs from `path` only by leading `..`, or by a typo in its last name."""
     if path.is_absolute():
@@ -55,7 +73,8 @@ def likely_path(path: Path) -> Path | None:
             return candidate
     for candidate in [path, *candidates]:
         if candidate.parent.is_dir():
-            close = difflib.get_close_matches(candidate.name, os.listdir(candidate.parent), n=1)
+            names = [name for name in os.listdir(candidate.parent) if not is_stray(name)]
+            close = difflib.get_close_matches(candidate.name, names, n=1)
             if close:
                 return candidate.parent / close[0]
     return None

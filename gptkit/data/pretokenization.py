@@ -5,7 +5,8 @@ Each document is followed by end-of-text. For the text shard `combined_0001.txt`
 from. Where the record still matches, they are reused, in a later run or after a kill. manifest.json is written after
 all of them, and a reader trusts only a folder that has it.
 
-Reading documents and choosing those for validation is left to text_shards.py, the format of a shard to token_shards.py.
+Reading documents is left to text_shards.py, choosing those for validation to validation_split.py, and the format of a
+shard to token_shards.py.
 """
 
 import functools
@@ -14,7 +15,6 @@ import os
 import re
 import sys
 import time
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +22,17 @@ import numpy as np
 from tqdm import tqdm
 
 from gptkit.base.cli import UserError
-from gptkit.base.files import read_json, sha256_of, write_atomically, write_json
+from gptkit.base.files import is_stray, read_json, sha256_of, write_atomically, write_json
 from gptkit.data.executors import ExecutorError, ExecutorName, RunTasks, open_executor
 from gptkit.data.text_shards import (
     TextShards,
     documents_of_shard,
     find_text_shards,
-    hash_document,
     shards_read_with,
     survey_shard,
-    validation_threshold,
 )
-from gptkit.data.token_shards import Tokens, TokenStream, open_token_shard, token_dtype, token_shard_bytes
+from gptkit.data.token_shards import Tokens, TokenStream, has_size_of, open_token_shard, token_dtype, token_shard_bytes
+from gptkit.data.validation_split import Split, choose_split, split_by_hash
 
 if TYPE_CHECKING:
     from gptkit.text.tokenizer import Tokenizer
@@ -44,12 +43,11 @@ SPLITS = ("train", "val")
 COUNTS = ("documents", "tokens", "characters", "unknown_tokens")
 MAX_COUNT = 1 << 53  # of one shard: all sums stay exact
 MAX_HASHED_BYTES = 2 << 30  # bytes of token shards that are read at the start of a run, only to check them
-HEADER_BYTES = len(token_shard_bytes(np.empty(0, np.uint16)))  # of a token shard of any length
 WRITTEN_HERE = re.compile(rf"(?:{'|'.join(SPLITS)})_.*\.npy|\..*\.(?:npy|json)(?:\.\d+)?\.partial")
 
 
 def _tokenize_shard(
-    text: TextShards, tokenizer: "Tokenizer", threshold: int, output: Path, sources: list[dict[str, Any]], index: int
+    text: TextShards, tokenizer: "Tokenizer", held_out: Split, output: Path, sources: list[dict[str, Any]], index: int
 ) -> dict[str, Any]:
     """Write the token shards of text shard `index`, then their record, and return it.
 
@@ -58,21 +56,29 @@ def _tokenize_shard(
     parts: dict[str, list[Any]] = {split: [] for split in SPLITS}
     counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
     dtype = token_dtype(tokenizer.vocab_size)
-    for document in documents_of_shard(text, index):
-        split = "val" if hash_document(document.encode()) < threshold else "train"
-        ids = np.array([*tokenizer.encode(document), tokenizer.end_of_text_id], dtype=dtype)
+    each = (part for document in documents_of_shard(text, index) for part in held_out.parts(document))
+    for split, content, n_documents in each:
+        ids = np.array([*tokenizer.encode(content), tokenizer.end_of_text_id], dtype=dtype)
         parts[split].append(ids)
         n_unknown = 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
-        for name, count in zip(COUNTS, (1, len(ids), len(document), n_unknown), strict=True):
+        for name, count in zip(COUNTS, (n_documents, len(ids), len(content), n_unknown), strict=True):
             counts[split][name] += count
     record = dict(sources[index])
     for split in SPLITS:
-        content = token_shard_bytes(np.concatenate([np.empty(0, dtype), *parts[split]]))
+        npy = token_shard_bytes(np.concatenate([np.empty(0, dtype), *parts[split]]))
         file = f"{split}_{text.paths[index].stem}.npy"
-        write_atomically(output / file, content)
-        record[split] = {"file": file, "sha256": hashlib.sha256(content).hexdigest(), **counts[split]}
+        write_atomically(output / file, npy)
+        record[split] = {"file": file, "sha256": hashlib.sha256(npy).hexdigest(), **counts[split]}
     write_json(output / f"{text.paths[index].stem}.json", record)
     return record
+
+
+def _differences(
+    text: TextShards, output: Path, sources: list[dict[str, Any]], vocab_size: int
+) -> tuple[list[dict[str, Any] | None], list[str | None]]:
+    """Return the record of each text shard that an earlier run left, and why it does not match, or None."""
+    old = [_read_record(output / f"{path.stem}.json") for path in text.paths]
+    return old, [_difference(*pair, output, vocab_size) for pair in zip(old, sources, strict=True)]
 
 
 def _difference(old: dict[str, Any] | None, sources: dict[str, Any], output: Path, vocab_size: int) -> str | None:
@@ -83,14 +89,9 @@ def _difference(old: dict[str, Any] | None, sources: dict[str, Any], output: Pat
         return "the text changed"
     if old.get("tokenizer") != sources["tokenizer"]:
         return "the tokenizer changed"
-    if old.get("threshold") != sources["threshold"]:
+    if any(old.get(name) != sources.get(name) for name in ("threshold", "cut")):
         return "the choice of validation documents changed"
     return _damage(old, output, vocab_size)
-
-
-def _has_size_of(path: Path, n_tokens: int, dtype: str) -> bool:
-    """Return whether a file exists and is as long as such a token shard."""
-    return path.is_file() and path.stat().st_size == HEADER_BYTES + n_tokens * np.dtype(dtype).itemsize
 
 
 def _damage(record: Any, folder: Path, vocab_size: int, is_read: bool = True) -> str | None:
@@ -104,7 +105,7 @@ def _damage(record: Any, folder: Path, vocab_size: int, is_read: bool = True) ->
                 return f"its record names {shard['file']!a}"
             if not all(type(shard[name]) is int and 0 <= shard[name] < MAX_COUNT for name in COUNTS):
                 return "its record has counts that are not numbers of tokens"
-            has_size = _has_size_of(path, shard["tokens"], token_dtype(vocab_size))
+            has_size = has_size_of(path, shard["tokens"], token_dtype(vocab_size))
             if not has_size or (is_read and sha256_of(path) != shard["sha256"]):
                 return f"{path.name} is missing or damaged"
             if not is_read:
@@ -158,9 +159,18 @@ def tokenize_missing(
             for path, sha256 in zip(text.paths, text.sha256, strict=True):
                 if sha256 not in (None, hashes[path]):
                     print(f"warning: {path} was edited or cut short since it was prepared", file=sys.stderr)
-            threshold = validation_threshold(text, chain.from_iterable(s[1] for s in surveys.values()), val_fraction)
-            sources = [_sources(text, index, hashes, tokenizer, threshold) for index in range(len(text.paths))]
-            return _update(text, output, tokenizer, threshold, sources, run, part)
+            held_out, note = choose_split(text, {i: survey[1] for i, survey in surveys.items()}, val_fraction)
+            sources = [_sources(text, index, hashes, tokenizer, held_out) for index in range(len(text.paths))]
+            if note:
+                # A folder of version 0.1 is split by hashes alone. Its tokens are used: the runs that began with them
+                # could not resume with others.
+                by_hash = split_by_hash((found for s in surveys.values() for found, _ in s[1]), val_fraction)
+                earlier = [_sources(text, index, hashes, tokenizer, by_hash) for index in range(len(text.paths))]
+                if not any(_differences(text, output, earlier, tokenizer.vocab_size)[1]):
+                    held_out, sources = by_hash, earlier
+                    note = f"warning: {output} is used as an earlier version made it; in a new folder, {note}"
+                print(note, file=sys.stderr)
+            return _update(text, output, tokenizer, held_out, sources, run, part)
     except ExecutorError as error:
         raise UserError(str(error))
 
@@ -169,15 +179,14 @@ def _update(
     text: TextShards,
     output: Path,
     tokenizer: "Tokenizer",
-    threshold: int,
+    held_out: Split,
     sources: list[dict[str, Any]],
     run: RunTasks,
     part: tuple[int, int],
 ) -> dict[int, dict[str, Any]]:
     """Tokenize, with `run`, what does not match its sources; return the records that match then."""
     output.mkdir(parents=True, exist_ok=True)
-    old = [_read_record(output / f"{path.stem}.json") for path in text.paths]
-    differences = [_difference(*pair, output, tokenizer.vocab_size) for pair in zip(old, sources, strict=True)]
+    old, differences = _differences(text, output, sources, tokenizer.vocab_size)
     records = {i: record for i, record in enumerate(old) if record is not None and differences[i] is None}
     reasons = {i: why for i, why in enumerate(differences) if why and i % part[1] == part[0] - 1}
     if reasons:
@@ -187,7 +196,7 @@ def _update(
         print(f"{output}: {counted}, text and tokenizer match", file=sys.stderr)
     sizes = {i: text.paths[i].stat().st_size for i in reasons}  # bytes
     start, n_done, n_all = time.monotonic(), 0, sum(sizes.values())
-    task = functools.partial(_tokenize_shard, text, tokenizer, threshold, output.resolve(), sources)
+    task = functools.partial(_tokenize_shard, text, tokenizer, held_out, output.resolve(), sources)
     with tqdm(total=n_all, unit="B", unit_scale=True, desc="pretokenize", disable=not sys.stderr.isatty()) as bar:
         for index, record in run(task, list(reasons)):
             records[index] = record
@@ -204,7 +213,7 @@ def _update(
 
 
 def _sources(
-    text: TextShards, index: int, hashes: dict[Path, str], tokenizer: "Tokenizer", threshold: int
+    text: TextShards, index: int, hashes: dict[Path, str], tokenizer: "Tokenizer", held_out: Split
 ) -> dict[str, Any]:
     """Return what the token shards of text shard `index` are made from."""
     starts_inside = index > 0 and text.continues[index - 1]
@@ -212,7 +221,7 @@ def _sources(
         "separator": text.separator,
         "text": [hashes[shard] for shard in shards_read_with(text, index)] + [starts_inside],
         "tokenizer": tokenizer.fingerprint,
-        "threshold": threshold,
+        **held_out.record(index),
     }
 
 
@@ -223,8 +232,7 @@ def _refuse_foreign_folder(output: Path) -> None:
         raise UserError(f"{output}: {there} is a file; name a folder for the token shards")
     if there != output:
         return
-    # Hidden files come from a file browser, and may stay.
-    other = sorted(path.name for path in output.iterdir() if not _is_ours(path) and not path.name.startswith("."))
+    other = sorted(path.name for path in output.iterdir() if not _is_ours(path) and not is_stray(path.name))
     if other:
         raise UserError(f"{output} holds something else ({other[0]}); name a new or empty folder for the token shards")
 
@@ -309,18 +317,6 @@ def load_manifest(folder: Path, tokenizer: "Tokenizer", max_hashed: float = MAX_
     return manifest
 
 
-def describe_tokens(manifest: dict[str, Any]) -> str:
-    """Describe a token folder in one line."""
-    unknown = manifest["unknown_tokens"]
-    share = f" ({unknown / max(manifest['characters'], 1) * 10_000:.1f} per 10,000 characters)" if unknown else ""
-    train, val, by = manifest["train"], manifest["val"], manifest["tokenizer"]
-    return (
-        f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({train['tokens']:,} to train on, {val['tokens']:,}"
-        f" for validation), {manifest['characters'] / max(manifest['tokens'], 1):.2f} characters per token,"
-        f" {unknown:,} unknown{share}; {by['name']}, {by['vocab_size']:,} ids"
-    )
-
-
 def token_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     """Return the paths of the manifest and of the shards it names."""
     shards = [folder / shard[split]["file"] for shard in manifest["shards"] for split in SPLITS]
@@ -335,7 +331,7 @@ def open_tokens(folder: Path, manifest: dict[str, Any]) -> dict[str, TokenStream
         paths = [folder / shard[split]["file"] for shard in manifest["shards"]]
         lengths = [shard[split]["tokens"] for shard in manifest["shards"]]
         for path, length in zip(paths, lengths, strict=True):
-            if not _has_size_of(path, length, dtype):
+            if not has_size_of(path, length, dtype):
                 raise UserError(f"{path} is missing or damaged; run pretokenize.py again")
 
         def open_shard(number: int) -> Tokens:

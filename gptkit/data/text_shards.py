@@ -1,19 +1,18 @@
-"""Find text shards, read their documents, and choose the documents for validation.
+"""Find text shards and read their documents.
 
 A document that is larger than a shard continues in the next ones; it belongs to the shard that it begins in, so
-shards can be read one by one. Validation takes the documents whose hash is below a threshold: a document stays on its
-side however the text is split into shards. dataset/prepare_aozora_jsonl.py writes the shards; tokens are left to
-pretokenization.py.
+shards can be read one by one. dataset/prepare_aozora_jsonl.py writes the shards. Which documents are for validation is
+left to validation_split.py, tokens to pretokenization.py.
 """
 
 import codecs
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gptkit.base.cli import UserError
-from gptkit.base.files import read_json, sha256_of
+from gptkit.base.files import is_stray, read_json, sha256_of
 
 TEXT_FORMAT = "gptkit-text-shards"
 DEFAULT_SEPARATOR = "<|endoftext|>"
@@ -58,7 +57,9 @@ def find_text_shards(data_dir: Path) -> TextShards:
     else:
         if (data_dir / ".partial").exists():
             raise UserError(f"{data_dir} was left by a preparation that was stopped; prepare the folder again")
-        paths = sorted(path for path in data_dir.glob("*.txt") if path.is_file())
+        paths = sorted(path for path in data_dir.glob("*.txt") if not is_stray(path.name) and not path.is_dir())
+        if broken := next((path for path in paths if not path.is_file()), None):
+            raise UserError(f"{broken} is a link to a file that does not exist; remove it, or restore the file")
         found = TextShards(paths, [False] * len(paths), DEFAULT_SEPARATOR, [None] * len(paths), by_hand=True)
     if not found.paths or not found.separator:
         raise UserError(f"{data_dir} holds no text shards (*.txt); dataset/prepare_aozora_jsonl.py makes them")
@@ -136,22 +137,7 @@ def hash_document(document: bytes) -> int:
     return int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
 
 
-def survey_shard(text: TextShards, index: int) -> tuple[str, list[int]]:
-    """Return the sha256 of shard `index` and the hashes of its documents. Raises UserError where it is not UTF-8."""
-    return sha256_of(text.paths[index]), [hash_document(document) for document in _encoded_documents(text, index)]
-
-
-def validation_threshold(text: TextShards, document_hashes: Iterable[int], val_fraction: float) -> int:
-    """Return the hash below which documents are for validation: about val_fraction of them, and at least one.
-
-    Raises UserError where no document is left to train on.
-    """
-    hashes = sorted(document_hashes)
-    if len(set(hashes)) < 2:
-        raise UserError(
-            f"{text.paths[0].parent} holds {len(set(hashes))} document(s); at least 2 are needed, one for validation"
-        )
-    threshold = max(int(val_fraction * 2**64), hashes[0] + 1)
-    if hashes[-1] < threshold:
-        raise UserError(f"--val_fraction {val_fraction} leaves no document to train on; give a smaller one")
-    return threshold
+def survey_shard(text: TextShards, index: int) -> tuple[str, list[tuple[int, int]]]:
+    """Return the sha256 of shard `index`, and (hash, bytes) of its documents. Raises UserError where it is not UTF-8."""
+    documents = [(hash_document(document), len(document)) for document in _encoded_documents(text, index)]
+    return sha256_of(text.paths[index]), documents

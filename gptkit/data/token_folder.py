@@ -53,6 +53,18 @@ def token_folder_path(data_dir: str, output_dir: Path, use_pretokenized: bool, p
     return Path(pretokenized_dir or text.with_name(f"{text.name}_pretok"))
 
 
+def describe_tokens(manifest: dict[str, Any]) -> str:
+    """Describe a token folder in one line."""
+    unknown = manifest["unknown_tokens"]
+    share = f" ({unknown / max(manifest['characters'], 1) * 10_000:.1f} per 10,000 characters)" if unknown else ""
+    train, val, by = manifest["train"], manifest["val"], manifest["tokenizer"]
+    return (
+        f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens ({train['tokens']:,} to train on, {val['tokens']:,}"
+        f" for validation), {manifest['characters'] / max(manifest['tokens'], 1):.2f} characters per token,"
+        f" {unknown:,} unknown{share}; {by['name']}, {by['vocab_size']:,} ids"
+    )
+
+
 @main_process
 def prepare_tokens(
     data_dir: str, folder: Path, tokenizer: Tokenizer, val_fraction: float, accept_problems: bool, *, is_shared: bool

@@ -29,6 +29,14 @@ def token_shard_bytes(tokens: Tokens) -> bytes:
     return file.getvalue()
 
 
+HEADER_BYTES = len(token_shard_bytes(np.empty(0, np.uint16)))  # of a shard of any length
+
+
+def has_size_of(path: Path, n_tokens: int, dtype: str) -> bool:
+    """Return whether a file exists and is as long as a shard of so many tokens."""
+    return path.is_file() and path.stat().st_size == HEADER_BYTES + n_tokens * np.dtype(dtype).itemsize
+
+
 def open_token_shard(path: Path, dtype: str, n_tokens: int) -> Tokens:
     """Memory-map the tokens of a shard: (n_tokens,). Raises ValueError where the file is not what is expected."""
     try:

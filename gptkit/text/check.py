@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Between a vocabulary for Japanese and one for something else there is a wide gap: of 10,000 characters of Aozora
 # Bunko, rinna's lacks about 40, one without kanji 2,700, one without kana 6,500, an English one nearly all.
 MAX_UNKNOWN_PER_10000 = 500
+UNKNOWN_CHARACTER = "\U0010fffd"  # of a private area: in no vocabulary
 EXAMPLE_LENGTH = 24
 
 
@@ -173,7 +174,10 @@ def describe_tokenizer(tokenizer: "Tokenizer", report: TokenizerReport | None) -
 
 def raise_on_damage(tokenizer: "Tokenizer", documents: Iterable[str], accept: bool) -> None:
     """Raise UserError where the tokenizer damages these documents; with `accept`, only warn on standard error."""
-    found = " ".join(find_problems(check_tokenizer(tokenizer, documents)))
+    problems = find_problems(check_tokenizer(tokenizer, documents))
+    if tokenizer.end_of_text_id in tokenizer.encode(UNKNOWN_CHARACTER):  # these documents may have none that is unknown
+        problems.append("Unknown characters become end-of-text (transformers' conversion of SentencePiece does that).")
+    found = " ".join(problems)
     if found and not accept:
         raise UserError(
             f"{tokenizer.name} damages this text. {found} Choose another tokenizer, or add --accept_problems"

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -28,6 +29,7 @@ from gptkit.base.cli import UserError, first_line, one_line, setting
 from gptkit.base.files import read_json
 from gptkit.base.paths import hub_folder, likely_path
 from gptkit.text.backends import Backend, ReadFile, SentencePieceBackend, TiktokenBackend, TokenizersBackend
+from gptkit.text.tokenizer_files import find_models, read_file
 
 FORMAT = "gptkit-tokenizer"
 DESCRIPTION_FILE = "gptkit_tokenizer.json"
@@ -163,13 +165,13 @@ def _unpickle(files: tuple[tuple[str, bytes], ...]) -> Tokenizer:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return end-of-text, which stood before each document in training, and the prompt's ids. Raises UserError."""
+    """Return end-of-text, which stood before each document in training, and a prompt's ids, none for "". Raises UserError."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError(f"prompt {prompt!a} is not valid text; give it in UTF-8")
     ids = tokenizer.encode(prompt)
-    if not ids:
+    if prompt and not ids:
         raise UserError(f"prompt {prompt!r} holds no text for this tokenizer; give a beginning, such as 吾輩は")
     return [tokenizer.end_of_text_id, *ids]
 
@@ -218,17 +220,18 @@ def load_sentencepiece(path: str | None) -> Tokenizer:
         )
     found = Path(path)
     if found.is_dir():
-        models = sorted(found.glob("*.model"))
+        models = find_models(found)
         if len(models) != 1:
-            raise UserError(f"--tokenizer_path {path} holds {len(models)} .model files; name the one that is meant")
+            names = f" ({', '.join(model.name for model in models)})" if models else ""
+            raise UserError(f"--tokenizer_path {path} holds {len(models)} .model files{names}; name the one meant")
         found = models[0]
     if not found.is_file():
         near = likely_path(found)
         raise UserError(f"--tokenizer_path {path}: no such file" + (f"; did you mean {near}?" if near else ""))
     try:
-        backend = SentencePieceBackend(found.read_bytes())
+        backend = SentencePieceBackend(read_file(found))
     except ValueError as error:
-        raise UserError(f"--tokenizer_path {path}: {error}")
+        raise UserError(f"--tokenizer_path {found}: {error}")
     end_of_text = backend.end_of_text_piece()
     if end_of_text is None:
         raise UserError(
@@ -299,17 +302,23 @@ def _merged_settings(folder: Path) -> dict[str, Any]:
 
 def _hf_backend(what: str, folder: Path, settings: dict[str, Any]) -> Backend:
     """Choose SentencePiece where it alone decides the ids, else tokenizer.json, else what transformers converts."""
-    models, fast = sorted(folder.glob("*.model")), folder / TokenizersBackend.FILE
+    models, path = find_models(folder), folder / TokenizersBackend.FILE
     by_tokenizers = by_sentencepiece = None
     try:
-        if fast.is_file():
-            by_tokenizers = TokenizersBackend(fast.read_bytes())
+        if path.is_file():
+            by_tokenizers = TokenizersBackend(read_file(path))
         if len(models) == 1:
-            by_sentencepiece = SentencePieceBackend(models[0].read_bytes())
+            path = models[0]
+            by_sentencepiece = SentencePieceBackend(read_file(path))
     except ValueError as error:
-        raise UserError(f"{what}: {error}")
-    if by_sentencepiece and by_tokenizers and by_sentencepiece.pieces() != by_tokenizers.pieces():
-        return by_tokenizers  # it has added tokens, or another order of pieces
+        raise UserError(f"{what}: {path.name}: {error}")
+    names = " and ".join(model.name for model in models)
+    if len(models) > 1 and not by_tokenizers:
+        raise UserError(f"{what} holds different models, {names}; remove all but the one that is meant")
+    if by_tokenizers and models and (not by_sentencepiece or by_sentencepiece.pieces() != by_tokenizers.pieces()):
+        # tokenizer.json has added tokens, or another order of pieces.
+        print(f"note: {folder} is read from tokenizer.json, whose pieces are not those of {names}", file=sys.stderr)
+        return by_tokenizers
     if by_sentencepiece and not by_tokenizers and SHIFTED_CLASSES.search(str(settings.get("tokenizer_class"))):
         raise UserError(
             f"{what}: the ids of {settings['tokenizer_class']} differ from its SentencePiece model's;"

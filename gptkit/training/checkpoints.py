@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from gptkit.base.cli import UserError, first_line
 from gptkit.base.files import read_json, sha256_of, sync_file, sync_folder, write_atomically, write_json
-from gptkit.base.paths import existing_path
+from gptkit.base.paths import existing_path, refuse_pickles
 from gptkit.distributed.process_group import main_process
 from gptkit.text.tokenizer import Tokenizer, load_saved_tokenizer
 
@@ -38,7 +38,6 @@ STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "trai
 SUMS_FILE, TOKENIZER_DIR = "SHA256SUMS", "tokenizer"
 SUMS_LINE = re.compile(r"([0-9a-f]{64})  ((?:tokenizer/)?[\w-][\w.-]*)")  # no path leads out of the folder
 MAX_SUMS_BYTES, MAX_STATE_BYTES = 1 << 16, 1 << 24
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
 Choice = Literal["newest", "best"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -79,7 +78,7 @@ def save_checkpoint(
         save_file(dict(training), partial / TRAINING_FILE)
         write_json(partial / STATE_FILE, {"format": FORMAT, "version": VERSION, **state})
         files = [partial / name for name in (MODEL_FILE, STATE_FILE, TRAINING_FILE)]
-        files += sorted((partial / TOKENIZER_DIR).iterdir())
+        files += [partial / TOKENIZER_DIR / name for name in sorted(tokenizer)]
         for path in files:
             sync_file(path)
         sync_folder(partial / TOKENIZER_DIR)
@@ -149,7 +148,7 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
 def verify_checkpoint(folder: Path, training: bool = True) -> None:
     """Raise DamagedCheckpoint where a file is missing, has changed, or does not belong to a checkpoint.
 
-    Without `training`, the optimizer's state is not read: generation does not need it.
+    Without `training`, the optimizer's state is not read and may be missing: generation does not need it.
     """
     try:
         path = folder / SUMS_FILE
@@ -162,20 +161,20 @@ def verify_checkpoint(folder: Path, training: bool = True) -> None:
         raise DamagedCheckpoint(f"{SUMS_FILE} cannot be read ({error})")
     matches = [SUMS_LINE.fullmatch(line) for line in lines]
     sums = {match[2]: match[1] for match in matches if match}
-    wanted = {STATE_FILE, MODEL_FILE, TRAINING_FILE}
+    unread = set() if training else {TRAINING_FILE}
+    wanted = {STATE_FILE, MODEL_FILE, TRAINING_FILE} - unread
     if len(sums) != len(lines) - 1 or lines[-1] or not wanted < sums.keys():
         raise DamagedCheckpoint(f"{SUMS_FILE} does not name what a checkpoint holds")
-    for name, known in sums.items():
+    for name in sorted(sums.keys() - unread):
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise DamagedCheckpoint(f"{name} is missing")
-        if training or name != TRAINING_FILE:
-            try:
-                found = sha256_of(path)
-            except OSError as error:
-                raise DamagedCheckpoint(f"{name} cannot be read ({error})")
-            if found != known:
-                raise DamagedCheckpoint(f"{name} is not what was saved")
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{name} cannot be read ({error})")
+        if found != sums[name]:
+            raise DamagedCheckpoint(f"{name} is not what was saved")
     try:
         _read_state(folder)
     except ValueError as error:
@@ -235,14 +234,14 @@ def choose_checkpoint(exp_dir: str, choice: Choice) -> Path:
     """
     folder = existing_path(exp_dir, "--exp_dir")
     if folder.is_file():
-        _refuse_pickle([folder])
+        refuse_pickles([folder])
         raise UserError(f"--exp_dir {folder} is a file; name the folder of an experiment or of a checkpoint")
     if (folder / STATE_FILE).is_file() or (folder / SUMS_FILE).is_file():  # one checkpoint, by name
-        return first_valid([folder], training=False)
-    runs = {run: find_checkpoints(run) for run in [folder, *sorted(folder.glob("*/"))]}
+        return first_valid(_candidates(folder), training=False)
+    runs = {run: find_checkpoints(run) for run in [folder, *sorted(folder.glob("[!.]*/"))]}
     runs = {run: found for run, found in runs.items() if found}
     if not runs:
-        _refuse_pickle([*folder.glob("*.*"), *folder.glob("*/*.*")])
+        refuse_pickles([*folder.glob("*.*"), *folder.glob("*/*.*")])
         raise UserError(
             f"--exp_dir {folder} holds no checkpoint (step_…); pretraining.py writes one every --save_ckpt_freq steps"
         )
@@ -252,13 +251,20 @@ def choose_checkpoint(exp_dir: str, choice: Choice) -> Path:
     return first_valid(found[::-1] if choice == "newest" else sort_by_val_loss(found), training=False)
 
 
-def _refuse_pickle(files: list[Path]) -> None:
-    for path in files:
-        if path.suffix in PICKLES:
-            raise UserError(
-                f"{path} is a pickle, which can run any code when it is read, and is not opened; export the model as"
-                " safetensors where it was made"
-            )
+def _candidates(folder: Path) -> list[Path]:
+    """Return a checkpoint given by its folder; before it, with a warning, newer (better) ones than `latest` (`best`)."""
+    place, found = folder.absolute(), read_state_or_empty(folder).get("step")
+    step = found if isinstance(found, int) else -1
+    is_copy = place.name in ("latest", "best") and not place.is_symlink()  # a link that no later save could move
+    beside = find_checkpoints(place.parent) if is_copy else []
+    if place.name == "best":
+        ordered = sort_by_val_loss([*beside, place])
+        beside = ordered[: ordered.index(place)]
+    else:
+        beside = [path for path in reversed(beside) if int(path.name.removeprefix("step_")) > step]
+    if beside:
+        print(f"warning: {folder} is a copy of step {step}, and no link; {beside[0]} is used instead", file=sys.stderr)
+    return [*beside, folder]
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from gptkit.base import devices
 from gptkit.base.cli import UserError, format_duration
 from gptkit.base.files import write_json
 from gptkit.data.batches import Batch, TrainingBatches
-from gptkit.data.pretokenization import describe_tokens
 from gptkit.data.text_shards import source_name
-from gptkit.data.token_folder import TokenFolder
+from gptkit.data.token_folder import TokenFolder, describe_tokens
 from gptkit.distributed import fsdp, process_group
 from gptkit.distributed.process_group import main_process
 from gptkit.evaluation.scoring import mean_loss

@@ -40,7 +40,7 @@ class TrainingSettings:
         None, "with --use_pretokenized: folder of token shards (default: DATA_DIR_pretok)", group="data"
     )
     val_fraction: float = setting(
-        0.01, "share of the documents kept for validation, chosen by a hash", more_than=0, at_most=0.5, group="data"
+        0.01, "share of the text held out for validation: documents by a hash", more_than=0, at_most=0.5, group="data"
     )
 
     budget_minutes: float | None = setting(
@@ -155,7 +155,7 @@ class TrainingSettings:
         at_least=1,
         group="reports",
     )
-    start_context: str = setting("吾輩は", "how the samples begin", group="reports")
+    start_context: str = setting("吾輩は", "how the samples begin", group="reports", is_text=True)
     logger: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
         "none", "send reports and samples there too (each needs its package)", group="reports"
     )
