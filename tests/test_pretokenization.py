@@ -503,14 +503,14 @@ def test_the_command_refuses_a_folder_with_something_else(tmp_path: Path, sample
 
 
 def test_text_files_without_a_manifest_are_read_as_people_make_them(tmp_path: Path) -> None:
-    """On Windows, for example: a byte-order mark and \\r\\n; no separator at a file's end; other files beside them."""
+    """On Windows, for example: a byte-order mark, \\r\\n and \\r; no separator at a file's end; other files beside them."""
     text = tmp_path / "text"
     text.mkdir()
     (text / "b.txt").write_bytes("\ufeff　港。\r\n灯。\r\n".encode())
     (text / "a.txt").write_bytes(f"坂。\r\n{SEPARATOR}\r\n \r\n{SEPARATOR}峠\r{SEPARATOR}".encode())
     (text / "c.txt").write_bytes(b"")
     (text / "notes.md").write_bytes(b"\xff")
-    assert documents_by_shard(text) == [["坂。\n", "峠\r"], ["　港。\n灯。\n"], []]
+    assert documents_by_shard(text) == [["坂。\n", "峠\n"], ["　港。\n灯。\n"], []]
     manifest = pretokenize(text, tmp_path / "out", LOSSLESS, 0.3)
     assert manifest["documents"] == 3
     assert {path.name for path in (tmp_path / "out").glob("*.npy")} == {
@@ -519,7 +519,7 @@ def test_text_files_without_a_manifest_are_read_as_people_make_them(tmp_path: Pa
 
 
 def test_prepared_text_is_tokenized_byte_for_byte(tmp_path: Path) -> None:
-    documents = ["\ufeff一行\r\n二行\r\n", "\n\n三行\u2028\u3000\n", "</s>と<|endoftext"]
+    documents = ["一行\ufeff\n二行\v\x85\n", "\n\n三行\u2028\u3000\n", "</s>と<|endoftext"]
     for number, max_size_mb in enumerate([0.00003, 25]):
         source = write_jsonl(tmp_path / f"{number}.jsonl", documents)
         text = prepare(source, tmp_path / f"text{number}", max_size_mb)

@@ -99,8 +99,7 @@ def _damage(record: Any, folder: Path, vocab_size: int, is_read: bool = True) ->
         try:
             shard = record[split]
             path = folder / shard["file"]
-            # No path may lead out of the folder.
-            if path.name != shard["file"] or not WRITTEN_HERE.fullmatch(path.name):
+            if path.name != shard["file"] or not WRITTEN_HERE.fullmatch(path.name):  # it may lead out of the folder
                 return f"its record names {shard['file']!a}"
             if not all(type(shard[name]) is int and 0 <= shard[name] < MAX_COUNT for name in COUNTS):
                 return "its record has counts that are not numbers of tokens"
@@ -159,7 +158,7 @@ def tokenize_missing(
                 if sha256 not in (None, hashes[path]):
                     print(f"warning: {path} was edited or cut short since it was prepared", file=sys.stderr)
             threshold = validation_threshold(text, chain.from_iterable(s[1] for s in surveys.values()), val_fraction)
-            sources = [_sources(text, index, hashes, tokenizer, threshold) for index in range(len(text.paths))]
+            sources = [_sources(text, i, hashes, tokenizer, threshold, surveys[i][2]) for i in range(len(text.paths))]
             return _update(text, output, tokenizer, threshold, sources, run, part)
     except ExecutorError as error:
         raise UserError(str(error))
@@ -183,8 +182,11 @@ def _update(
     if reasons:
         (output / "manifest.json").unlink(missing_ok=True)  # from here on the folder is incomplete
     if records:
-        counted = f"{len(records)} of {len(text.paths)} token shards reused"
-        print(f"{output}: {counted}, text and tokenizer match", file=sys.stderr)
+        print(f"{output}: {len(records)} of {len(old)} token shards reused, text and tokenizer match", file=sys.stderr)
+    if any(record and "line_ends" in sources[i] and "line_ends" not in record for i, record in enumerate(old)):
+        print(
+            f"warning: {output} is of a version that kept carriage returns; remove it to make it anew", file=sys.stderr
+        )
     sizes = {i: text.paths[i].stat().st_size for i in reasons}  # bytes
     start, n_done, n_all = time.monotonic(), 0, sum(sizes.values())
     task = functools.partial(_tokenize_shard, text, tokenizer, threshold, output.resolve(), sources)
@@ -204,7 +206,7 @@ def _update(
 
 
 def _sources(
-    text: TextShards, index: int, hashes: dict[Path, str], tokenizer: "Tokenizer", threshold: int
+    text: TextShards, index: int, hashes: dict[Path, str], tokenizer: "Tokenizer", threshold: int, otherwise: bool
 ) -> dict[str, Any]:
     """Return what the token shards of text shard `index` are made from."""
     starts_inside = index > 0 and text.continues[index - 1]
@@ -213,7 +215,7 @@ def _sources(
         "text": [hashes[shard] for shard in shards_read_with(text, index)] + [starts_inside],
         "tokenizer": tokenizer.fingerprint,
         "threshold": threshold,
-    }
+    } | ({"line_ends": "newlines"} if otherwise else {})  # without: the record that earlier versions wrote
 
 
 def _refuse_foreign_folder(output: Path) -> None:
@@ -323,8 +325,7 @@ def describe_tokens(manifest: dict[str, Any]) -> str:
 
 def token_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     """Return the paths of the manifest and of the shards it names."""
-    shards = [folder / shard[split]["file"] for shard in manifest["shards"] for split in SPLITS]
-    return [folder / "manifest.json", *shards]
+    return [folder / "manifest.json", *(folder / shard[s]["file"] for shard in manifest["shards"] for s in SPLITS)]
 
 
 def open_tokens(folder: Path, manifest: dict[str, Any]) -> dict[str, TokenStream]:

@@ -28,6 +28,7 @@ from gptkit.base.cli import UserError, first_line, one_line, setting
 from gptkit.base.files import read_json
 from gptkit.base.paths import hub_folder, likely_path
 from gptkit.text.backends import Backend, ReadFile, SentencePieceBackend, TiktokenBackend, TokenizersBackend
+from gptkit.text.formats import plain_text
 
 FORMAT = "gptkit-tokenizer"
 DESCRIPTION_FILE = "gptkit_tokenizer.json"
@@ -168,7 +169,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError(f"prompt {prompt!a} is not valid text; give it in UTF-8")
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(plain_text(prompt))
     if not ids:
         raise UserError(f"prompt {prompt!r} holds no text for this tokenizer; give a beginning, such as 吾輩は")
     return [tokenizer.end_of_text_id, *ids]
