@@ -68,7 +68,7 @@ def clean_notation(text: str) -> tuple[str, Counter[str]]:
     result = cleaned.translate(RESTORED)
     if _without_marks(result, Counter()) != result:  # what was a character now looks like notation
         result = cleaned.translate(REPLACED)
-    return result, found
+    return result, +found
 
 
 def _without_marks(text: str, found: Counter[str]) -> str:

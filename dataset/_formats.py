@@ -25,6 +25,8 @@ SIGNATURES: tuple[tuple[int, bytes, str], ...] = (  # offset, bytes, what begins
     (0, b"Rar!\x1a\x07", "a rar archive; unpack it (unrar x) and name the file in it"),
     (2, b"-lh5-", "an lzh archive; unpack it (lha x) and name the file in it"),
     (257, b"ustar", "a tar archive; unpack it (tar -xf) and name the file in it"),
+    (0, b"\x89PNG", "a picture and no text; name a file of UTF-8 text"),
+    (0, b"\xff\xd8\xff", "a picture and no text; name a file of UTF-8 text"),
     (0, b"%PDF-", "a PDF; extract its text (pdftotext)"),
     (0, b"{\\rtf", "an RTF document; save it as plain text in UTF-8"),
     (0, b"\xd0\xcf\x11\xe0", "a document of Microsoft Office; save it as plain text in UTF-8"),
@@ -56,6 +58,7 @@ BYTE_ORDER_MARKS = (  # that of UTF-16-LE begins UTF-32-LE's
 )
 KANA = re.compile("[ぁ-んァ-ヶ]")
 UNUSUAL = re.compile("[^\t\n\r -~\u2010-\u30ff\u4e00-\u9fff\uff00-\uff60]")  # in Japanese text; half-width kana too
+CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a]")
 MAX_UNUSUAL = 1 / 20  # share of the characters that are not ASCII
 
 
@@ -74,11 +77,16 @@ def other_in_file(path: Path) -> str | None:
         return other_than_utf8(file.read(HEAD_BYTES))
 
 
+def by_signature(data: bytes) -> str | None:
+    """Describe the format whose signature a file begins with, and the remedy; None where it has none of those here."""
+    return next((name for offset, magic, name in SIGNATURES if data.startswith(magic, offset)), None)
+
+
 def other_than_utf8(data: bytes) -> str | None:
     """Describe in what format or encoding a file or line begins, with the remedy; None where it may be UTF-8 text."""
-    for offset, magic, name in SIGNATURES:
-        if data.startswith(magic, offset):
-            return name
+    found = by_signature(data)
+    if found:
+        return found
     data = data[:HEAD_BYTES]
     for mark, name, encoding in BYTE_ORDER_MARKS:
         if data.startswith(mark):
@@ -93,12 +101,13 @@ def other_than_utf8(data: bytes) -> str | None:
         codec, name, encoding = min(shares, key=lambda candidate: shares[candidate])
         # As Shift_JIS, iconv reads "\" as "¥", which ends an escape of JSON, and "~" as "‾".
         return _in_encoding(name, "CP932" if codec == "shift_jis" and (b"\\" in data or b"~" in data) else encoding)
-    return "binary data and no text; name a file of UTF-8 text" if b"\0" in data and not _is_utf8(data) else None
+    is_binary = CONTROL.search(data) is not None and not _is_utf8(data)
+    return "binary data and no text; name a file of UTF-8 text" if is_binary else None
 
 
 def other_than_jsonl(line: bytes) -> str | None:
     """Describe what a file is whose first line is no JSON object, with the remedy; None where it may be JSONL."""
-    begin = line.lstrip()[:100].lower()
+    begin = line[:HEAD_BYTES].strip()[:100].lower()
     if begin.startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "an HTML or XML page; download the file itself, not the page about it"
     found = other_than_utf8(line)

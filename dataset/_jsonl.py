@@ -92,4 +92,4 @@ def document_of_line(line: bytes, separator: bytes, clean_aozora: bool) -> Docum
         raise BadLine(
             f"`text` contains the separator {name}, which would cut the document (choose another --separator)"
         )
-    return Document(text, utf8, meta if isinstance(meta, dict) else {}, line_ends, +notation)
+    return Document(text, utf8, meta if isinstance(meta, dict) else {}, line_ends, notation)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from _formats import other_than_jsonl, other_than_utf8
+from _formats import by_signature, other_than_jsonl, other_than_utf8
 from _jsonl import BadLine, Source, document_of_line
 from _script import (
     MIB,
@@ -203,7 +203,7 @@ def read_documents(
         except BadLine as problem:
             encoding = other_than_utf8(line)
             other = other or (encoding if n_documents else other_than_jsonl(line))
-            if other and not n_documents and not options.skip_bad_lines:
+            if other and not n_documents and (by_signature(line) or not options.skip_bad_lines):
                 raise UserError(f"{source.path}: {other}")
             if not options.skip_bad_lines:
                 what = encoding.partition(";")[0] if encoding else problem
