@@ -50,7 +50,7 @@ COLOPHON_LINE = re.compile(
     "[^：\n]{0,8}(?:底本|親本|初出|入力|校正|更新|ファイル作成)[^：\n]{0,12}：|　　|※|●|青空文庫|このファイルは"
     r"|\d{4}(?:年|（).*[公開正成日]|[ 　]*$"
 )
-SIGNS = ("《", "［", "〔", "／", "底本：", "【テキスト中に")  # without one of these there is nothing to find
+SIGNS = ("《", "［＃", "［#", "〔", "＼", "底本：", "【テキスト中に")  # without one of these there is nothing to find
 # Characters that are notation themselves. As gaiji they are kept apart until the end, in the private use area, and
 # replaced by others that are none where they would be read as notation in the cleaned text.
 OWN, OTHERS = "《》｜［］＃※〔〕／＼", "≪≫│[]♯*()/\\"
@@ -76,15 +76,22 @@ def _without_marks(text: str, found: Counter[str]) -> str:
     before = None
     while text != before:
         before = text
-        text, n_headers = HEADER.subn("", text)
-        text, n_colophons = _without_colophon(text)
-        text = GAIJI.sub(lambda match: _gaiji(match[1], found), text)
-        text = NOTE_LINE.sub(lambda match: _drop(match[0], found), text)
-        text = NOTE.sub(lambda match: _drop(match[0], found), text)
-        text = ACCENTED.sub(lambda match: _accents(match, found), text)
-        text, n_marked = MARKED_RUBY.subn(r"\1", text)
-        text, n_ruby = (RUBY_BESIDE_QUOTATIONS if QUOTATION.search(text) else RUBY).subn("", text)
-        text, n_repeats = REPEAT.subn(lambda match: "〴〵" if match[1] else "〳〵", text)
+        n_headers = n_colophons = n_marked = n_ruby = n_repeats = 0
+        if "【テキスト中に" in text:
+            text, n_headers = HEADER.subn("", text)
+        if "底本：" in text:
+            text, n_colophons = _without_colophon(text)
+        if "［＃" in text or "［#" in text:
+            text = GAIJI.sub(lambda match: _gaiji(match[1], found), text)
+            text = NOTE_LINE.sub(lambda match: _drop(match[0], found), text)
+            text = NOTE.sub(lambda match: _drop(match[0], found), text)
+        if "〔" in text:
+            text = ACCENTED.sub(lambda match: _accents(match, found), text)
+        if "《" in text:
+            text, n_marked = MARKED_RUBY.subn(r"\1", text)
+            text, n_ruby = (RUBY_BESIDE_QUOTATIONS if QUOTATION.search(text) else RUBY).subn("", text)
+        if "＼" in text:
+            text, n_repeats = REPEAT.subn(lambda match: "〴〵" if match[1] else "〳〵", text)
         found.update({"headers": n_headers, "colophons": n_colophons, "ruby": n_marked + n_ruby, "repeats": n_repeats})
     return text
 

@@ -530,6 +530,37 @@ def test_prepared_text_is_tokenized_byte_for_byte(tmp_path: Path) -> None:
         assert sorted(found) == sorted(documents)
 
 
+def test_tokens_of_a_version_that_kept_carriage_returns_are_used_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that a run on them resumes; text without carriage returns gives what it gave, down to the records."""
+    for name, newline in (("lf", "\n"), ("crlf", "\r\n"), ("txt", "\r")):
+        documents = [document.replace("\n", newline) for document in DOCUMENTS]
+        text = prepare(write_jsonl(tmp_path / f"{name}.jsonl", documents), tmp_path / name, 0.0005)
+        for shard in text.glob("*.txt"):  # as that version's prepare wrote them
+            shard.write_bytes(shard.read_bytes().replace(b"\n", newline.encode()))
+        if name == "txt":
+            (text / "manifest.json").unlink()
+        out = tmp_path / f"{name}_out"
+        with monkeypatch.context() as patch:
+            patch.setattr("gptkit.data.text_shards.plain_text", lambda text: text)
+            patch.setattr("gptkit.data.text_shards.was_read_otherwise", lambda text, index: False)
+            before = pretokenize(text, out, LOSSLESS, 0.01)
+        capsys.readouterr()
+        assert pretokenize(text, out, LOSSLESS, 0.01) == before
+        warning = f"warning: {out} is of a version that kept carriage returns; remove it to make it anew"
+        assert (warning in capsys.readouterr().err) == (name != "lf")
+        anew = pretokenize(text, tmp_path / f"{name}_new", LOSSLESS, 0.01)
+        assert (anew == before) == (name == "lf")
+        assert warning not in capsys.readouterr().err
+        assert anew["characters"] == sum(map(len, DOCUMENTS))
+        pretokenize(text, tmp_path / f"{name}_new", LOSSLESS, 0.01)
+        assert "carriage returns" not in capsys.readouterr().err
+        # Another share of validation documents is another run: its tokens are made anew.
+        assert pretokenize(text, out, LOSSLESS, 0.4) != before
+        assert (pretokenize(text, out, LOSSLESS, 0.01) == before) == (name == "lf")
+
+
 # What a user can get wrong
 
 # Documents that a val_fraction of a half takes.

@@ -32,6 +32,7 @@ from gptkit.data.text_shards import (
     shards_read_with,
     survey_shard,
     validation_threshold,
+    with_older_threshold,
 )
 from gptkit.data.token_shards import Tokens, TokenStream, open_token_shard, token_dtype, token_shard_bytes
 
@@ -49,7 +50,7 @@ WRITTEN_HERE = re.compile(rf"(?:{'|'.join(SPLITS)})_.*\.npy|\..*\.(?:npy|json)(?
 
 
 def _tokenize_shard(
-    text: TextShards, tokenizer: "Tokenizer", threshold: int, output: Path, sources: list[dict[str, Any]], index: int
+    text: TextShards, tokenizer: "Tokenizer", output: Path, sources: list[dict[str, Any]], index: int
 ) -> dict[str, Any]:
     """Write the token shards of text shard `index`, then their record, and return it.
 
@@ -59,7 +60,7 @@ def _tokenize_shard(
     counts = {split: dict.fromkeys(COUNTS, 0) for split in SPLITS}
     dtype = token_dtype(tokenizer.vocab_size)
     for document in documents_of_shard(text, index):
-        split = "val" if hash_document(document.encode()) < threshold else "train"
+        split = "val" if hash_document(document.encode()) < sources[index]["threshold"] else "train"
         ids = np.array([*tokenizer.encode(document), tokenizer.end_of_text_id], dtype=dtype)
         parts[split].append(ids)
         n_unknown = 0 if tokenizer.unknown_id is None else int(np.count_nonzero(ids == tokenizer.unknown_id))
@@ -159,7 +160,7 @@ def tokenize_missing(
                     print(f"warning: {path} was edited or cut short since it was prepared", file=sys.stderr)
             threshold = validation_threshold(text, chain.from_iterable(s[1] for s in surveys.values()), val_fraction)
             sources = [_sources(text, i, hashes, tokenizer, threshold, surveys[i][2]) for i in range(len(text.paths))]
-            return _update(text, output, tokenizer, threshold, sources, run, part)
+            return _update(text, output, tokenizer, with_older_threshold(sources, output, val_fraction), run, part)
     except ExecutorError as error:
         raise UserError(str(error))
 
@@ -168,7 +169,6 @@ def _update(
     text: TextShards,
     output: Path,
     tokenizer: "Tokenizer",
-    threshold: int,
     sources: list[dict[str, Any]],
     run: RunTasks,
     part: tuple[int, int],
@@ -189,7 +189,7 @@ def _update(
         )
     sizes = {i: text.paths[i].stat().st_size for i in reasons}  # bytes
     start, n_done, n_all = time.monotonic(), 0, sum(sizes.values())
-    task = functools.partial(_tokenize_shard, text, tokenizer, threshold, output.resolve(), sources)
+    task = functools.partial(_tokenize_shard, text, tokenizer, output.resolve(), sources)
     with tqdm(total=n_all, unit="B", unit_scale=True, desc="pretokenize", disable=not sys.stderr.isatty()) as bar:
         for index, record in run(task, list(reasons)):
             records[index] = record

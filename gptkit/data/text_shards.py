@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gptkit.base.cli import UserError
 from gptkit.base.files import read_json, sha256_of
@@ -150,6 +151,23 @@ def was_read_otherwise(text: TextShards, index: int) -> bool:
     if text.by_hand:
         content = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
     return b"\r" in content or content.startswith(codecs.BOM_UTF8) or separator + codecs.BOM_UTF8 in content
+
+
+def with_older_threshold(sources: list[dict[str, Any]], folder: Path, val_fraction: float) -> list[dict[str, Any]]:
+    """Return what token shards are made from, with the threshold that `folder` has, if it is an older one of this text.
+
+    So the tokens of a run that was begun by a version which read the text otherwise stay what they are.
+    """
+    try:
+        manifest = read_json(folder / "manifest.json")
+        records, threshold = manifest["shards"], manifest["shards"][0]["threshold"]
+        is_of_text = [record["text"] for record in records] == [source["text"] for source in sources]
+        is_older = any("line_ends" in source for source in sources) and not any("line_ends" in r for r in records)
+        if is_of_text and is_older and manifest["val_fraction"] == val_fraction and type(threshold) is int:
+            return [source | {"threshold": threshold} for source in sources]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        pass  # there is none
+    return sources
 
 
 def validation_threshold(text: TextShards, document_hashes: Iterable[int], val_fraction: float) -> int:
