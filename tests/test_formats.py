@@ -88,6 +88,7 @@ ONLY_JSONL: dict[str, tuple[Callable[[bytes], bytes], tuple[str, ...]]] = {
     "xhtml": (lambda content: b'<?xml version="1.0" encoding="Shift_JIS"?>\n', ("an HTML or XML page",)),
     "json array": (lambda content: b"[" + content.rstrip().replace(b"\n", b",\n") + b"]", ("a list", "jq -c '.[]'")),
     "pretty json": (lambda content: b'{\n "text": "a"\n}\n', ("over several lines", "jq -c .")),
+    "carriage returns": (lambda content: content.replace(b"\n", b"\r"), ("carriage return alone", "tr '\\r' '\\n'")),
     "text": (lambda content: TEXT.encode(), ("text and not JSONL", "--data_dir")),
     "tar.gz": (lambda content: gzip.compress(archive("tar", content)), ("a tar archive", "tar -xf")),
     "shift_jis in xz": (lambda content: lzma.compress(encoded("shift_jis")(content)), ("Shift_JIS",)),

@@ -59,6 +59,7 @@ BYTE_ORDER_MARKS = (  # that of UTF-16-LE begins UTF-32-LE's
 KANA = re.compile("[ぁ-んァ-ヶ]")
 UNUSUAL = re.compile("[^\t\n\r -~\u2010-\u30ff\u4e00-\u9fff\uff00-\uff60]")  # in Japanese text; half-width kana too
 CONTROL = re.compile(rb"[\0-\x08\x0e-\x1a]")
+CARRIAGE_RETURN_LINES = re.compile(rb"\}[ \t]*\r[ \t]*\{")
 MAX_UNUSUAL = 1 / 20  # share of the characters that are not ASCII
 
 
@@ -115,6 +116,8 @@ def other_than_jsonl(line: bytes) -> str | None:
         return found
     if begin.startswith(b"["):
         return "JSON that begins with a list, and not an object per line; convert it (jq -c '.[]')"
+    if CARRIAGE_RETURN_LINES.search(line, 0, HEAD_BYTES):
+        return "JSONL whose lines end in a carriage return alone; convert them (tr '\\r' '\\n')"
     if begin == b"{":
         return "a JSON object over several lines, and not one per line; convert it (jq -c .)"
     if not begin.startswith(b"{") and b"\0" not in begin and _is_utf8(line[:HEAD_BYTES]):
