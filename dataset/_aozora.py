@@ -50,7 +50,8 @@ COLOPHON_LINE = re.compile(
     "[^：\n]{0,8}(?:底本|親本|初出|入力|校正|更新|ファイル作成)[^：\n]{0,12}：|　　|※|●|青空文庫|このファイルは"
     r"|\d{4}(?:年|（).*[公開正成日]|[ 　]*$"
 )
-SIGNS = ("《", "［＃", "［#", "〔", "＼", "底本：", "【テキスト中に")  # without one of these there is nothing to find
+SIGNS = "《［〔＼【"  # without one of these, and 底本： near the end, there is nothing to find
+MAX_COLOPHON = 10_000  # characters at the end of a text, where a colophon is looked for
 # Characters that are notation themselves. As gaiji they are kept apart until the end, in the private use area, and
 # replaced by others that are none where they would be read as notation in the cleaned text.
 OWN, OTHERS = "《》｜［］＃※〔〕／＼", "≪≫│[]♯*()/\\"
@@ -62,9 +63,11 @@ REPLACED = {ord(private): other for private, other in zip(PRIVATE.values(), OTHE
 def clean_notation(text: str) -> tuple[str, Counter[str]]:
     """Return a text without notation, and what was found by its kind: ruby, notes, gaiji, unknown gaiji, …"""
     found: Counter[str] = Counter()
-    if not any(sign in text for sign in SIGNS):
+    if not any(sign in text for sign in SIGNS) and "底本：" not in text[-MAX_COLOPHON:]:
         return text, found
     cleaned = _without_marks(text, found)
+    if not found["gaiji"]:
+        return cleaned, +found
     result = cleaned.translate(RESTORED)
     if _without_marks(result, Counter()) != result:  # what was a character now looks like notation
         result = cleaned.translate(REPLACED)
@@ -79,7 +82,7 @@ def _without_marks(text: str, found: Counter[str]) -> str:
         n_headers = n_colophons = n_marked = n_ruby = n_repeats = 0
         if "【テキスト中に" in text:
             text, n_headers = HEADER.subn("", text)
-        if "底本：" in text:
+        if "底本：" in text[-MAX_COLOPHON:]:
             text, n_colophons = _without_colophon(text)
         if "［＃" in text or "［#" in text:
             text = GAIJI.sub(lambda match: _gaiji(match[1], found), text)
@@ -98,7 +101,7 @@ def _without_marks(text: str, found: Counter[str]) -> str:
 
 def _without_colophon(text: str) -> tuple[str, int]:
     """Return the text up to a 底本： after which nothing but a colophon follows, and how many were found (0 or 1)."""
-    start = text.rfind("\n底本：") + 1
+    start = text.rfind("\n底本：", max(0, len(text) - MAX_COLOPHON)) + 1
     if start and all(COLOPHON_LINE.match(line) for line in text[start:].split("\n")):
         return text[:start].rstrip("\n") + "\n", 1
     return text, 0
