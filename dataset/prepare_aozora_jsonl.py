@@ -2,37 +2,40 @@
 
 Each line is a JSON object with a string `text` and, where filters are used, the catalogue's columns in `meta`. Each
 document is followed by the separator. A document larger than a shard is cut after a paragraph and continues in the
-next shard, with no separator at the cut. Nothing in a text is changed, so the shards, joined and split at the
-separator, give the documents back, byte for byte. Tokens are left to pretokenize.py.
+next shard, with no separator at the cut. Nothing in a text is changed but \\r\\n and \\r, which become newlines, and a
+byte-order mark at its beginning (and, with --clean_aozora, the notation of Aozora Bunko): the shards, joined and split
+at the separator, give the documents back. Tokens are left to pretokenize.py.
 """
 
 import argparse
 import contextlib
 import difflib
-import gzip
 import hashlib
-import json
-import lzma
 import os
 import re
 import shutil
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-from _script import MIB, Parser, Progress, UserError, check_output_dir, has_format, json_bytes, run_script, write_synced
+from _formats import by_signature, other_than_jsonl, other_than_utf8
+from _jsonl import BadLine, Source, document_of_line
+from _script import (
+    MIB,
+    Parser,
+    Progress,
+    UserError,
+    check_output_dir,
+    has_format,
+    json_bytes,
+    log,
+    run_script,
+    write_synced,
+)
 
 FORMAT = "gptkit-text-shards"
-MAX_LINE_BYTES = 32 * MIB  # ten million characters, more than any novel; longer lines would take too much memory
 SHARD_NAME = re.compile(r"combined_\d{4,}\.txt")
-# The first bytes of compressed files: a name may be wrong where a browser has unpacked the file that it fetched.
-MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\x00": lzma.open}
-
-
-class BadLine(Exception):
-    """A line that is not a document. The message says why."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,6 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     data, shards, filters = (parser.add_argument_group(title) for title in ("data", "shards", "filters"))
     data.add_argument("--jsonl_path", required=True, help="a .jsonl, .jsonl.gz or .jsonl.xz file")
     data.add_argument("--output_dir", required=True, help="folder for the shards; an earlier result is replaced")
+    data.add_argument(
+        "--clean_aozora", action="store_true", help="remove ruby and notes, write gaiji and accents as characters"
+    )
     shards.add_argument("--max_size_mb", type=float, default=25.0, help="most MiB per shard, with separators (25)")
     shards.add_argument("--separator", default="<|endoftext|>", help="written after each document (<|endoftext|>)")
     filters.add_argument("--orthography", nargs="+", metavar="文字遣い種別", help="keep only these, e.g. 新字新仮名")
@@ -60,6 +66,8 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--separator {options.separator!a} is not valid text; give one such as '<|endoftext|>'")
     if not separator:
         raise UserError("--separator is empty; give a string that no document contains, such as '<|endoftext|>'")
+    if b"\r" in separator:
+        raise UserError("--separator contains a carriage return, which is read as a newline; choose another")
     if not options.max_size_mb * MIB >= len(separator) + 4 or options.max_size_mb == float("inf"):
         raise UserError(f"--max_size_mb {options.max_size_mb:g} holds no text; give the MiB per shard, such as 25")
     if options.max_chars is not None and options.max_chars < max(options.min_chars, 1):
@@ -99,65 +107,6 @@ def check_output(output: Path) -> None:
         return is_ours and (name == "manifest.json" or bool(SHARD_NAME.fullmatch(name)))
 
     check_output_dir(output, is_own)
-
-
-class Source:
-    """The lines of a file, plain or compressed, and the position in the file that they reach."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.n_bytes = path.stat().st_size
-        self._raw = open(path, "rb", buffering=MIB)
-        head = self._raw.read(8)
-        self._raw.seek(0)
-        opened = next((opener for magic, opener in MAGIC.items() if head.startswith(magic)), None)
-        self._file = cast(BinaryIO, opened(self._raw, "rb") if opened else self._raw)
-
-    def position(self) -> int:
-        return self._raw.tell()
-
-    def lines(self) -> Iterator[bytes]:
-        """Yield the lines; one longer than MAX_LINE_BYTES is cut. Raises UserError where the file is damaged."""
-        number = 0
-        try:
-            while line := self._file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                yield line
-                while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):  # skip the rest
-                    line = self._file.readline(MAX_LINE_BYTES + 1)
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-            raise UserError(f"{self.path}: damaged or cut short after line {number} ({error}); download it again")
-
-
-def document_of_line(line: bytes, separator: bytes) -> tuple[str, bytes, dict[str, Any]]:
-    """Return (text, the same in UTF-8, meta) of one line. Raises BadLine."""
-    if len(line) > MAX_LINE_BYTES:
-        raise BadLine(f"longer than {MAX_LINE_BYTES // MIB} MiB")
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise BadLine("not UTF-8")
-    except (ValueError, RecursionError):
-        raise BadLine("not JSON")
-    if not isinstance(value, dict):
-        raise BadLine("not a JSON object")
-    if "text" not in value:
-        raise BadLine("no `text`")
-    text, meta = value["text"], value.get("meta")
-    if not isinstance(text, str):
-        raise BadLine(f"`text` is not a string but {type(text).__name__}")
-    try:
-        utf8 = text.encode()
-    except UnicodeEncodeError as error:
-        raise BadLine(f"`text` has a lone surrogate at character {error.start + 1}, which no UTF-8 file can hold")
-    # The text's end and the separator after it may also form one that begins earlier.
-    end = utf8[-len(separator) :] + separator
-    if separator in utf8 or end.index(separator) < len(end) - len(separator):
-        name = repr(separator.decode())
-        raise BadLine(
-            f"`text` contains the separator {name}, which would cut the document (choose another --separator)"
-        )
-    return text, utf8, meta if isinstance(meta, dict) else {}
 
 
 def reason_to_leave_out(text: str, meta: dict[str, Any], options: argparse.Namespace) -> str | None:
@@ -236,36 +185,55 @@ class ShardWriter:
                 self._file.close()
 
 
-def read_documents(source: Source, options: argparse.Namespace, left_out: Counter[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield (text, the same in UTF-8) of each document that is kept; the others are counted in left_out."""
+def read_documents(
+    source: Source, options: argparse.Namespace, left_out: Counter[str], found: Counter[str]
+) -> Iterator[tuple[str, bytes]]:
+    """Yield (text, the same in UTF-8) of each document that is kept, counting in `found` what was found in them.
+
+    The others are counted in left_out. Raises UserError at a bad line, and where the file is something else than JSONL.
+    """
     separator = options.separator.encode()
+    n_documents = n_other = 0
+    other = None  # what the file is, if it is no JSONL in UTF-8
     for number, line in enumerate(source.lines(), start=1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark, which some editors add
+        line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark, which some editors add
         if line.isspace() or not line:
             continue
         try:
-            text, utf8, meta = document_of_line(line, separator)
+            document = document_of_line(line, separator, options.clean_aozora)
         except BadLine as problem:
+            encoding = other_than_utf8(line)
+            other = other or (encoding if n_documents else other_than_jsonl(line))
+            if other and not n_documents and (by_signature(line) or not options.skip_bad_lines):
+                raise UserError(f"{source.path}: {other}")
             if not options.skip_bad_lines:
+                what = encoding.partition(";")[0] if encoding else problem
                 remedy = "correct the line, or leave such lines out with --skip_bad_lines"
-                raise UserError(f"{source.path}: line {number}: {problem}; {remedy}")
+                raise UserError(f"{source.path}: line {number}: {what}; {remedy}")
             left_out["bad line"] += 1
+            n_other += encoding is not None
             continue
-        reason = reason_to_leave_out(text, meta, options)
+        n_documents += 1
+        reason = reason_to_leave_out(document.text, document.meta, options)
         if reason:
             left_out[reason] += 1
-        else:
-            yield text, utf8
+            continue
+        found["line ends"] += document.line_ends
+        found["works with notation"] += bool(document.notation)
+        found.update(document.notation)
+        yield document.text, document.utf8
+    if other and (n_other > n_documents or not n_documents):
+        raise UserError(f"{source.path}: {other}")
 
 
 def write_shards(source: Source, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Fill `folder` with shards and return the manifest."""
     writer = ShardWriter(folder, int(options.max_size_mb * MIB), options.separator.encode())
     left_out: Counter[str] = Counter()
+    found: Counter[str] = Counter()
     progress = Progress(source.n_bytes, "prepare")
     try:
-        for text, utf8 in read_documents(source, options, left_out):
+        for text, utf8 in read_documents(source, options, left_out, found):
             writer.add(text, utf8)
             progress.update(source.position(), len(writer.shards) - 1)  # the last one is still open
         writer.close()
@@ -276,7 +244,16 @@ def write_shards(source: Source, folder: Path, options: argparse.Namespace) -> d
         counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(left_out.items()))
         why = f"all its {left_out.total()} lines were left out ({counts})" if left_out else "the file is empty"
         raise UserError(f"{source.path}: no documents; {why}; check the file and the filters")
-    names = ("max_size_mb", "separator", "orthography", "author", "min_chars", "max_chars", "skip_bad_lines")
+    names = (
+        "max_size_mb",
+        "separator",
+        "orthography",
+        "author",
+        "min_chars",
+        "max_chars",
+        "skip_bad_lines",
+        "clean_aozora",
+    )
     totals = {key: sum(shard[key] for shard in writer.shards) for key in ("works", "characters", "bytes")}
     n_lines = totals["works"] + left_out.total()
     return {
@@ -286,6 +263,8 @@ def write_shards(source: Source, folder: Path, options: argparse.Namespace) -> d
         "options": {name: getattr(options, name) for name in names},
         "separator": options.separator,
         "left_out": dict(sorted(left_out.items())),
+        "line_ends": found.pop("line ends"),
+        "notation": {"works": found.pop("works with notation"), **dict(sorted(found.items()))},
         **totals,
         "shards": writer.shards,
     }
@@ -338,9 +317,24 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     return manifest
 
 
+def report_changes(manifest: dict[str, Any], is_cleaned: bool) -> None:
+    """Print what was found in the text: line ends that became newlines, and notation with the remedy."""
+    if manifest["line_ends"]:
+        log(f"note: {manifest['line_ends']} carriage returns in the text were written as newlines")
+    counts = {kind: count for kind, count in manifest["notation"].items() if kind != "works"}
+    if counts:
+        works = f"{manifest['notation']['works']} of {manifest['works']} documents"
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in counts.items())
+        what = "is still in the text; --clean_aozora removes it"
+        if is_cleaned:
+            what = "was cleaned" + ("; unknown gaiji became 〓" if "unknown gaiji" in counts else "")
+        log(f"note: the notation of Aozora Bunko in {works} ({kinds}) {what}")
+
+
 def main() -> None:
     options = parse_arguments()
     manifest = prepare(options)
+    report_changes(manifest, options.clean_aozora)
     left_out = "".join(f", {count} left out ({reason})" for reason, count in manifest["left_out"].items())
     print(f"{options.output_dir}: {manifest['works']} documents in {len(manifest['shards'])} shards, "
           f"{manifest['characters']} characters, {manifest['bytes']} bytes{left_out}")  # fmt: skip

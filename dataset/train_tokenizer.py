@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _formats import other_in_file, plain_text
 from _script import Parser, UserError, check_output_dir, has_format, json_bytes, list_txt, log, run_script, write_synced
 
 FORMAT = "gptkit-tokenizer-report"
@@ -96,29 +97,28 @@ def find_corpus(folder: Path) -> Corpus:
 
 
 def read(corpus: Corpus) -> Iterator[tuple[int, str]]:
-    """Yield (number of the document, a piece of its text), in order; pieces of at most about CHUNK characters.
-
-    In files that people put there, a byte-order mark and the \\r of a line's end are not part of the text.
-    """
-    number, rest = 0, ""
-    prefixes = [corpus.separator[:end] for end in reversed(range(len(corpus.separator)))]
+    """Yield (number of the document, a piece of its text), in order; pieces of at most about CHUNK characters."""
+    number, rest, begins = 0, "", True
+    held_back = [*(corpus.separator[:end] for end in range(len(corpus.separator) - 1, 0, -1)), "\r", ""]
     for path, continues in zip(corpus.files, corpus.continues, strict=True):
-        encoding, newline = ("utf-8-sig", None) if corpus.by_hand else ("utf-8", "")
+        if corpus.by_hand and (other := other_in_file(path)):
+            raise UserError(f"{path}: {other}")
         try:
-            with open(path, encoding=encoding, newline=newline) as file:
+            with open(path, encoding="utf-8", newline="") as file:
                 while chunk := file.read(CHUNK):
                     *ended, rest = (rest + chunk).split(corpus.separator)
                     for text in ended:
-                        yield number, text
-                        number += 1
-                    begun = next(prefix for prefix in prefixes if rest.endswith(prefix))  # may end in the next chunk
-                    yield number, rest.removesuffix(begun)
-                    rest = begun
+                        yield number, plain_text(text, begins)
+                        number, begins = number + 1, True
+                    begun = next(end for end in held_back if rest.endswith(end))  # it may end in the next chunk
+                    piece, rest = rest.removesuffix(begun), begun
+                    yield number, plain_text(piece, begins)
+                    begins = begins and not piece
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8")
         if not continues:
-            yield number, rest
-            number, rest = number + 1, ""
+            yield number, plain_text(rest, begins)
+            number, rest, begins = number + 1, "", True
 
 
 @dataclass

@@ -25,7 +25,7 @@ MIB = 1024 * 1024
 PIECES = [
     "　雨はやんだ。\n「もう行くの」\n",
     "坂の上に𠮟る声。",
-    "\n\n一行\r\nABC\u2028\u3000\n",
+    "\n\n一行\v\x85\f\nABC\u2028\u3000\n",
     "港の灯が、ひとつ消えた。\n",
     "<|endoftext",
 ]
@@ -135,6 +135,7 @@ def test_the_manifest_describes_the_shards(tmp_path: Path) -> None:
         "min_chars": 0,
         "max_chars": None,
         "skip_bad_lines": False,
+        "clean_aozora": False,
     }
     assert manifest["options"] == options
     assert manifest["left_out"] == {}

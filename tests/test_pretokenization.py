@@ -504,14 +504,14 @@ def test_the_command_refuses_a_folder_with_something_else(tmp_path: Path, sample
 
 
 def test_text_files_without_a_manifest_are_read_as_people_make_them(tmp_path: Path) -> None:
-    """On Windows, for example: a byte-order mark and \\r\\n; no separator at a file's end; other files beside them."""
+    """On Windows, for example: a byte-order mark, \\r\\n and \\r; no separator at a file's end; other files beside them."""
     text = tmp_path / "text"
     text.mkdir()
     (text / "b.txt").write_bytes("\ufeff　港。\r\n灯。\r\n".encode())
     (text / "a.txt").write_bytes(f"坂。\r\n{SEPARATOR}\r\n \r\n{SEPARATOR}峠\r{SEPARATOR}".encode())
     (text / "c.txt").write_bytes(b"")
     (text / "notes.md").write_bytes(b"\xff")
-    assert documents_by_shard(text) == [["坂。\n", "峠\r"], ["　港。\n灯。\n"], []]
+    assert documents_by_shard(text) == [["坂。\n", "峠\n"], ["　港。\n灯。\n"], []]
     manifest = pretokenize(text, tmp_path / "out", LOSSLESS, 0.3)
     assert manifest["documents"] == 3
     assert {path.name for path in (tmp_path / "out").glob("*.npy")} == {
@@ -520,7 +520,7 @@ def test_text_files_without_a_manifest_are_read_as_people_make_them(tmp_path: Pa
 
 
 def test_prepared_text_is_tokenized_byte_for_byte(tmp_path: Path) -> None:
-    documents = ["\ufeff一行\r\n二行\r\n", "\n\n三行\u2028\u3000\n", "</s>と<|endoftext"]
+    documents = ["一行\ufeff\n二行\v\x85\n", "\n\n三行\u2028\u3000\n", "</s>と<|endoftext"]
     for number, max_size_mb in enumerate([0.00003, 25]):
         source = write_jsonl(tmp_path / f"{number}.jsonl", documents)
         text = prepare(source, tmp_path / f"text{number}", max_size_mb)
@@ -529,6 +529,37 @@ def test_prepared_text_is_tokenized_byte_for_byte(tmp_path: Path) -> None:
             document for split in ("train", "val") for document in read_documents(tmp_path / f"out{number}", split)
         ]
         assert sorted(found) == sorted(documents)
+
+
+def test_tokens_of_a_version_that_kept_carriage_returns_are_used_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that a run on them resumes; text without carriage returns gives what it gave, down to the records."""
+    for name, newline in (("lf", "\n"), ("crlf", "\r\n"), ("txt", "\r")):
+        documents = [document.replace("\n", newline) for document in DOCUMENTS]
+        text = prepare(write_jsonl(tmp_path / f"{name}.jsonl", documents), tmp_path / name, 0.0005)
+        for shard in text.glob("*.txt"):  # as that version's prepare wrote them
+            shard.write_bytes(shard.read_bytes().replace(b"\n", newline.encode()))
+        if name == "txt":
+            (text / "manifest.json").unlink()
+        out = tmp_path / f"{name}_out"
+        with monkeypatch.context() as patch:
+            patch.setattr("gptkit.data.text_shards.plain_text", lambda text: text)
+            patch.setattr("gptkit.data.text_shards.was_read_otherwise", lambda text, index: False)
+            before = pretokenize(text, out, LOSSLESS, 0.01)
+        capsys.readouterr()
+        assert pretokenize(text, out, LOSSLESS, 0.01) == before
+        warning = f"warning: {out} is used as an earlier version made it; "
+        assert (warning in capsys.readouterr().err) == (name != "lf")
+        anew = pretokenize(text, tmp_path / f"{name}_new", LOSSLESS, 0.01)
+        assert (anew == before) == (name == "lf")
+        assert warning not in capsys.readouterr().err
+        assert anew["characters"] == sum(map(len, DOCUMENTS))
+        pretokenize(text, tmp_path / f"{name}_new", LOSSLESS, 0.01)
+        assert "earlier version" not in capsys.readouterr().err
+        # Another share of validation documents is another run: its tokens are made anew.
+        assert pretokenize(text, out, LOSSLESS, 0.4) != before
+        assert (pretokenize(text, out, LOSSLESS, 0.01) == before) == (name == "lf")
 
 
 # What a user can get wrong

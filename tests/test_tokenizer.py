@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -418,6 +419,48 @@ def test_ids_are_those_of_tiktoken(tokenizers: dict[str, Tokenizer], sample_text
     tokenizer, reference = tokenizers["tiktoken"], tiktoken.get_encoding(OFFLINE)
     assert (tokenizer.vocab_size, tokenizer.end_of_text_id) == (reference.n_vocab, reference.eot_token)
     for text in [*sample_texts, *TRICKY, SPECIAL_IN_TEXT]:
+        assert tokenizer.encode(text) == reference.encode_ordinary(text)
+
+
+def test_a_million_spaces_are_encoded_as_tiktoken_would(
+    tokenizers: dict[str, Tokenizer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own matcher ends in a panic; the reference encodes the parts into which its pattern cuts such a text."""
+    tokenizer, reference = tokenizers["tiktoken"], tiktoken.get_encoding(OFFLINE)
+    for space in (" ", "　", "\t"):
+        text = "雨が降る。始め" + space * 1_000_000 + "終り。\n"
+        parts = ("雨が降る。始め", space * 999_999, space + "終り。\n")
+        assert tokenizer.encode(text) == [i for part in parts for i in reference.encode_ordinary(part)]
+        warning = "warning: the document that begins '雨が降る。始め' has 1,000,000 spaces or line ends in a row\n"
+        assert capsys.readouterr().err == warning.replace("始め'", "始め" + repr(space * 17)[1:])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_pieces_are_those_of_tiktoken(tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptkit.text.backends.MAX_SPACE", 0)  # so that whatever has a space is cut outside of it
+    tokenizer, reference, chance = tokenizers["tiktoken"], tiktoken.get_encoding(OFFLINE), random.Random(0)
+    signs = [
+        " ",
+        "\n",
+        "\t",
+        "　",
+        "a",
+        "A",
+        "あ",
+        "漢",
+        "1",
+        ".",
+        "'s",
+        "\u0301",
+        "\r",
+        "\u2028",
+        "\x85",
+        "\x1c",
+        "/",
+        "…",
+    ]
+    for _ in range(500):
+        text = " " + "".join(chance.choice(signs) * chance.choice([1, 1, 2, 9]) for _ in range(chance.randint(1, 30)))
         assert tokenizer.encode(text) == reference.encode_ordinary(text)
 
 

@@ -20,7 +20,8 @@ from machine import log, run, script, versions, write_result
 from gptkit.base.cli import run_command, setting
 from gptkit.base.files import sha256_of
 from gptkit.base.paths import existing_path
-from gptkit.data.pretokenization import COUNTS, SPLITS, manifest_of
+from gptkit.data.pretokenization import manifest_of
+from gptkit.data.token_records import COUNTS, SPLITS
 from gptkit.data.token_shards import token_dtype
 from gptkit.text.tokenizer import Tokenizer, load_sentencepiece
 

@@ -5,14 +5,13 @@ Each document is followed by end-of-text. For the text shard `combined_0001.txt`
 from. Where the record still matches, they are reused, in a later run or after a kill. manifest.json is written after
 all of them, and a reader trusts only a folder that has it.
 
-Reading documents is left to text_shards.py, choosing those for validation to validation_split.py, and the format of a
-shard to token_shards.py.
+Reading documents is left to text_shards.py, choosing those for validation to validation_split.py, the records to
+token_records.py, and the format of a shard to token_shards.py.
 """
 
 import functools
 import hashlib
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -22,28 +21,32 @@ import numpy as np
 from tqdm import tqdm
 
 from gptkit.base.cli import UserError
-from gptkit.base.files import is_stray, read_json, sha256_of, write_atomically, write_json
+from gptkit.base.files import is_stray, write_atomically, write_json
 from gptkit.data.executors import ExecutorError, ExecutorName, RunTasks, open_executor
 from gptkit.data.text_shards import (
     TextShards,
     documents_of_shard,
     find_text_shards,
-    shards_read_with,
     survey_shard,
 )
+from gptkit.data.token_records import (
+    COUNTS,
+    SPLITS,
+    TOKEN_FORMAT,
+    WRITTEN_HERE,
+    damage,
+    differences,
+    read_record,
+    sources_of,
+    sources_of_earlier_version,
+)
 from gptkit.data.token_shards import Tokens, TokenStream, has_size_of, open_token_shard, token_dtype, token_shard_bytes
-from gptkit.data.validation_split import Split, choose_split, split_by_hash
+from gptkit.data.validation_split import Split, choose_split
 
 if TYPE_CHECKING:
     from gptkit.text.tokenizer import Tokenizer
 
-
-TOKEN_FORMAT = "gptkit-token-shards"
-SPLITS = ("train", "val")
-COUNTS = ("documents", "tokens", "characters", "unknown_tokens")
-MAX_COUNT = 1 << 53  # of one shard: all sums stay exact
 MAX_HASHED_BYTES = 2 << 30  # bytes of token shards that are read at the start of a run, only to check them
-WRITTEN_HERE = re.compile(rf"(?:{'|'.join(SPLITS)})_.*\.npy|\..*\.(?:npy|json)(?:\.\d+)?\.partial")
 
 
 def _tokenize_shard(
@@ -71,53 +74,6 @@ def _tokenize_shard(
         record[split] = {"file": file, "sha256": hashlib.sha256(npy).hexdigest(), **counts[split]}
     write_json(output / f"{text.paths[index].stem}.json", record)
     return record
-
-
-def _differences(
-    text: TextShards, output: Path, sources: list[dict[str, Any]], vocab_size: int
-) -> tuple[list[dict[str, Any] | None], list[str | None]]:
-    """Return the record of each text shard that an earlier run left, and why it does not match, or None."""
-    old = [_read_record(output / f"{path.stem}.json") for path in text.paths]
-    return old, [_difference(*pair, output, vocab_size) for pair in zip(old, sources, strict=True)]
-
-
-def _difference(old: dict[str, Any] | None, sources: dict[str, Any], output: Path, vocab_size: int) -> str | None:
-    """Return why the record of an earlier run does not match, or None where it does."""
-    if old is None:
-        return "new"
-    if old.get("separator") != sources["separator"] or old.get("text") != sources["text"]:
-        return "the text changed"
-    if old.get("tokenizer") != sources["tokenizer"]:
-        return "the tokenizer changed"
-    if any(old.get(name) != sources.get(name) for name in ("threshold", "cut")):
-        return "the choice of validation documents changed"
-    return _damage(old, output, vocab_size)
-
-
-def _damage(record: Any, folder: Path, vocab_size: int, is_read: bool = True) -> str | None:
-    """Return what is wrong with a record or its token shards, or None; without is_read, by their sizes alone."""
-    for split in SPLITS:
-        try:
-            shard = record[split]
-            path = folder / shard["file"]
-            # No path may lead out of the folder.
-            if path.name != shard["file"] or not WRITTEN_HERE.fullmatch(path.name):
-                return f"its record names {shard['file']!a}"
-            if not all(type(shard[name]) is int and 0 <= shard[name] < MAX_COUNT for name in COUNTS):
-                return "its record has counts that are not numbers of tokens"
-            has_size = has_size_of(path, shard["tokens"], token_dtype(vocab_size))
-            if not has_size or (is_read and sha256_of(path) != shard["sha256"]):
-                return f"{path.name} is missing or damaged"
-            if not is_read:
-                continue
-            tokens = open_token_shard(path, token_dtype(vocab_size), shard["tokens"])
-            if len(tokens) and int(tokens.max()) >= vocab_size:
-                return f"{path.name} has the id {tokens.max()}, and the tokenizer has {vocab_size} ids"
-        except (KeyError, TypeError):
-            return "its record is damaged"
-        except ValueError as error:
-            return str(error)
-    return None
 
 
 def pretokenize(
@@ -160,15 +116,12 @@ def tokenize_missing(
                 if sha256 not in (None, hashes[path]):
                     print(f"warning: {path} was edited or cut short since it was prepared", file=sys.stderr)
             held_out, note = choose_split(text, {i: survey[1] for i, survey in surveys.items()}, val_fraction)
-            sources = [_sources(text, index, hashes, tokenizer, held_out) for index in range(len(text.paths))]
+            sources = [sources_of(text, i, hashes, tokenizer, held_out, surveys[i][2]) for i in range(len(text.paths))]
+            earlier = sources_of_earlier_version(text, output, sources, val_fraction, tokenizer.vocab_size)
+            if earlier:
+                sources = earlier
+                note = f"warning: {output} is used as an earlier version made it; remove it to split and read the text anew"
             if note:
-                # A folder of version 0.1 is split by hashes alone. Its tokens are used: the runs that began with them
-                # could not resume with others.
-                by_hash = split_by_hash((found for s in surveys.values() for found, _ in s[1]), val_fraction)
-                earlier = [_sources(text, index, hashes, tokenizer, by_hash) for index in range(len(text.paths))]
-                if not any(_differences(text, output, earlier, tokenizer.vocab_size)[1]):
-                    held_out, sources = by_hash, earlier
-                    note = f"warning: {output} is used as an earlier version made it; in a new folder, {note}"
                 print(note, file=sys.stderr)
             return _update(text, output, tokenizer, held_out, sources, run, part)
     except ExecutorError as error:
@@ -186,14 +139,13 @@ def _update(
 ) -> dict[int, dict[str, Any]]:
     """Tokenize, with `run`, what does not match its sources; return the records that match then."""
     output.mkdir(parents=True, exist_ok=True)
-    old, differences = _differences(text, output, sources, tokenizer.vocab_size)
-    records = {i: record for i, record in enumerate(old) if record is not None and differences[i] is None}
-    reasons = {i: why for i, why in enumerate(differences) if why and i % part[1] == part[0] - 1}
+    old, found = differences(text, output, sources, tokenizer.vocab_size)
+    records = {i: record for i, record in enumerate(old) if record is not None and found[i] is None}
+    reasons = {i: why for i, why in enumerate(found) if why and i % part[1] == part[0] - 1}
     if reasons:
         (output / "manifest.json").unlink(missing_ok=True)  # from here on the folder is incomplete
     if records:
-        counted = f"{len(records)} of {len(text.paths)} token shards reused"
-        print(f"{output}: {counted}, text and tokenizer match", file=sys.stderr)
+        print(f"{output}: {len(records)} of {len(old)} token shards reused, text and tokenizer match", file=sys.stderr)
     sizes = {i: text.paths[i].stat().st_size for i in reasons}  # bytes
     start, n_done, n_all = time.monotonic(), 0, sum(sizes.values())
     task = functools.partial(_tokenize_shard, text, tokenizer, held_out, output.resolve(), sources)
@@ -212,19 +164,6 @@ def _update(
     return records
 
 
-def _sources(
-    text: TextShards, index: int, hashes: dict[Path, str], tokenizer: "Tokenizer", held_out: Split
-) -> dict[str, Any]:
-    """Return what the token shards of text shard `index` are made from."""
-    starts_inside = index > 0 and text.continues[index - 1]
-    return {
-        "separator": text.separator,
-        "text": [hashes[shard] for shard in shards_read_with(text, index)] + [starts_inside],
-        "tokenizer": tokenizer.fingerprint,
-        **held_out.record(index),
-    }
-
-
 def _refuse_foreign_folder(output: Path) -> None:
     """Raise UserError where `output` is a file, or holds files that were not written here."""
     there = next(path for path in (output, *output.parents) if os.path.lexists(path))
@@ -240,18 +179,9 @@ def _refuse_foreign_folder(output: Path) -> None:
 def _is_ours(path: Path) -> bool:
     """Return whether a file in a token folder was written here, and may be replaced or removed."""
     if path.suffix == ".json":
-        record = _read_record(path) or {}
+        record = read_record(path) or {}
         return record.get("format") == TOKEN_FORMAT or {"threshold", *SPLITS} <= record.keys()
     return path.is_file() and WRITTEN_HERE.fullmatch(path.name) is not None
-
-
-def _read_record(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in `path`, or None where there is none or it cannot be read."""
-    try:
-        value = read_json(path)
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def manifest_of(
@@ -287,7 +217,7 @@ def _write_manifest(
     for path in stale:
         path.unlink()
     manifest = manifest_of(tokenizer.name, tokenizer, val_fraction, records)
-    if _read_record(output / "manifest.json") != manifest:  # a folder that matches may be read-only
+    if read_record(output / "manifest.json") != manifest:  # a folder that matches may be read-only
         write_json(output / "manifest.json", manifest)
     return manifest
 
@@ -297,7 +227,7 @@ def load_manifest(folder: Path, tokenizer: "Tokenizer", max_hashed: float = MAX_
 
     Of shards with more than max_hashed bytes in all only names, sizes and counts are checked.
     """
-    manifest = _read_record(folder / "manifest.json")
+    manifest = read_record(folder / "manifest.json")
     if manifest is None or manifest.get("format") != TOKEN_FORMAT or manifest.get("version") != 1:
         raise UserError(f"{folder} holds no finished token shards; pretokenize.py makes them")
     try:
@@ -306,21 +236,20 @@ def load_manifest(folder: Path, tokenizer: "Tokenizer", max_hashed: float = MAX_
             raise UserError(f"{folder} was made by another tokenizer, {made_by['name']}, and not {tokenizer.name}")
         records = manifest["shards"]
         is_read = manifest["tokens"] * np.dtype(token_dtype(tokenizer.vocab_size)).itemsize <= max_hashed
-        damages = (_damage(record, folder, tokenizer.vocab_size, is_read) for record in records)
-        damage = next(filter(None, damages), None)
-        if not damage and manifest != manifest_of(made_by["name"], tokenizer, manifest["val_fraction"], records):
-            damage = "its manifest.json does not agree with its shards"
+        found = (damage(record, folder, tokenizer.vocab_size, is_read) for record in records)
+        problem = next(filter(None, found), None)
+        if not problem and manifest != manifest_of(made_by["name"], tokenizer, manifest["val_fraction"], records):
+            problem = "its manifest.json does not agree with its shards"
     except (KeyError, TypeError) as error:
-        damage = f"its manifest.json is damaged ({error!r})"
-    if damage:
-        raise UserError(f"{folder}: {damage}; run pretokenize.py again, or copy the folder again")
+        problem = f"its manifest.json is damaged ({error!r})"
+    if problem:
+        raise UserError(f"{folder}: {problem}; run pretokenize.py again, or copy the folder again")
     return manifest
 
 
 def token_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     """Return the paths of the manifest and of the shards it names."""
-    shards = [folder / shard[split]["file"] for shard in manifest["shards"] for split in SPLITS]
-    return [folder / "manifest.json", *shards]
+    return [folder / "manifest.json", *(folder / shard[s]["file"] for shard in manifest["shards"] for s in SPLITS)]
 
 
 def open_tokens(folder: Path, manifest: dict[str, Any]) -> dict[str, TokenStream]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gptkit.base.cli import UserError
 from gptkit.base.files import is_stray, read_json, sha256_of
+from gptkit.text.formats import other_in_file, plain_text
 
 TEXT_FORMAT = "gptkit-text-shards"
 DEFAULT_SEPARATOR = "<|endoftext|>"
@@ -89,19 +90,16 @@ def sample_documents(data_dir: Path, max_chars: int) -> list[str]:
 
 
 def documents_of_shard(text: TextShards, index: int) -> Iterator[str]:
-    """Yield the documents that begin in shard `index`, in order, the last one to its end in the next shards.
-
-    In files that people put there, a byte-order mark and the \\r of a line's end are not part of the text.
-    """
+    """Yield the documents that begin in shard `index`, in order, the last one to its end in the next shards."""
     return (document.decode() for document in _encoded_documents(text, index))
 
 
 def _encoded_documents(text: TextShards, index: int) -> Iterator[bytes]:
     """Yield the documents of documents_of_shard in UTF-8. Raises UserError where one is not UTF-8."""
     separator = text.separator.encode()
+    if text.by_hand and (other := other_in_file(text.paths[index])):
+        raise UserError(f"{text.paths[index]}: {other}")
     content = text.paths[index].read_bytes()
-    if text.by_hand:
-        content = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
     if index > 0 and text.continues[index - 1]:  # the first document began in an earlier shard
         content = content.partition(separator)[2]
         if not content:
@@ -117,11 +115,12 @@ def _encoded_documents(text: TextShards, index: int) -> Iterator[bytes]:
         end = len(content) if end < 0 else end
         document, start = content[start:end], end + len(separator)
         try:
-            is_blank = not document.decode().strip()
+            decoded = document.decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{text.paths[index]}: not UTF-8 ({error.reason}); convert the file to UTF-8")
-        if not is_blank:
-            yield document
+        plain = plain_text(decoded)
+        if plain.strip():
+            yield document if plain == decoded else plain.encode()
 
 
 def shards_read_with(text: TextShards, index: int) -> list[Path]:
@@ -137,7 +136,18 @@ def hash_document(document: bytes) -> int:
     return int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
 
 
-def survey_shard(text: TextShards, index: int) -> tuple[str, list[tuple[int, int]]]:
-    """Return the sha256 of shard `index`, and (hash, bytes) of its documents. Raises UserError where it is not UTF-8."""
+def survey_shard(text: TextShards, index: int) -> tuple[str, list[tuple[int, int]], bool]:
+    """Return the sha256 of shard `index`, (hash, bytes) of its documents, and was_read_otherwise.
+
+    Raises UserError where it is not UTF-8.
+    """
     documents = [(hash_document(document), len(document)) for document in _encoded_documents(text, index)]
-    return sha256_of(text.paths[index]), documents
+    return sha256_of(text.paths[index]), documents, was_read_otherwise(text, index)
+
+
+def was_read_otherwise(text: TextShards, index: int) -> bool:
+    """Return whether versions before 0.2.0, which kept carriage returns, read other documents from shard `index`."""
+    content, separator = text.paths[index].read_bytes(), text.separator.encode()
+    if text.by_hand:
+        content = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
+    return b"\r" in content or content.startswith(codecs.BOM_UTF8) or separator + codecs.BOM_UTF8 in content

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from gptkit.base.cli import UserError
+from gptkit.text.formats import other_in_file, other_than_jsonl, other_than_utf8, plain_text
 
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 JSONL_NAMES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
@@ -25,12 +26,12 @@ def read_documents(path: Path, max_chars: int | None = None) -> Iterator[str]:
     """Yield the documents of a JSONL or .txt file, one at a time; blank ones are skipped.
 
     In JSONL a document is the `text` of a line; a .txt file is one document, or several with <|endoftext|> between
-    them, and its line ends are read as newlines. With max_chars, only the first documents are read, as many complete
+    them. Line ends are read as newlines. With max_chars, only the first documents are read, as many complete
     ones as so many characters hold, and at least one. Raises UserError where the file has another format, or
     holds no text.
     """
     n_characters = 0
-    for document in _all_documents(path):
+    for document in map(plain_text, _all_documents(path)):
         if not document.strip():
             continue
         if max_chars is not None and n_characters and n_characters + len(document) > max_chars:
@@ -54,8 +55,10 @@ def _all_documents(path: Path) -> Iterator[str]:
 
 def _documents_of_text(path: Path) -> Iterator[str]:
     rest = ""
+    if other := other_in_file(path):
+        raise UserError(f"{path}: {other}")
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8", newline="") as file:
             while block := file.read(BLOCK_CHARS):
                 *ended, rest = (rest + block).split(SEPARATOR)
                 yield from ended
@@ -69,27 +72,33 @@ def _documents_of_jsonl(path: Path) -> Iterator[str]:
         head = raw.read(8)
         raw.seek(0)
         opened = next((opener for magic, opener in MAGIC.items() if head.startswith(magic)), None)
-        number = 0
+        number = n_documents = 0
         try:
             file = cast(BinaryIO, opened(raw, "rb") if opened else raw)
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
-                if len(line) > MAX_LINE_BYTES:
-                    raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte-order mark
-                if line.strip():
-                    yield _text_of_line(line)
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
+                if not line.strip():
+                    continue
+                try:
+                    text = _text_of_line(line)
+                except ValueError as problem:
+                    remedy = 'each line must be an object such as {"text": "雨。"}'
+                    other = other_than_jsonl(line) if not n_documents else None
+                    raise UserError(f"{path}: {other}" if other else f"{path}: line {number}: {problem}; {remedy}")
+                yield text
+                n_documents += 1
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
             raise UserError(f"{path}: damaged or cut short after line {number} ({error}); copy the file again")
-        except ValueError as problem:
-            raise UserError(f'{path}: line {number}: {problem}; each line must be an object such as {{"text": "雨。"}}')
 
 
 def _text_of_line(line: bytes) -> str:
     """Return the `text` of a line. Raises ValueError where the line is not a document."""
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError:
-        raise ValueError("not UTF-8")
+        raise ValueError((other_than_utf8(line) or "not UTF-8").partition(";")[0])
     except (ValueError, RecursionError):
         raise ValueError("not JSON")
     if not isinstance(value, dict):

@@ -6,12 +6,20 @@ never read out of text. Fetching files, end-of-text, newlines and lower case are
 
 import base64
 import json
+import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
 MAX_IDS = 1 << 24  # far above any vocabulary; what a damaged file claims is bounded by it
+MAX_SPACE = 400_000  # at a million spaces and line ends in a row tiktoken's matcher overflows its stack
 ReadFile = Callable[[str], bytes]  # the content of a saved file by its name; raises OSError or KeyError
+
+
+def longest_space(text: str) -> int:
+    """Return the length of the longest run of spaces and line ends in a text."""
+    return max((len(run[0]) for run in re.finditer(r"\s+", text)), default=0)
 
 
 def _require_ids(ids: Iterable[Any], what: str) -> None:
@@ -249,7 +257,23 @@ class TiktokenBackend:
         return dict(self._encoding._mergeable_ranks)
 
     def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
-        return [self._encoding.encode_ordinary(line) for line in lines]
+        return [
+            self._encode_pieces(line) if longest_space(line) > MAX_SPACE else self._encoding.encode_ordinary(line)
+            for line in lines
+        ]
+
+    def _encode_pieces(self, line: str) -> list[int]:
+        """Cut a line by the library's pattern outside of its matcher, and encode each piece: the ids are the library's.
+
+        Prints a warning that names the document by its beginning.
+        """
+        import regex
+
+        begin = line.strip()[:24]
+        print(f"warning: the document that begins {begin!r} has {longest_space(line):,} spaces or line ends in a row",
+              file=sys.stderr)  # fmt: skip
+        pieces = (match[0] for match in regex.finditer(self.pattern, line))
+        return [i for piece in pieces for i in self._encoding._encode_single_piece(piece)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids))

@@ -10,8 +10,7 @@ Three things that tokenizers silently get wrong on Japanese are corrected here, 
 
 Special tokens are never read out of text: in a document, "</s>" is only characters.
 
-TOKENIZERS, at the end, holds the kinds of tokenizers by the name that --tokenizer takes. What a library does with
-text is left to backends.py.
+TOKENIZERS, at the end, holds the kinds by the name that --tokenizer takes. A library's work is left to backends.py.
 """
 
 import dataclasses
@@ -29,6 +28,7 @@ from gptkit.base.cli import UserError, first_line, one_line, setting
 from gptkit.base.files import read_json
 from gptkit.base.paths import hub_folder, likely_path
 from gptkit.text.backends import Backend, ReadFile, SentencePieceBackend, TiktokenBackend, TokenizersBackend
+from gptkit.text.formats import plain_text
 from gptkit.text.tokenizer_files import find_models, read_file
 
 FORMAT = "gptkit-tokenizer"
@@ -170,7 +170,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError(f"prompt {prompt!a} is not valid text; give it in UTF-8")
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(plain_text(prompt))
     if prompt and not ids:
         raise UserError(f"prompt {prompt!r} holds no text for this tokenizer; give a beginning, such as 吾輩は")
     return [tokenizer.end_of_text_id, *ids]
