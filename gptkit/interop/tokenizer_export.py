@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from gptkit.text.tokenizer import Tokenizer
 
 
-UNREACHABLE = -1e6  # a score below that of every way to split a text
+UNREACHABLE = -1e6  # a score below that of every way to split the characters of a piece
+USER_DEFINED_SCORE = -0.1  # with which sentencepiece's unigram prefers its user-defined symbols
+REMEDY = "train one by dataset/train_tokenizer.py"
 
 
 def export_tokenizer(tokenizer: "Tokenizer", context_length: int) -> dict[str, bytes]:
@@ -58,6 +60,7 @@ def export_tokenizer(tokenizer: "Tokenizer", context_length: int) -> dict[str, b
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, which GPTs refuse
     }
     return {
         "tokenizer.json": exported.to_str(pretty=True).encode(),
@@ -69,7 +72,7 @@ def _convert_backend(tokenizer: "Tokenizer") -> Any:
     """Return a tokenizers.Tokenizer that encodes as the backend does, which may be changed. Raises UserError."""
     backend = tokenizer.backend
     if isinstance(backend, SentencePieceBackend):
-        return _convert_sentencepiece(backend)
+        return _convert_sentencepiece(backend, tokenizer.lower_case)
     if isinstance(backend, TiktokenBackend):
         return _convert_tiktoken(backend)
     if isinstance(backend, TokenizersBackend):
@@ -80,41 +83,34 @@ def _convert_backend(tokenizer: "Tokenizer") -> Any:
     )
 
 
-def _convert_sentencepiece(backend: SentencePieceBackend) -> Any:
-    """Return a tokenizers.Tokenizer with the pieces and normalization of a SentencePiece model. Raises UserError."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
-    from tokenizers.models import BPE, Unigram
+def _convert_sentencepiece(backend: SentencePieceBackend, lower_case: bool) -> Any:
+    """Return a tokenizers.Tokenizer with the pieces and normalization of a SentencePiece model. Raises UserError.
+
+    The pieces there hold a space where SentencePiece has "▁", so that a "▁" in a text is a character like others.
+    """
+    from tokenizers import AddedToken, Regex, decoders, normalizers
 
     model = backend.proto()
-    kinds, kind = [piece.type for piece in model.pieces], type(model.pieces[0])
-    special = (kind.CONTROL, kind.UNKNOWN)
-    # A text that only looks like a special piece must never be encoded as it.
-    pieces = [(piece.piece, UNREACHABLE if piece.type in special else piece.score) for piece in model.pieces]
-    unknown_id = model.trainer_spec.unk_id
-    byte_fallback = kind.BYTE in kinds
-    if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM:
-        exported = Tokenizer(Unigram(pieces, unknown_id, byte_fallback))
-    elif model.trainer_spec.model_type == model.trainer_spec.BPE:
-        scores = {text: score for (text, score), each in zip(pieces, kinds, strict=True) if each == kind.NORMAL}
-        vocabulary = {text: i for i, (text, _) in enumerate(pieces)}
-        exported = Tokenizer(
-            BPE(
-                vocabulary,
-                _list_merges(scores),
-                unk_token=pieces[unknown_id][0],
-                fuse_unk=True,
-                byte_fallback=byte_fallback,
-            )
-        )
-    else:
-        raise UserError(
-            "this SentencePiece model is neither unigram nor BPE and cannot be exported; train with one that is"
-        )
-    spec = model.normalizer_spec
-    if model.trainer_spec.treat_whitespace_as_suffix:
-        raise UserError(
-            "this SentencePiece model puts spaces after words and cannot be exported; train one without treat_whitespace_as_suffix"
-        )
+    kind, spec = type(model.pieces[0]), model.normalizer_spec
+    has_space = any(piece.piece == "▁" and piece.type == kind.NORMAL for piece in model.pieces)
+    has_bytes = any(piece.type == kind.BYTE for piece in model.pieces)
+    names = [piece.piece.replace("▁", " ") if has_space else piece.piece for piece in model.pieces]
+    by_type = {
+        number: [n for n, p in zip(names, model.pieces, strict=True) if p.type == number] for number in range(1, 7)
+    }
+    is_bpe = model.trainer_spec.model_type == model.trainer_spec.BPE
+    # The text is in lower case before SentencePiece looks for them.
+    found_in_text = [name for name in by_type[kind.USER_DEFINED] if not lower_case or name == name.lower()]
+    adds_or_strips = spec.add_dummy_prefix or spec.remove_extra_whitespaces
+    for is_so, reason in (
+        (not is_bpe and model.trainer_spec.model_type != model.trainer_spec.UNIGRAM, "is neither unigram nor BPE"),
+        (model.trainer_spec.treat_whitespace_as_suffix, "puts spaces after words (treat_whitespace_as_suffix)"),
+        (not spec.escape_whitespaces, "does not write a space as ▁ (escape_whitespaces)"),
+        (by_type[kind.UNUSED], "has unused pieces"),
+        (is_bpe and adds_or_strips and found_in_text, "is BPE that adds or strips spaces around its own symbols"),
+    ):
+        if is_so:
+            raise UserError(f"this SentencePiece model {reason}, so it cannot be exported; {REMEDY}")
     steps: list[Any] = []
     if spec.precompiled_charsmap:  # tokenizers does not join a letter and a mark of six bytes together: か and U+3099
         steps += [normalizers.Replace(pair, letter) for pair, letter in _voiced_kana()]
@@ -123,19 +119,79 @@ def _convert_sentencepiece(backend: SentencePieceBackend) -> Any:
         steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
-    exported.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    if not has_space:
+        steps.append(normalizers.Replace(" ", "▁"))
+    elif not has_bytes:
+        steps.append(normalizers.Replace("▁", " "))
+    if is_bpe:
+        exported = _make_bpe(model, names, by_type[kind.NORMAL], has_bytes)
+        exported.add_tokens([AddedToken(name, normalized=False) for name in found_in_text])
+    else:
+        exported, replacement = _make_unigram(model, names, has_bytes)
+        steps += replacement
+    exported.normalizer = normalizers.Sequence(steps) if steps else None
     # Remove the dummy space before each line. (Where newlines are pieces of the model, lines after the first have none.)
     strip_dummy = [decoders.Strip(" ", 1, 0), decoders.Replace("\n ", "\n")] if spec.add_dummy_prefix else []
-    exported.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip_dummy]
-    )
-    exported.add_special_tokens(
-        [AddedToken(t, normalized=False) for (t, _), k in zip(pieces, kinds, strict=True) if k in special]
-    )
-    exported.add_tokens(
-        [AddedToken(t, normalized=False) for (t, _), k in zip(pieces, kinds, strict=True) if k == kind.USER_DEFINED]
-    )
+    marks = [] if has_space else [decoders.Replace("▁", " ")]
+    exported.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *marks, *strip_dummy])
+    special = [name for name in names if name in {*by_type[kind.CONTROL], *by_type[kind.UNKNOWN]}]
+    exported.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     return exported
+
+
+def _make_bpe(model: Any, names: list[str], normal: list[str], has_bytes: bool) -> Any:
+    """Return a tokenizers.Tokenizer whose BPE joins the pieces of a SentencePiece model, named `names`, by score."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    scores = {name: piece.score for name, piece in zip(names, model.pieces, strict=True) if name in set(normal)}
+    vocabulary = {name: i for i, name in enumerate(names)}
+    unknown = names[model.trainer_spec.unk_id]
+    return Tokenizer(BPE(vocabulary, _list_merges(scores), unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes))
+
+
+def _make_unigram(model: Any, names: list[str], has_bytes: bool) -> tuple[Any, list[Any]]:
+    """Return a tokenizers.Tokenizer with the unigram model of SentencePiece, and what its normalizer must do last.
+
+    tokenizers finds any name in a text, also those of special pieces and of bytes, and looks a run of unknown characters
+    up among them. So those names get a score below that of any other way, and a character that is no piece never stands
+    beside another: it is split off where it becomes bytes, else all such characters become one that no name holds.
+    Raises UserError where that does not suffice.
+    """
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+    from tokenizers.models import Unigram
+
+    kind = type(model.pieces[0])
+    vocabulary: list[tuple[str, float]] = []
+    normal, own_symbols, special = (list[str]() for _ in range(3))
+    for name, piece in zip(names, model.pieces, strict=True):
+        found, score = {
+            kind.NORMAL: (normal, piece.score), kind.USER_DEFINED: (own_symbols, USER_DEFINED_SCORE)
+        }.get(piece.type, (special, UNREACHABLE))  # fmt: skip
+        found.append(name)
+        vocabulary.append((name, score))
+    single = {name for name in normal if len(name) == 1}
+    for name in normal:
+        if not single.issuperset(name):
+            raise UserError(f"its piece {name!r} holds a character that is no piece of its own; {REMEDY}")
+    exported = Tokenizer(Unigram(vocabulary, model.trainer_spec.unk_id, has_bytes))
+    if has_bytes:
+        own = [_escape(name) for name in sorted(own_symbols, key=len, reverse=True)]
+        exported.pre_tokenizer = pre_tokenizers.Split(
+            Regex("|".join([*own, f"[^{_escape(sorted(single))}]"])), "isolated"
+        )
+        return exported, []
+    characters = single.union(*own_symbols)
+    for name in special:
+        if characters.issuperset(name) and not single.issuperset(name):
+            raise UserError(f"its name {name!r} cannot be told from characters that are no pieces; {REMEDY}")
+    without_piece = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in characters)
+    return exported, [normalizers.Replace(Regex(f"[^{_escape(sorted(characters))}]"), without_piece)]
+
+
+def _escape(characters: Iterable[str]) -> str:
+    """Return the characters as a regular expression of tokenizers, for use alone or in brackets."""
+    return "".join(f"\\x{{{ord(character):X}}}" for character in characters)
 
 
 def _voiced_kana() -> list[tuple[str, str]]:
