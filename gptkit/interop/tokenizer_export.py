@@ -1,11 +1,12 @@
 """Export our tokenizers as a tokenizer.json, which transformers' AutoTokenizer loads without sentencepiece or tiktoken.
 
-The file also holds what training added: lower-casing, the newline token, bytes for text that has no piece. The one
-difference: a "▁" (U+2581) in a text is read as the space that SentencePiece means by it. A text begins with end-of-text,
-as in training, where special tokens are asked for (transformers' default); they are never recognized within a text.
+The file also holds what training added: lower-casing, the newline token, bytes for text that has no piece. A text begins
+with end-of-text, as in training, where special tokens are asked for (transformers' default); they are never recognized
+within a text.
 
-SentencePiece's algorithms are expressed as follows: unigram is the same there (Kudo 2018); BPE becomes a list of
-merges, which are all ways to join two pieces into a third, ordered by the third's score.
+SentencePiece's algorithms are expressed as follows: unigram is the same there (Kudo 2018), but for names found in a text
+and unknown characters (backends.hide_names) and the rounding of sums (compare_tokenizers); BPE becomes a list of merges,
+which are all ways to join two pieces into a third, ordered by the third's score.
 """
 
 import json
@@ -17,13 +18,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptkit.base.cli import UserError
-from gptkit.text.backends import SentencePieceBackend, TiktokenBackend, TokenizersBackend
+from gptkit.text.backends import (
+    UNREACHABLE,
+    SentencePieceBackend,
+    TiktokenBackend,
+    TokenizersBackend,
+    any_but,
+    escape,
+    unused_character,
+)
 
 if TYPE_CHECKING:
     from gptkit.text.tokenizer import Tokenizer
 
 
-UNREACHABLE = -1e6  # a score below that of every way to split the characters of a piece
+# Lines that name what tokenizers treat specially, to be read as any text.
+NAMES = ("</s><s><unk><pad>", "あ<0x41>い<0xE3><0x0A>", "[PAD] [CLS]あ[UNK]", "▁あ▁▁い ▁", " <|endoftext|>  あ")
 USER_DEFINED_SCORE = -0.1  # with which sentencepiece's unigram prefers its user-defined symbols
 REMEDY = "train one by dataset/train_tokenizer.py"
 
@@ -54,7 +64,8 @@ def export_tokenizer(tokenizer: "Tokenizer", context_length: int) -> dict[str, b
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,
         "eos_token": end,
-        "pad_token": next((name for name in ("<pad>", "[PAD]") if exported.token_to_id(name) is not None), end),
+        "pad_token": pad_token(tokenizer),
+        "padding_side": "left",  # a text is continued at its end
         "unk_token": unknown,
         "add_bos_token": True,
         "split_special_tokens": True,
@@ -66,6 +77,14 @@ def export_tokenizer(tokenizer: "Tokenizer", context_length: int) -> dict[str, b
         "tokenizer.json": exported.to_str(pretty=True).encode(),
         "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=1).encode(),
     }
+
+
+def pad_token(tokenizer: "Tokenizer") -> str:
+    """Return the name of the token that fills a batch: the tokenizer's own, or else end-of-text."""
+    backend = tokenizer.backend
+    return next(
+        (name for name in ("<pad>", "[PAD]") if backend.id_of(name) in backend.special_ids), tokenizer.end_of_text
+    )
 
 
 def _convert_backend(tokenizer: "Tokenizer") -> Any:
@@ -116,12 +135,12 @@ def _convert_sentencepiece(backend: SentencePieceBackend, lower_case: bool) -> A
         steps += [normalizers.Replace(pair, letter) for pair, letter in _voiced_kana()]
         steps += [normalizers.NFC(), normalizers.Precompiled(spec.precompiled_charsmap)]
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" +"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
     if not has_space:
         steps.append(normalizers.Replace(" ", "▁"))
-    elif not has_bytes:
+    elif not backend.keeps_mark:
         steps.append(normalizers.Replace("▁", " "))
     if is_bpe:
         exported = _make_bpe(model, names, by_type[kind.NORMAL], has_bytes)
@@ -131,7 +150,8 @@ def _convert_sentencepiece(backend: SentencePieceBackend, lower_case: bool) -> A
         steps += replacement
     exported.normalizer = normalizers.Sequence(steps) if steps else None
     # Remove the dummy space before each line. (Where newlines are pieces of the model, lines after the first have none.)
-    strip_dummy = [decoders.Strip(" ", 1, 0), decoders.Replace("\n ", "\n")] if spec.add_dummy_prefix else []
+    spaces = " +" if spec.remove_extra_whitespaces else " "
+    strip_dummy = [decoders.Replace(Regex(rf"(?<=\A|\n){spaces}"), "")] if adds_or_strips else []
     marks = [] if has_space else [decoders.Replace("▁", " ")]
     exported.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *marks, *strip_dummy])
     special = [name for name in names if name in {*by_type[kind.CONTROL], *by_type[kind.UNKNOWN]}]
@@ -144,19 +164,24 @@ def _make_bpe(model: Any, names: list[str], normal: list[str], has_bytes: bool) 
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
 
-    scores = {name: piece.score for name, piece in zip(names, model.pieces, strict=True) if name in set(normal)}
+    scores = {name: piece.score for name, piece in zip(names, model.pieces, strict=True)}
     vocabulary = {name: i for i, name in enumerate(names)}
     unknown = names[model.trainer_spec.unk_id]
-    return Tokenizer(BPE(vocabulary, _list_merges(scores), unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes))
+    return Tokenizer(
+        BPE(
+            vocabulary,
+            _list_merges({name: scores[name] for name in normal}),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=has_bytes,
+        )
+    )
 
 
 def _make_unigram(model: Any, names: list[str], has_bytes: bool) -> tuple[Any, list[Any]]:
     """Return a tokenizers.Tokenizer with the unigram model of SentencePiece, and what its normalizer must do last.
 
-    tokenizers finds any name in a text, also those of special pieces and of bytes, and looks a run of unknown characters
-    up among them. So those names get a score below that of any other way, and a character that is no piece never stands
-    beside another: it is split off where it becomes bytes, else all such characters become one that no name holds.
-    Raises UserError where that does not suffice.
+    Names of special pieces and of bytes are hidden as in backends.hide_names. Raises UserError where that does not suffice.
     """
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
     from tokenizers.models import Unigram
@@ -173,25 +198,21 @@ def _make_unigram(model: Any, names: list[str], has_bytes: bool) -> tuple[Any, l
     single = {name for name in normal if len(name) == 1}
     for name in normal:
         if not single.issuperset(name):
-            raise UserError(f"its piece {name!r} holds a character that is no piece of its own; {REMEDY}")
+            raise UserError(
+                f"this SentencePiece model has a character only within its piece {name!r}, so it cannot be exported; {REMEDY}"
+            )
     exported = Tokenizer(Unigram(vocabulary, model.trainer_spec.unk_id, has_bytes))
     if has_bytes:
-        own = [_escape(name) for name in sorted(own_symbols, key=len, reverse=True)]
-        exported.pre_tokenizer = pre_tokenizers.Split(
-            Regex("|".join([*own, f"[^{_escape(sorted(single))}]"])), "isolated"
-        )
+        own = map(escape, sorted(own_symbols, key=len, reverse=True))
+        exported.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*own, any_but(single)])), "isolated")
         return exported, []
     characters = single.union(*own_symbols)
     for name in special:
         if characters.issuperset(name) and not single.issuperset(name):
-            raise UserError(f"its name {name!r} cannot be told from characters that are no pieces; {REMEDY}")
-    without_piece = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in characters)
-    return exported, [normalizers.Replace(Regex(f"[^{_escape(sorted(characters))}]"), without_piece)]
-
-
-def _escape(characters: Iterable[str]) -> str:
-    """Return the characters as a regular expression of tokenizers, for use alone or in brackets."""
-    return "".join(f"\\x{{{ord(character):X}}}" for character in characters)
+            raise UserError(
+                f"this SentencePiece model's {name!r} cannot be told from a text like it, so it cannot be exported; {REMEDY}"
+            )
+    return exported, [normalizers.Replace(Regex(any_but(characters)), unused_character(characters))]
 
 
 def _voiced_kana() -> list[tuple[str, str]]:
@@ -269,7 +290,8 @@ def compare_tokenizers(tokenizer: "Tokenizer", folder: Path, lines: Iterable[str
 
     Returns the first line that has other ids or decodes to another text there, or None; and the number of ties: lines
     that AutoTokenizer split in the other of two ways that a unigram model finds equally likely. sentencepiece sums
-    scores in float32 and tokenizers in float64, so a tie may go either way.
+    scores in float32 and tokenizers in float64, so a tie may go either way, but for models of dataset/train_tokenizer.py,
+    whose scores are rounded so that both sums are exact.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
