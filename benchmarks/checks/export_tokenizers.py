@@ -7,6 +7,8 @@ llama-cpp-python is installed here, its ids are compared too.
     python benchmarks/checks/export_tokenizers.py --jsonl_path SUBSET --heldout_path HELDOUT [--python FRESH/bin/python]
 """
 
+import contextlib
+import importlib
 import json
 import subprocess
 import sys
@@ -63,7 +65,9 @@ def main(config: ExportTokenizersConfig) -> None:
         for name, found in documents.items()
     }
     texts |= {"probe": [*PROBE.split("\n"), PROBE, *NAMES], "documents": documents["subset"][:N_DOCUMENTS]}
-    result: dict[str, Any] = {"versions": versions("transformers", "tokenizers", "sentencepiece", "llama_cpp_python")}
+    result: dict[str, Any] = {"versions": versions("transformers", "tokenizers", "sentencepiece")}
+    with contextlib.suppress(ImportError):
+        result["versions"]["llama_cpp_python"] = importlib.import_module("llama_cpp").__version__
     goals: dict[str, bool] = {}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)

@@ -197,7 +197,6 @@ class TokenizersBackend:
         from tokenizers import Tokenizer as HFTokenizer
 
         try:
-            self._tokenizer = HFTokenizer.from_buffer(content)
             self._hidden = hide_names(content)  # what is encoded by; it has the same tokens
             self._tokenizer = HFTokenizer.from_buffer(self._hidden)
         except Exception as error:  # the library raises a plain Exception
