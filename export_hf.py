@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from gptkit.evaluation.documents import read_documents
 from gptkit.generation.generate import TextStream, stream_text
 from gptkit.generation.sampling import SamplingSettings
 from gptkit.interop import huggingface, tokenizer_export
-from gptkit.interop.gguf import write_gguf
+from gptkit.interop.gguf import refuse_unreadable, write_gguf
 from gptkit.interop.model_card import model_card
 from gptkit.text.tokenizer import PROBE, Tokenizer, encode_prompt
 from gptkit.training import checkpoints
@@ -85,12 +86,20 @@ def main(config: ExportConfig) -> None:
     model, tokenizer = checkpoints.load_checkpoint(checkpoint, GPTModel.from_dimensions, torch.device("cpu"))
     model = model.eval()
     lines = read_check_lines(SAMPLE if config.text_path is None else existing_path(config.text_path, "--text_path"))
+    tensors, hf_config = huggingface.to_hf(model.state_dict(), vars(model.config), tokenizer.end_of_text_id)
+    with as_user_error(output_dir):  # refused before anything is written
+        if config.format == "gguf":
+            refuse_unreadable(tokenizer)
+        else:
+            tokenizer_files = check_tokenizer(tokenizer, model.config.context_length, lines)
     with as_user_error(output_dir), replace_folder(output_dir) as folder:
         if config.format == "gguf":
-            tensors, hf_config = huggingface.to_hf(model.state_dict(), vars(model.config), tokenizer.end_of_text_id)
             write_gguf(folder / f"model-{config.gguf_type}.gguf", tensors, hf_config, tokenizer, config.gguf_type)
         else:
-            write_hf_folder(folder, checkpoint, model, tokenizer, lines)
+            write_configs(folder, tokenizer, model.config.context_length, hf_config)
+            for name, content in tokenizer_files.items():
+                (folder / name).write_bytes(content)
+            write_weights(folder, checkpoint, model, tokenizer, tensors)
         export = {"format": EXPORT_FORMAT, "exp_dir": config.exp_dir, "checkpoint": checkpoint.name}
         write_config(folder / EXPORT_FILE, export)
     print(f"written: {output_dir} (of {checkpoint}, {model.n_parameters():,} parameters)", file=sys.stderr)
@@ -140,39 +149,21 @@ def as_user_error(output_dir: Path) -> Iterator[None]:
 
 
 def read_check_lines(path: Path) -> list[str]:
-    """Return the lines to check the tokenizer on: one with many special cases, and the first lines of a text."""
+    """Return the lines to check the tokenizer on: some with many special cases, and the first lines of a text."""
     lines = (line for document in read_documents(path) for line in document.split("\n") if line)
-    return [*PROBE.split("\n"), PROBE, *itertools.islice(lines, N_CHECK_LINES)]
+    return [*PROBE.split("\n"), PROBE, *tokenizer_export.NAMES, *itertools.islice(lines, N_CHECK_LINES)]
 
 
-def write_hf_folder(folder: Path, checkpoint: Path, model: GPTModel, tokenizer: Tokenizer, lines: list[str]) -> None:
-    """Write what transformers reads: configurations, tokenizer, weights and model card. Raises UserError."""
-    tensors, hf_config = huggingface.to_hf(model.state_dict(), vars(model.config), tokenizer.end_of_text_id)
-    write_tokenizer(folder, tokenizer, model.config.context_length, hf_config, lines)
-    weights = folder / huggingface.WEIGHTS
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod((folder / "config.json").stat().st_mode)  # safetensors makes a file that only its owner reads
-    state = checkpoints.read_state(checkpoint)
-    card = model_card(checkpoint.parent, state, model, tokenizer, generate_samples(model, tokenizer))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+def check_tokenizer(tokenizer: Tokenizer, context_length: int, lines: list[str]) -> dict[str, bytes]:
+    """Return the files of the exported tokenizer by name, after a check on `lines` by transformers' AutoTokenizer.
 
-
-def write_tokenizer(
-    folder: Path, tokenizer: Tokenizer, context_length: int, hf_config: dict[str, Any], lines: list[str]
-) -> None:
-    """Write the tokenizer and the model's configurations, and check them on `lines` by transformers' AutoTokenizer.
-
-    Raises UserError where ids differ from those of training.
+    Raises UserError where ids or decoded texts differ from those of training.
     """
-    for name, content in tokenizer_export.export_tokenizer(tokenizer, context_length).items():
-        (folder / name).write_bytes(content)
-    write_config(folder / "config.json", hf_config)
-    end = tokenizer.end_of_text_id
-    write_config(folder / "generation_config.json", {
-        "bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "do_sample": True, "temperature": 0.8, "top_k": 40,
-        "max_new_tokens": min(200, context_length // 2), "suppress_tokens": sorted(tokenizer.never_generated) or None,
-    })  # fmt: skip
-    different, n_ties = tokenizer_export.compare_tokenizers(tokenizer, folder, lines)
+    files = tokenizer_export.export_tokenizer(tokenizer, context_length)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        different, n_ties = tokenizer_export.compare_tokenizers(tokenizer, Path(folder), lines)
     if n_ties:
         print(
             f"note: {n_ties} of {len(lines)} lines can be split into pieces in two equally likely ways;"
@@ -181,9 +172,33 @@ def write_tokenizer(
         )
     if different is not None:
         raise UserError(
-            f"the exported tokenizer encodes {different[:60]!r} differently from the one of training; nothing is written"
-            " (give a text like the one that the model is meant to read with --text_path)"
+            f"transformers would read {different[:60]!r} by the exported tokenizer otherwise than {tokenizer.name} did in"
+            f" training, so nothing is written; {tokenizer_export.REMEDY}, or give text that the model is meant to read"
+            " with --text_path, if the line is from there"
         )
+    return files
+
+
+def write_configs(folder: Path, tokenizer: Tokenizer, context_length: int, hf_config: dict[str, Any]) -> None:
+    """Write the model's configurations: its dimensions, and how it generates."""
+    write_config(folder / "config.json", hf_config)
+    end, pad = tokenizer.end_of_text_id, tokenizer.backend.id_of(tokenizer_export.pad_token(tokenizer))
+    write_config(folder / "generation_config.json", {
+        "bos_token_id": end, "eos_token_id": end, "pad_token_id": pad, "do_sample": True, "temperature": 0.8, "top_k": 40,
+        "max_new_tokens": min(200, context_length // 2), "suppress_tokens": sorted(tokenizer.never_generated) or None,
+    })  # fmt: skip
+
+
+def write_weights(
+    folder: Path, checkpoint: Path, model: GPTModel, tokenizer: Tokenizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Write the weights, and the model card with samples."""
+    weights = folder / huggingface.WEIGHTS
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod((folder / "config.json").stat().st_mode)  # safetensors makes a file that only its owner reads
+    state = checkpoints.read_state(checkpoint)
+    card = model_card(checkpoint.parent, state, model, tokenizer, generate_samples(model, tokenizer))
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_config(path: Path, values: dict[str, Any]) -> None:

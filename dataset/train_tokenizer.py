@@ -26,6 +26,7 @@ from typing import Any
 
 from _formats import other_in_file, plain_text
 from _script import Parser, UserError, check_output_dir, has_format, json_bytes, list_txt, log, run_script, write_synced
+from _unigram import round_scores
 
 FORMAT = "gptkit-tokenizer-report"
 TEXT_FORMAT, DEFAULT_SEPARATOR = "gptkit-text-shards", "<|endoftext|>"
@@ -167,8 +168,7 @@ def sample(corpus: Corpus, documents: list[Document], max_chars: int) -> list[st
     Lines are returned without their newline, which is always a piece of its own.
     """
     lines: list[str] = []
-    n_all = sum(document.characters for document in documents if not document.is_held_out)
-    n_seen = n_taken = 0
+    n_all, n_seen, n_taken = sum(document.characters for document in documents if not document.is_held_out), 0, 0
     for number, text in read(corpus):
         if documents[number].is_held_out:
             continue
@@ -232,7 +232,7 @@ def run_trainer(lines: list[str], vocab_size: int, model_type: str) -> bytes:
         )
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
-    return model.getvalue()
+    return round_scores(model.getvalue()) if model_type == "unigram" else model.getvalue()
 
 
 def train(lines: list[str], vocab_size: int, model_type: str) -> bytes:

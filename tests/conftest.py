@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from gpt_model import GPTConfig, GPTModel
-from gptkit.text.tokenizer import load_sentencepiece
+from gptkit.text.tokenizer import Tokenizer, load_sentencepiece
 from gptkit.training.checkpoints import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,10 +247,10 @@ class Clock:
         return self.now
 
 
-def save_experiment(folder: Path, model: GPTModel) -> Path:
-    """Write an experiment folder with that model and the sample's tokenizer, and return it."""
+def save_experiment(folder: Path, model: GPTModel, tokenizer: Tokenizer | None = None) -> Path:
+    """Write an experiment folder with that model and tokenizer (default: the sample's), and return it."""
     state = {"step": 1, "val_loss": 2.0, "identity": {"model": vars(model.config)}}
-    files = load_sentencepiece(str(SAMPLE_TOKENIZER)).files()
+    files = (tokenizer or load_sentencepiece(str(SAMPLE_TOKENIZER))).files()
     save_checkpoint(folder / "model_checkpoints", state, model.state_dict(), {"x": torch.zeros(1)}, files)
     return folder
 

@@ -19,7 +19,7 @@ from gpt_model import GPTConfig, GPTModel
 from gptkit.base.files import replace_folder
 from gptkit.generation.generate import generate
 from gptkit.generation.sampling import SamplingSettings
-from gptkit.interop import huggingface
+from gptkit.interop import huggingface, tokenizer_export
 from gptkit.interop.model_card import model_card
 from gptkit.text.tokenizer import Tokenizer, load_sentencepiece
 from gptkit.training.checkpoints import choose_checkpoint, read_tensors
@@ -226,6 +226,27 @@ def test_mistakes_are_errors_of_one_line(
     evaluate = ("evaluate_model.py", "--text_path", SAMPLE)
     assert_user_error(call_command(*evaluate), "--exp_dir", "--hf_model")
     assert_user_error(call_command(*evaluate, "--hf_model", tmp_path / "pickled"), "--hf_model", "pickled")
+
+
+def test_a_tokenizer_that_cannot_be_exported_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier export stays as it was, and no folder is made. A unigram model with bytes goes to transformers only."""
+    unigram = load_sentencepiece(str(Path(__file__).parent / "data" / "llama_cpp" / "unigram.model"))
+    model = random_model(unigram.vocab_size, **KINDS["modern"])
+    save_experiment(tmp_path / "exp", model, unigram)
+    gguf = ("export_hf.py", "--exp_dir", tmp_path / "exp", "--format", "gguf", "--output_dir")
+    why = ("llama.cpp has no bytes for the unknown characters of a unigram model", "--model_type bpe", "--format hf")
+    assert_user_error(call_command(*gguf, tmp_path / "new" / "gguf"), *why)
+    assert not (tmp_path / "new").exists()
+    hf = ("export_hf.py", "--exp_dir", tmp_path / "exp", "--output_dir", tmp_path / "hf")
+    assert call_command(*hf).returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    assert_user_error(call_command(*gguf, tmp_path / "hf"), *why)
+    monkeypatch.setattr(tokenizer_export, "compare_tokenizers", lambda *_: ("雨の日に", 0))
+    assert_user_error(call_command(*hf), "'雨の日に'", "nothing is written", "train one by dataset/train_tokenizer.py")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
+    assert sorted(os.listdir(tmp_path)) == ["exp", "hf"]
 
 
 def test_llama_cpp_generates_the_same(learned: tuple[Path, list[object]], tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import tiktoken
 from conftest import SHARED, assert_user_error, call_command
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from gptkit.base.cli import UserError, parse
@@ -123,6 +123,28 @@ def unigram_json(sample_texts: list[str]) -> str:
     trainer = trainers.UnigramTrainer(vocab_size=2500, special_tokens=specials, unk_token="<unk>", show_progress=False)
     unigram.train_from_iterator(sample_texts[:10], trainer)
     return unigram.to_str()
+
+
+def llm_jp_like(documents: list[str], style: str) -> HFTokenizer:
+    """Return a Unigram tokenizer with byte fallback, as llm-jp converts it from SentencePiece, or in another style."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in documents for line in text.split("\n") if line), model_writer=model,
+        model_type="unigram", vocab_size=1500, character_coverage=0.98, byte_fallback=True, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["\n", "\t"],
+        control_symbols=["<EOD|LLM-jp>"],
+    )  # fmt: skip
+    pieces = SentencePieceBackend(model.getvalue()).proto().pieces
+    made = HFTokenizer(models.Unigram([(piece.piece, piece.score) for piece in pieces], 0, byte_fallback=True))
+    made.add_special_tokens([AddedToken(piece.piece, normalized=False) for piece in pieces if piece.type in (2, 3)])
+    to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if style == "metaspace":
+        made.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", False)
+    else:
+        prefix = [normalizers.Replace(Regex("^"), "▁"), normalizers.Replace(Regex("\n▁"), "\n")]
+        made.normalizer = normalizers.Sequence([*(prefix if style == "llm-jp" else []), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([*to_text, *([] if style == "plain" else [decoders.Strip(" ", 1, 0)])])
+    return made
 
 
 @pytest.fixture(scope="session", params=["made here", "rinna"])
@@ -240,13 +262,42 @@ def test_special_tokens_are_not_read_out_of_text(tokenizer: Tokenizer) -> None:
     assert max(ids) < tokenizer.vocab_size
 
 
-def test_special_tokens_in_text_are_characters_of_a_unigram_model_too(tokenizers: dict[str, Tokenizer]) -> None:
+def test_special_tokens_in_text_are_characters_of_a_unigram_model_too(unigram_json: str) -> None:
     """Its vocabulary has </s> as a piece, and the library reads it out of text in spite of its settings."""
-    tokenizer = tokenizers["unigram"]
-    end, line = tokenizer.end_of_text_id, "窓を</s>開ける</s>"
-    assert end in tokenizer.backend._tokenizer.encode(line).ids  # type: ignore[attr-defined]
-    apart = [tokenizer.encode(part) for part in ("窓を<", "/s>開ける<", "/s>")]
-    assert tokenizer.encode(line) == [i for part in apart for i in part]
+    backend = TokenizersBackend(unigram_json.encode())
+    lines = ["窓を</s>開ける</s>", "<s></s><unk>", "  < /s>窓"]
+    theirs = HFTokenizer.from_str(unigram_json)
+    theirs.encode_special_tokens = True
+    assert backend.special_ids & {*theirs.encode(lines[0]).ids}
+    renamed = json.loads(unigram_json)  # the same, but that no text holds the names of special tokens
+    renamed["added_tokens"] = []
+    for number in (0, 1, 2):
+        renamed["model"]["vocab"][number] = [f"\ue000{number}", -1e6]
+    expected = [found.ids for found in HFTokenizer.from_str(json.dumps(renamed)).encode_batch(lines)]
+    assert backend.encode_lines(lines) == expected
+
+
+@pytest.mark.parametrize("style", ["llm-jp", "metaspace", "plain"])
+def test_a_unigram_json_with_byte_fallback_is_read_as_its_own_library_does(
+    style: str, tmp_path: Path, sample_texts: list[str]
+) -> None:
+    """Such as llm-jp's: the ids of AutoTokenizer, but for names of special tokens and bytes in a text; lossless."""
+    from transformers import AutoTokenizer
+
+    folder = hf_folder(
+        tmp_path / "hf", None, llm_jp_like(sample_texts, style).to_str(), eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer = load_hf(folder)
+    assert (tokenizer.end_of_text, tokenizer.end_of_text_id, tokenizer.newline_id) == ("</s>", 2, None)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    lines = [*(line for text in sample_texts for line in text.split("\n")), *sample_texts[:5], "𠮟😀 魑魅\t<\n\n二  つ"]
+    assert [tokenizer.encode(line) for line in lines] == [
+        theirs(line, add_special_tokens=False)["input_ids"] for line in lines
+    ]
+    for line in [*lines, "あ</s>い", "<0x41><0xE3>", "<unk><s>", "𠮟</s>魑<EOD|LLM-jp>"]:
+        ids = tokenizer.encode(line)
+        assert tokenizer.decode(ids) == line
+        assert tokenizer.backend.special_ids.isdisjoint(ids)
 
 
 def test_decode_leaves_out_end_of_text_and_other_special_tokens(tokenizer: Tokenizer) -> None:

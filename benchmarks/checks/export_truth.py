@@ -21,10 +21,11 @@ from machine import log, read_texts, run, script, versions, write_result
 from models import load_experiment
 
 from gpt_model import GPTModel
-from gptkit.base.cli import run_command, setting
+from gptkit.base.cli import UserError, run_command, setting
 from gptkit.base.paths import existing_path
 from gptkit.generation.generate import generate
 from gptkit.generation.sampling import SamplingSettings
+from gptkit.interop.gguf import refuse_unreadable
 from gptkit.text.tokenizer import Tokenizer
 
 N_GREEDY, N_CHARACTERS = 50, 20_000
@@ -76,7 +77,10 @@ def main(config: ExportTruthConfig) -> None:
             except ImportError:
                 log("llama-cpp-python is not installed: llama.cpp is not tried")
                 continue
-            if tokenizer.lower_case:  # llama.cpp has no such thing
+            try:
+                refuse_unreadable(tokenizer)
+            except UserError as error:
+                log(str(error))
                 continue
             result["versions"]["llama_cpp_python"] = llama_cpp.__version__
             for kind in ("f16", "q8_0"):

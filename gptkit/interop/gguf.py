@@ -1,10 +1,10 @@
 """Write a GGUF file for llama.cpp with the library gguf: weights, dimensions and tokenizer in one file.
 
 Both architectures are supported, with a SentencePiece tokenizer. llama.cpp's own tokenizers read SentencePiece's pieces
-and scores: its "llama" is BPE, its "t5" is unigram. A text begins with end-of-text, as in training.
+and scores: its "llama" is BPE, its "t5" is unigram. A tokenizer that they would read otherwise, such as a unigram model
+with byte fallback, is refused. A text begins with end-of-text, as in training.
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,11 @@ def write_gguf(
 ) -> None:
     """Write the tensors and config of transformers' model (huggingface.to_hf) with the tokenizer into one file.
 
-    kind is the type of matrices: f32, f16 or q8_0. Raises UserError where gguf is not installed, or llama.cpp does not
-    support the tokenizer.
+    kind is the type of matrices: f32, f16 or q8_0. Raises UserError, before it writes, as refuse_unreadable does.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError(f"--format gguf needs gguf ({error}); pip install gguf")
+    refuse_unreadable(tokenizer)
+    import gguf
+
     is_gpt2 = config["model_type"] == "gpt2"
     arch = gguf.MODEL_ARCH.GPT2 if is_gpt2 else gguf.MODEL_ARCH.QWEN3
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
@@ -85,19 +83,67 @@ def _add_dimensions(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_rope_freq_base(config["rope_theta"])
 
 
-def _add_tokenizer(writer: Any, tokenizer: "Tokenizer") -> None:
-    """Add the pieces, scores and special tokens of a SentencePiece tokenizer. Raises UserError for other kinds."""
-    import gguf
+def refuse_unreadable(tokenizer: "Tokenizer") -> None:
+    """Raise UserError where gguf is missing, or where llama.cpp would give other ids than the tokenizer of training.
 
+    What it does otherwise was measured with llama-cpp-python 0.3.36 (tests/test_llama_cpp.py): its unigram ("t5") has no
+    bytes for unknown characters; its BPE ("llama") ends the process without them, and normalizes nothing.
+    """
     from gptkit.text.backends import SentencePieceBackend
 
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--format gguf needs gguf ({error}); pip install gguf")
     if not isinstance(tokenizer.backend, SentencePieceBackend):
         raise UserError(
             f"--format gguf supports SentencePiece tokenizers only, and {tokenizer.name} is of another kind; export it with --format hf"
         )
-    if tokenizer.lower_case:
-        print("note: llama.cpp does not lower-case text; give it text in lower case", file=sys.stderr)
     model = tokenizer.backend.proto()
+    normalizer, trainer, kind = model.normalizer_spec, model.trainer_spec, type(model.pieces[0])
+    kinds = {piece.type for piece in model.pieces}
+    n_bytes = sum(piece.type == kind.BYTE for piece in model.pieces)
+    is_bpe, special = trainer.model_type == trainer.BPE, _mistaken_special(model)
+    adds, removes = normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces
+    for is_so, reason in (
+        (trainer.model_type not in (trainer.UNIGRAM, trainer.BPE), "supports unigram and BPE only"),
+        (is_bpe and n_bytes < 256, "needs the pieces of all bytes in BPE"),
+        (n_bytes and not is_bpe, "has no bytes for the unknown characters of a unigram model"),
+        (tokenizer.lower_case, "does not lower-case text"),
+        (is_bpe and normalizer.precompiled_charsmap, f"does not normalize text for BPE ({normalizer.name})"),
+        (removes and (is_bpe or not adds), "removes extra spaces for unigram models only, where it puts one before the text"),
+        (trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces, "reads spaces otherwise"),
+        (kind.UNUSED in kinds, "uses unused pieces"),
+        ((adds or removes) and kind.USER_DEFINED in kinds, "puts a space after user-defined symbols"),
+        (is_bpe and special, f"would read {special} in a text as the special token"),
+    ):  # fmt: skip
+        if is_so:
+            raise UserError(
+                f"--format gguf: llama.cpp {reason}, so it would not read text as {tokenizer.name} does; train the tokenizer"
+                " with dataset/train_tokenizer.py --model_type bpe, or export this one with --format hf"
+            )
+
+
+def _mistaken_special(model: Any) -> str | None:
+    """Return the name of a special piece or byte that llama.cpp could join from characters and pieces, or None."""
+    kind = type(model.pieces[0])
+    names = {piece.piece for piece in model.pieces}
+    return next(
+        (
+            name
+            for name, number in ((piece.piece, piece.type) for piece in model.pieces)
+            if number not in (kind.NORMAL, kind.USER_DEFINED)
+            and any({name[:cut], name[cut:]} <= {*names, name[0], name[-1]} for cut in range(1, len(name)))
+        ),
+        None,
+    )
+
+
+def _add_tokenizer(writer: Any, tokenizer: "Tokenizer") -> None:
+    """Add the pieces, scores and special tokens of a tokenizer that refuse_unreadable accepts."""
+    import gguf
+
+    model = tokenizer.backend.proto()  # type: ignore[attr-defined]
     normalizer, trainer = model.normalizer_spec, model.trainer_spec
     tokens = [piece.piece.encode() for piece in model.pieces]
     scores = [piece.score for piece in model.pieces]

@@ -1,11 +1,12 @@
 """Export our tokenizers as a tokenizer.json, which transformers' AutoTokenizer loads without sentencepiece or tiktoken.
 
-The file also holds what training added: lower-casing, the newline token, bytes for text that has no piece. The one
-difference: a "▁" (U+2581) in a text is read as the space that SentencePiece means by it. A text begins with end-of-text,
-as in training, where special tokens are asked for (transformers' default); they are never recognized within a text.
+The file also holds what training added: lower-casing, the newline token, bytes for text that has no piece. A text begins
+with end-of-text, as in training, where special tokens are asked for (transformers' default); they are never recognized
+within a text.
 
-SentencePiece's algorithms are expressed as follows: unigram is the same there (Kudo 2018); BPE becomes a list of
-merges, which are all ways to join two pieces into a third, ordered by the third's score.
+SentencePiece's algorithms are expressed as follows: unigram is the same there (Kudo 2018), but for names found in a text
+and unknown characters (backends.hide_names) and the rounding of sums (compare_tokenizers); BPE becomes a list of merges,
+which are all ways to join two pieces into a third, ordered by the third's score.
 """
 
 import json
@@ -17,13 +18,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptkit.base.cli import UserError
-from gptkit.text.backends import SentencePieceBackend, TiktokenBackend, TokenizersBackend
+from gptkit.text.backends import (
+    UNREACHABLE,
+    SentencePieceBackend,
+    TiktokenBackend,
+    TokenizersBackend,
+    any_but,
+    escape,
+    unused_character,
+)
 
 if TYPE_CHECKING:
     from gptkit.text.tokenizer import Tokenizer
 
 
-UNREACHABLE = -1e6  # a score below that of every way to split a text
+# Lines that name what tokenizers treat specially, to be read as any text.
+NAMES = ("</s><s><unk><pad>", "あ<0x41>い<0xE3><0x0A>", "[PAD] [CLS]あ[UNK]", "▁あ▁▁い ▁", " <|endoftext|>  あ")
+USER_DEFINED_SCORE = -0.1  # with which sentencepiece's unigram prefers its user-defined symbols
+REMEDY = "train one by dataset/train_tokenizer.py"
 
 
 def export_tokenizer(tokenizer: "Tokenizer", context_length: int) -> dict[str, bytes]:
@@ -52,12 +64,14 @@ def export_tokenizer(tokenizer: "Tokenizer", context_length: int) -> dict[str, b
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,
         "eos_token": end,
-        "pad_token": next((name for name in ("<pad>", "[PAD]") if exported.token_to_id(name) is not None), end),
+        "pad_token": pad_token(tokenizer),
+        "padding_side": "left",  # a text is continued at its end
         "unk_token": unknown,
         "add_bos_token": True,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, which GPTs refuse
     }
     return {
         "tokenizer.json": exported.to_str(pretty=True).encode(),
@@ -65,11 +79,19 @@ def export_tokenizer(tokenizer: "Tokenizer", context_length: int) -> dict[str, b
     }
 
 
+def pad_token(tokenizer: "Tokenizer") -> str:
+    """Return the name of the token that fills a batch: the tokenizer's own, or else end-of-text."""
+    backend = tokenizer.backend
+    return next(
+        (name for name in ("<pad>", "[PAD]") if backend.id_of(name) in backend.special_ids), tokenizer.end_of_text
+    )
+
+
 def _convert_backend(tokenizer: "Tokenizer") -> Any:
     """Return a tokenizers.Tokenizer that encodes as the backend does, which may be changed. Raises UserError."""
     backend = tokenizer.backend
     if isinstance(backend, SentencePieceBackend):
-        return _convert_sentencepiece(backend)
+        return _convert_sentencepiece(backend, tokenizer.lower_case)
     if isinstance(backend, TiktokenBackend):
         return _convert_tiktoken(backend)
     if isinstance(backend, TokenizersBackend):
@@ -80,62 +102,117 @@ def _convert_backend(tokenizer: "Tokenizer") -> Any:
     )
 
 
-def _convert_sentencepiece(backend: SentencePieceBackend) -> Any:
-    """Return a tokenizers.Tokenizer with the pieces and normalization of a SentencePiece model. Raises UserError."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
-    from tokenizers.models import BPE, Unigram
+def _convert_sentencepiece(backend: SentencePieceBackend, lower_case: bool) -> Any:
+    """Return a tokenizers.Tokenizer with the pieces and normalization of a SentencePiece model. Raises UserError.
+
+    The pieces there hold a space where SentencePiece has "▁", so that a "▁" in a text is a character like others.
+    """
+    from tokenizers import AddedToken, Regex, decoders, normalizers
 
     model = backend.proto()
-    kinds, kind = [piece.type for piece in model.pieces], type(model.pieces[0])
-    special = (kind.CONTROL, kind.UNKNOWN)
-    # A text that only looks like a special piece must never be encoded as it.
-    pieces = [(piece.piece, UNREACHABLE if piece.type in special else piece.score) for piece in model.pieces]
-    unknown_id = model.trainer_spec.unk_id
-    byte_fallback = kind.BYTE in kinds
-    if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM:
-        exported = Tokenizer(Unigram(pieces, unknown_id, byte_fallback))
-    elif model.trainer_spec.model_type == model.trainer_spec.BPE:
-        scores = {text: score for (text, score), each in zip(pieces, kinds, strict=True) if each == kind.NORMAL}
-        vocabulary = {text: i for i, (text, _) in enumerate(pieces)}
-        exported = Tokenizer(
-            BPE(
-                vocabulary,
-                _list_merges(scores),
-                unk_token=pieces[unknown_id][0],
-                fuse_unk=True,
-                byte_fallback=byte_fallback,
-            )
-        )
-    else:
-        raise UserError(
-            "this SentencePiece model is neither unigram nor BPE and cannot be exported; train with one that is"
-        )
-    spec = model.normalizer_spec
-    if model.trainer_spec.treat_whitespace_as_suffix:
-        raise UserError(
-            "this SentencePiece model puts spaces after words and cannot be exported; train one without treat_whitespace_as_suffix"
-        )
+    kind, spec = type(model.pieces[0]), model.normalizer_spec
+    has_space = any(piece.piece == "▁" and piece.type == kind.NORMAL for piece in model.pieces)
+    has_bytes = any(piece.type == kind.BYTE for piece in model.pieces)
+    names = [piece.piece.replace("▁", " ") if has_space else piece.piece for piece in model.pieces]
+    by_type = {
+        number: [n for n, p in zip(names, model.pieces, strict=True) if p.type == number] for number in range(1, 7)
+    }
+    is_bpe = model.trainer_spec.model_type == model.trainer_spec.BPE
+    # The text is in lower case before SentencePiece looks for them.
+    found_in_text = [name for name in by_type[kind.USER_DEFINED] if not lower_case or name == name.lower()]
+    adds_or_strips = spec.add_dummy_prefix or spec.remove_extra_whitespaces
+    for is_so, reason in (
+        (not is_bpe and model.trainer_spec.model_type != model.trainer_spec.UNIGRAM, "is neither unigram nor BPE"),
+        (model.trainer_spec.treat_whitespace_as_suffix, "puts spaces after words (treat_whitespace_as_suffix)"),
+        (not spec.escape_whitespaces, "does not write a space as ▁ (escape_whitespaces)"),
+        (by_type[kind.UNUSED], "has unused pieces"),
+        (is_bpe and adds_or_strips and found_in_text, "is BPE that adds or strips spaces around its own symbols"),
+    ):
+        if is_so:
+            raise UserError(f"this SentencePiece model {reason}, so it cannot be exported; {REMEDY}")
     steps: list[Any] = []
     if spec.precompiled_charsmap:  # tokenizers does not join a letter and a mark of six bytes together: か and U+3099
         steps += [normalizers.Replace(pair, letter) for pair, letter in _voiced_kana()]
         steps += [normalizers.NFC(), normalizers.Precompiled(spec.precompiled_charsmap)]
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" +"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
-    exported.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    if not has_space:
+        steps.append(normalizers.Replace(" ", "▁"))
+    elif not backend.keeps_mark:
+        steps.append(normalizers.Replace("▁", " "))
+    if is_bpe:
+        exported = _make_bpe(model, names, by_type[kind.NORMAL], has_bytes)
+        exported.add_tokens([AddedToken(name, normalized=False) for name in found_in_text])
+    else:
+        exported, replacement = _make_unigram(model, names, has_bytes)
+        steps += replacement
+    exported.normalizer = normalizers.Sequence(steps) if steps else None
     # Remove the dummy space before each line. (Where newlines are pieces of the model, lines after the first have none.)
-    strip_dummy = [decoders.Strip(" ", 1, 0), decoders.Replace("\n ", "\n")] if spec.add_dummy_prefix else []
-    exported.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip_dummy]
-    )
-    exported.add_special_tokens(
-        [AddedToken(t, normalized=False) for (t, _), k in zip(pieces, kinds, strict=True) if k in special]
-    )
-    exported.add_tokens(
-        [AddedToken(t, normalized=False) for (t, _), k in zip(pieces, kinds, strict=True) if k == kind.USER_DEFINED]
-    )
+    spaces = " +" if spec.remove_extra_whitespaces else " "
+    strip_dummy = [decoders.Replace(Regex(rf"(?<=\A|\n){spaces}"), "")] if adds_or_strips else []
+    marks = [] if has_space else [decoders.Replace("▁", " ")]
+    exported.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *marks, *strip_dummy])
+    special = [name for name in names if name in {*by_type[kind.CONTROL], *by_type[kind.UNKNOWN]}]
+    exported.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     return exported
+
+
+def _make_bpe(model: Any, names: list[str], normal: list[str], has_bytes: bool) -> Any:
+    """Return a tokenizers.Tokenizer whose BPE joins the pieces of a SentencePiece model, named `names`, by score."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    scores = {name: piece.score for name, piece in zip(names, model.pieces, strict=True)}
+    vocabulary = {name: i for i, name in enumerate(names)}
+    unknown = names[model.trainer_spec.unk_id]
+    return Tokenizer(
+        BPE(
+            vocabulary,
+            _list_merges({name: scores[name] for name in normal}),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=has_bytes,
+        )
+    )
+
+
+def _make_unigram(model: Any, names: list[str], has_bytes: bool) -> tuple[Any, list[Any]]:
+    """Return a tokenizers.Tokenizer with the unigram model of SentencePiece, and what its normalizer must do last.
+
+    Names of special pieces and of bytes are hidden as in backends.hide_names. Raises UserError where that does not suffice.
+    """
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+    from tokenizers.models import Unigram
+
+    kind = type(model.pieces[0])
+    vocabulary: list[tuple[str, float]] = []
+    normal, own_symbols, special = (list[str]() for _ in range(3))
+    for name, piece in zip(names, model.pieces, strict=True):
+        found, score = {
+            kind.NORMAL: (normal, piece.score), kind.USER_DEFINED: (own_symbols, USER_DEFINED_SCORE)
+        }.get(piece.type, (special, UNREACHABLE))  # fmt: skip
+        found.append(name)
+        vocabulary.append((name, score))
+    single = {name for name in normal if len(name) == 1}
+    for name in normal:
+        if not single.issuperset(name):
+            raise UserError(
+                f"this SentencePiece model has a character only within its piece {name!r}, so it cannot be exported; {REMEDY}"
+            )
+    exported = Tokenizer(Unigram(vocabulary, model.trainer_spec.unk_id, has_bytes))
+    if has_bytes:
+        own = map(escape, sorted(own_symbols, key=len, reverse=True))
+        exported.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*own, any_but(single)])), "isolated")
+        return exported, []
+    characters = single.union(*own_symbols)
+    for name in special:
+        if characters.issuperset(name) and not single.issuperset(name):
+            raise UserError(
+                f"this SentencePiece model's {name!r} cannot be told from a text like it, so it cannot be exported; {REMEDY}"
+            )
+    return exported, [normalizers.Replace(Regex(any_but(characters)), unused_character(characters))]
 
 
 def _voiced_kana() -> list[tuple[str, str]]:
@@ -213,7 +290,8 @@ def compare_tokenizers(tokenizer: "Tokenizer", folder: Path, lines: Iterable[str
 
     Returns the first line that has other ids or decodes to another text there, or None; and the number of ties: lines
     that AutoTokenizer split in the other of two ways that a unigram model finds equally likely. sentencepiece sums
-    scores in float32 and tokenizers in float64, so a tie may go either way.
+    scores in float32 and tokenizers in float64, so a tie may go either way, but for models of dataset/train_tokenizer.py,
+    whose scores are rounded so that both sums are exact.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging

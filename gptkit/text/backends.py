@@ -9,9 +9,10 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from typing import Any, Protocol
 
+UNREACHABLE = -1e6  # a score below that of every way to split the characters of a name
+BYTE_NAME = "<0x{:02X}>"  # of the piece that stands for a byte
 MAX_IDS = 1 << 24  # far above any vocabulary; what a damaged file claims is bounded by it
 MAX_SPACE = 400_000  # at a million spaces and line ends in a row tiktoken's matcher overflows its stack
 ReadFile = Callable[[str], bytes]  # the content of a saved file by its name; raises OSError or KeyError
@@ -81,10 +82,19 @@ class SentencePieceBackend:
             i for i in range(self.vocab_size) if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
         )
 
-        # Inside the library "▁" stands for a space. A real one is encoded as its bytes, where both have their pieces.
+        # Inside the library "▁" stands for a space. A real one is encoded as its bytes, where both have their pieces and
+        # the library adds and changes nothing between the parts.
         self._space_is_piece = self.id_of("▁") is not None
-        mark = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
-        self._mark = mark if self._space_is_piece and self.unknown_id not in mark else None
+        is_plain = sp.normalize(" a\n b ").replace("▁", " ") == " a\n b "
+        mark = [sp.piece_to_id(BYTE_NAME.format(byte)) for byte in "▁".encode()]
+        self.keeps_mark = is_plain and self._space_is_piece and self.unknown_id not in mark
+        self._cuts: dict[str, list[int]] = {"▁": mark} if self.keeps_mark else {}  # characters, with their ids
+        # A unigram model sums scores in float32, where a long text leaves no digits for the difference of two ways to
+        # split a word. So lines are encoded one by one where this means the same.
+        newline = self.id_of("\n")
+        if is_plain and newline is not None and not any("\n" in piece and piece != "\n" for piece in self.pieces()):
+            self._cuts["\n"] = [newline]
+        self._cut = re.compile(f"([{''.join(self._cuts)}])") if self._cuts else None
 
     @classmethod
     def from_files(cls, read: ReadFile) -> "SentencePieceBackend":
@@ -112,23 +122,76 @@ class SentencePieceBackend:
         return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
 
     def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
-        encoded = [self._processor.encode(line) for line in lines]
-        for row, line in enumerate(lines):
-            if self._mark and "▁" in line:
-                first, *others = map(self._processor.encode, line.split("▁"))
-                encoded[row] = first + [i for ids in others for i in (*self._mark, *ids)]
-        return encoded
+        encode = self._processor.encode
+        if self._cut is None:
+            return [encode(line) for line in lines]
+        parts = [self._cut.split(line) for line in lines]
+        return [[i for part in line for i in self._cuts.get(part) or encode(part)] for line in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode(list(ids))
         return text if self._space_is_piece else text.replace("▁", " ")  # a space that had to become bytes
 
     def normalize(self, line: str) -> str:
-        parts = line.split("▁") if self._mark else [line]  # as encode_lines does
+        parts = line.split("▁") if self.keeps_mark else [line]  # as encode_lines does
         return "▁".join(self._processor.normalize(part).replace("▁", " ") for part in parts)
 
     def files(self) -> dict[str, bytes]:
         return {self.FILE: self._model}
+
+
+def hide_names(content: bytes) -> bytes:
+    """Return a tokenizer.json whose Unigram model reads the names of special tokens and of bytes as other characters.
+
+    tokenizers finds any name of the vocabulary in a text, and looks a run of unknown characters up there. So those names
+    get a score below that of any other way, and a character that is no piece never stands beside another: it is split
+    off where it becomes bytes, else all such characters become one that no name holds. The ids of other texts stay. A
+    model with a character that is in pieces but no piece of its own, and one of another kind, is returned as it is.
+    """
+    described = json.loads(content)
+    model = described["model"]
+    if model.get("type") != "Unigram":
+        return content
+    has_bytes, unknown = bool(model.get("byte_fallback")), model.get("unk_id")
+    hidden = {token["content"] for token in described.get("added_tokens") or () if token["special"]}
+    hidden |= {BYTE_NAME.format(byte) for byte in range(256)} if has_bytes else set()
+    hidden |= set() if unknown is None else {model["vocab"][unknown][0]}
+    names = [name for name, _ in model["vocab"] if name not in hidden]
+    single = {name for name in names if len(name) == 1}
+    if not all(single.issuperset(name) for name in names):
+        return content
+    model["vocab"] = [[name, UNREACHABLE if name in hidden else score] for name, score in model["vocab"]]
+    if has_bytes:
+        split = {"type": "Split", "pattern": {"Regex": any_but(single)}, "behavior": "Isolated", "invert": False}
+        _append_step(described, "pre_tokenizer", "pretokenizers", split)
+    else:
+        pattern = {"Regex": any_but({*single, " "})}  # a pre-tokenizer may write a space as "▁"
+        replace = {"type": "Replace", "pattern": pattern, "content": unused_character(single)}
+        _append_step(described, "normalizer", "normalizers", replace)
+    return json.dumps(described, ensure_ascii=False).encode()
+
+
+def _append_step(described: dict[str, Any], kind: str, steps: str, step: dict[str, Any]) -> None:
+    """Let a step of a tokenizer.json be followed by one more, unless it ends with that one."""
+    found = described.get(kind)
+    before = found[steps] if found and found["type"] == "Sequence" else [found] if found else []
+    if step not in before[-1:]:
+        described[kind] = {"type": "Sequence", steps: [*before, step]}
+
+
+def any_but(characters: Iterable[str]) -> str:
+    """Return a regular expression, as tokenizers reads it, for one character that is none of those."""
+    return f"[^{''.join(map(escape, sorted(characters)))}]"
+
+
+def escape(text: str) -> str:
+    """Return the text as a regular expression of tokenizers."""
+    return "".join(f"\\x{{{ord(character):X}}}" for character in text)
+
+
+def unused_character(characters: set[str]) -> str:
+    """Return a character for private use that is none of those."""
+    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in characters)
 
 
 class TokenizersBackend:
@@ -141,7 +204,8 @@ class TokenizersBackend:
         from tokenizers import Tokenizer as HFTokenizer
 
         try:
-            self._tokenizer = HFTokenizer.from_buffer(content)
+            self._hidden = hide_names(content)  # what is encoded by; it has the same tokens
+            self._tokenizer = HFTokenizer.from_buffer(self._hidden)
         except Exception as error:  # the library raises a plain Exception
             raise ValueError(f"not a tokenizer.json that this version of tokenizers reads ({error})")
         self._content = content
@@ -158,17 +222,16 @@ class TokenizersBackend:
         added = self._tokenizer.get_added_tokens_decoder()
         unknown_ids = frozenset() if self.unknown_id is None else frozenset({self.unknown_id})
         self.special_ids = frozenset(i for i, token in added.items() if token.special) | unknown_ids
-        self._never_encoded = self.special_ids - unknown_ids
 
     @classmethod
     def from_files(cls, read: ReadFile) -> "TokenizersBackend":
         return cls(read(cls.FILE))
 
     def copy(self) -> Any:
-        """Return a new tokenizers.Tokenizer of the same file, which the caller may change."""
+        """Return a new tokenizers.Tokenizer that encodes as this one does, which the caller may change."""
         from tokenizers import Tokenizer as HFTokenizer
 
-        return HFTokenizer.from_buffer(self._content)
+        return HFTokenizer.from_buffer(self._hidden)
 
     def id_of(self, piece: str) -> int | None:
         return self._tokenizer.token_to_id(piece)
@@ -177,21 +240,7 @@ class TokenizersBackend:
         return [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
 
     def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
-        encoded = self._tokenizer.encode_batch(list(lines), add_special_tokens=False)
-        return [
-            found.ids if self._never_encoded.isdisjoint(found.ids) else self._encode_around_special(line, found)
-            for line, found in zip(lines, encoded, strict=True)
-        ]
-
-    def _encode_around_special(self, line: str, found: Any) -> list[int]:
-        """Encode a line in which a Unigram model has found special tokens, which are pieces of it too.
-
-        The line is cut after the first character of each, so that none is found.
-        """
-        cuts = [start + 1 for i, (start, _) in zip(found.ids, found.offsets, strict=True) if i in self._never_encoded]
-        parts = [line[start:end] for start, end in pairwise([0, *cuts, len(line)])]
-        encoded = self._tokenizer.encode_batch(parts, add_special_tokens=False)
-        return [i for part in encoded for i in part.ids if i not in self._never_encoded]
+        return [found.ids for found in self._tokenizer.encode_batch(list(lines), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
