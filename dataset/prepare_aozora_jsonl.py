@@ -8,7 +8,7 @@ separator, give the documents back, byte for byte. Tokens are left to pretokeniz
 
 import argparse
 import contextlib
-import difflib
+import filecmp
 import gzip
 import hashlib
 import json
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import _script
 from _script import MIB, Parser, Progress, UserError, check_output_dir, has_format, json_bytes, run_script, write_synced
 
 FORMAT = "gptkit-text-shards"
@@ -65,7 +66,7 @@ def check(options: argparse.Namespace) -> None:
     if options.max_chars is not None and options.max_chars < max(options.min_chars, 1):
         raise UserError(f"--max_chars {options.max_chars} leaves nothing; give more than --min_chars and 0")
     check_source(Path(options.jsonl_path))
-    check_output(Path(options.output_dir))
+    check_output_dir(Path(options.output_dir), lambda name: True)  # what it holds is checked when it is locked
 
 
 def check_source(source: Path) -> None:
@@ -73,21 +74,9 @@ def check_source(source: Path) -> None:
     if source.is_dir():
         raise UserError(f"--jsonl_path {source} is a folder; name the .jsonl file in it")
     if not source.is_file():
-        likely = likely_file(source)
+        likely = _script.likely_file(source)
         remedy = f"did you mean {likely}?" if likely else "dataset/download_aozora.py fetches it"
         raise UserError(f"--jsonl_path {source}: no such file; {remedy}")
-
-
-def likely_file(path: Path) -> Path | None:
-    """Return the file that was probably meant: (un)compressed, a folder up or down, or with a typing error."""
-    bare = str(path).removesuffix(".gz").removesuffix(".xz")
-    candidates = [Path(bare), Path(f"{bare}.gz"), Path(f"{bare}.xz")]
-    if not path.is_absolute():
-        candidates += [Path("..") / path, Path(*path.parts[1:])]
-    if path.parent.is_dir():
-        names = [name for name in os.listdir(path.parent) if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz"))]
-        candidates += [path.parent / name for name in difflib.get_close_matches(path.name, names)]
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def check_output(output: Path) -> None:
@@ -222,8 +211,7 @@ class ShardWriter:
     def close(self, continues: bool = False) -> None:
         """End the open shard, if there is one. continues: its last document continues in the next."""
         if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            _script.sync(self._file)
             self._file.close()
             self._file = None
             self.shards[-1] |= {"sha256": self._digest.hexdigest(), "continues": continues}
@@ -305,8 +293,14 @@ def remove_shards(output: Path) -> None:
 
 
 def publish(partial: Path, output: Path, manifest: dict[str, Any]) -> None:
-    """Move finished shards from `partial` into `output`: an old manifest is removed first, the new one comes last."""
+    """Move finished shards from `partial` into `output`: an old manifest is removed first, the new one comes last.
+
+    A result that is there already, byte for byte, stays: someone may be reading it.
+    """
     write_synced(partial / "manifest.json", json_bytes(manifest))
+    names = os.listdir(partial)
+    if filecmp.cmpfiles(partial, output, names, shallow=False)[0] == names:
+        return shutil.rmtree(partial)
     (output / "manifest.json").unlink(missing_ok=True)
     remove_shards(output)
     for shard in manifest["shards"]:
@@ -317,9 +311,7 @@ def publish(partial: Path, output: Path, manifest: dict[str, Any]) -> None:
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """Write the shards and return their manifest; an error leaves an earlier result as it was. Raises UserError."""
-    check(options)
     output = Path(options.output_dir)
-    was_there = output.is_dir()
     partial = output / ".partial"
     clear_unfinished(output)
     try:
@@ -328,9 +320,6 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         publish(partial, output, manifest)
     except BaseException as error:
         clear_unfinished(output)
-        if not was_there:
-            with contextlib.suppress(OSError):
-                output.rmdir()
         if isinstance(error, OSError) and error.filename is None:
             error.filename = options.output_dir  # a write that fails does not name the file
         raise
@@ -339,7 +328,10 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     options = parse_arguments()
-    manifest = prepare(options)
+    check(options)
+    with _script.file_lock(Path(options.output_dir) / _script.LOCK_FILE):
+        check_output(Path(options.output_dir))
+        manifest = prepare(options)
     left_out = "".join(f", {count} left out ({reason})" for reason, count in manifest["left_out"].items())
     print(f"{options.output_dir}: {manifest['works']} documents in {len(manifest['shards'])} shards, "
           f"{manifest['characters']} characters, {manifest['bytes']} bytes{left_out}")  # fmt: skip

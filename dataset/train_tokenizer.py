@@ -20,10 +20,11 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import _script
 from _script import Parser, UserError, check_output_dir, has_format, json_bytes, log, run_script, write_synced
 
 FORMAT = "gptkit-tokenizer-report"
@@ -45,6 +46,7 @@ class Corpus:
     continues: list[bool]  # whether the last document of file i continues in file i + 1
     separator: str
     by_hand: bool  # no manifest: files that people put there
+    seen: dict[Path, tuple[int, int]] = field(default_factory=dict)  # size and time of each file when it was first read
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,9 +67,7 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--vocab_size {options.vocab_size} is too small or too large: {reason}, such as 16000")
     if options.max_chars < 1:
         raise UserError(f"--max_chars {options.max_chars} leaves no text to train on; give more, such as 5000000")
-    output = Path(options.output_dir)
-    is_ours = (output / PARTIAL).is_dir() or has_format(output / REPORT_FILE, FORMAT)
-    check_output_dir(output, lambda name: is_ours and name in (MODEL_FILE, REPORT_FILE, PARTIAL))
+    check_output_dir(Path(options.output_dir), lambda name: True)  # what it holds is checked when it is locked
 
 
 def find_corpus(folder: Path) -> Corpus:
@@ -84,13 +84,13 @@ def find_corpus(folder: Path) -> Corpus:
             files = [folder / Path(shard["file"]).name for shard in manifest["shards"]]
             continues = [bool(shard["continues"]) for shard in manifest["shards"]]
             corpus = Corpus(files, continues, str(manifest["separator"]), by_hand=False)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}/manifest.json describes no text shards ({error!r}); prepare the folder again")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _script.unusable(folder, f"{folder}/manifest.json describes no text shards ({error!r})")
         missing = [path.name for path in files if not path.is_file()]
         if missing:
-            raise UserError(f"{folder} lacks {missing[0]}, which its manifest names; prepare the folder again")
+            raise _script.unusable(folder, f"{folder} lacks {missing[0]}, which its manifest names")
     elif (folder / ".partial").exists():
-        raise UserError(f"{folder} was left by a preparation that was stopped; prepare the folder again")
+        raise _script.unusable(folder, f"{folder} was left by a preparation that was stopped")
     else:
         files = sorted(path for path in folder.glob("*.txt") if path.is_file())
         corpus = Corpus(files, [False] * len(files), DEFAULT_SEPARATOR, by_hand=True)
@@ -110,6 +110,7 @@ def read(corpus: Corpus) -> Iterator[tuple[int, str]]:
         encoding, newline = ("utf-8-sig", None) if corpus.by_hand else ("utf-8", "")
         try:
             with open(path, encoding=encoding, newline=newline) as file:
+                _script.require_unchanged(file, path, corpus.seen)
                 while chunk := file.read(CHUNK):
                     *ended, rest = (rest + chunk).split(corpus.separator)
                     for text in ended:
@@ -118,6 +119,8 @@ def read(corpus: Corpus) -> Iterator[tuple[int, str]]:
                     begun = next(prefix for prefix in prefixes if rest.endswith(prefix))  # may end in the next chunk
                     yield number, rest.removesuffix(begun)
                     rest = begun
+        except FileNotFoundError:
+            raise UserError(f"{path} was removed while the text was read; run the same command again")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8")
         if not continues:
@@ -329,16 +332,11 @@ def train_tokenizer(corpus: Corpus, options: argparse.Namespace) -> dict[str, An
 def main() -> None:
     options = parse_arguments()
     check(options)
-    corpus = find_corpus(Path(options.data_dir))
     output = Path(options.output_dir)
-    was_there = output.is_dir()
-    output.mkdir(parents=True, exist_ok=True)  # now, so that a read-only folder is found before training
-    try:
-        report = train_tokenizer(corpus, options)
-    except BaseException:
-        if not was_there:
-            shutil.rmtree(output, ignore_errors=True)
-        raise
+    with _script.file_lock(output / _script.LOCK_FILE):
+        is_ours = (output / PARTIAL).is_dir() or has_format(output / REPORT_FILE, FORMAT)
+        check_output_dir(output, lambda name: is_ours and name in (MODEL_FILE, REPORT_FILE, PARTIAL))
+        report = train_tokenizer(find_corpus(Path(options.data_dir)), options)
     found = report["measured"]
     where = f"{found['held_out_works']} held-out documents" if found["held_out_works"] else "the training text"
     print(f"{output / MODEL_FILE}: {options.vocab_size} pieces; on {where} {found['characters_per_token']:.3f} characters"

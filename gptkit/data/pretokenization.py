@@ -29,10 +29,12 @@ from gptkit.data.text_shards import (
     documents_of_shard,
     find_text_shards,
     hash_document,
+    hash_shard,
     shards_read_with,
     survey_shard,
     validation_threshold,
 )
+from gptkit.data.token_locks import require_no_readers
 from gptkit.data.token_shards import Tokens, TokenStream, open_token_shard, token_dtype, token_shard_bytes
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ def _tokenize_shard(
         for name, count in zip(COUNTS, (1, len(ids), len(document), n_unknown), strict=True):
             counts[split][name] += count
     record = dict(sources[index])
+    if [hash_shard(path) for path in shards_read_with(text, index)] != record["text"][:-1]:
+        raise UserError(f"{text.paths[index]} changed while it was read; run the same command again")
     for split in SPLITS:
         content = token_shard_bytes(np.concatenate([np.empty(0, dtype), *parts[split]]))
         file = f"{split}_{text.paths[index].stem}.npy"
@@ -181,6 +185,7 @@ def _update(
     records = {i: record for i, record in enumerate(old) if record is not None and differences[i] is None}
     reasons = {i: why for i, why in enumerate(differences) if why and i % part[1] == part[0] - 1}
     if reasons:
+        require_no_readers(output)
         (output / "manifest.json").unlink(missing_ok=True)  # from here on the folder is incomplete
     if records:
         counted = f"{len(records)} of {len(text.paths)} token shards reused"
@@ -275,6 +280,7 @@ def _write_manifest(
     }
     stale = [path for path in output.iterdir() if path.name not in named and _is_ours(path)]
     if stale:
+        require_no_readers(output)
         (output / "manifest.json").unlink(missing_ok=True)  # it may name them
     for path in stale:
         path.unlink()
@@ -319,12 +325,6 @@ def describe_tokens(manifest: dict[str, Any]) -> str:
         f" for validation), {manifest['characters'] / max(manifest['tokens'], 1):.2f} characters per token,"
         f" {unknown:,} unknown{share}; {by['name']}, {by['vocab_size']:,} ids"
     )
-
-
-def token_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
-    """Return the paths of the manifest and of the shards it names."""
-    shards = [folder / shard[split]["file"] for shard in manifest["shards"] for split in SPLITS]
-    return [folder / "manifest.json", *shards]
 
 
 def open_tokens(folder: Path, manifest: dict[str, Any]) -> dict[str, TokenStream]:

@@ -8,13 +8,16 @@ pretokenization.py.
 
 import codecs
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from gptkit.base.cli import UserError
 from gptkit.base.files import read_json, sha256_of
+from gptkit.base.locks import LOCK_FILE, lock_holder
 
+T = TypeVar("T")
 TEXT_FORMAT = "gptkit-text-shards"
 DEFAULT_SEPARATOR = "<|endoftext|>"
 SELF_CHECK_CHARS = 200_000  # characters of the corpus that a tokenizer is checked on before tokens are written
@@ -50,19 +53,25 @@ def find_text_shards(data_dir: Path) -> TextShards:
             found.separator.encode()  # a lone surrogate is in no UTF-8 text
             missing = [path.name for path in found.paths if not path.is_file()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{data_dir / 'manifest.json'} describes no text shards ({error!r}); prepare the folder again"
-            )
+            raise _unusable(data_dir, f"{data_dir / 'manifest.json'} describes no text shards ({error!r})")
         if missing:
-            raise UserError(f"{data_dir} lacks {missing[0]}, which its manifest names; prepare the folder again")
+            raise _unusable(data_dir, f"{data_dir} lacks {missing[0]}, which its manifest names")
     else:
         if (data_dir / ".partial").exists():
-            raise UserError(f"{data_dir} was left by a preparation that was stopped; prepare the folder again")
+            raise _unusable(data_dir, f"{data_dir} was left by a preparation that was stopped")
         paths = sorted(path for path in data_dir.glob("*.txt") if path.is_file())
         found = TextShards(paths, [False] * len(paths), DEFAULT_SEPARATOR, [None] * len(paths), by_hand=True)
     if not found.paths or not found.separator:
         raise UserError(f"{data_dir} holds no text shards (*.txt); dataset/prepare_aozora_jsonl.py makes them")
     return found
+
+
+def _unusable(data_dir: Path, reason: str) -> UserError:
+    """Return the error of a folder whose text shards are not complete, perhaps not yet."""
+    holder = lock_holder(data_dir / LOCK_FILE)
+    if holder:
+        return UserError(f"{data_dir} is being prepared by {holder}; wait for it, then run the same command again")
+    return UserError(f"{reason}; prepare the folder again")
 
 
 def source_name(data_dir: Path) -> str | None:
@@ -98,7 +107,7 @@ def documents_of_shard(text: TextShards, index: int) -> Iterator[str]:
 def _encoded_documents(text: TextShards, index: int) -> Iterator[bytes]:
     """Yield the documents of documents_of_shard in UTF-8. Raises UserError where one is not UTF-8."""
     separator = text.separator.encode()
-    content = text.paths[index].read_bytes()
+    content = _read(text.paths[index], Path.read_bytes)
     if text.by_hand:
         content = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
     if index > 0 and text.continues[index - 1]:  # the first document began in an earlier shard
@@ -106,7 +115,7 @@ def _encoded_documents(text: TextShards, index: int) -> Iterator[bytes]:
         if not content:
             return
     for path in shards_read_with(text, index)[1:]:
-        rest, ended, _ = path.read_bytes().partition(separator)
+        rest, ended, _ = _read(path, Path.read_bytes).partition(separator)
         content += rest
         if ended:
             break
@@ -136,9 +145,22 @@ def hash_document(document: bytes) -> int:
     return int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
 
 
+def hash_shard(path: Path) -> str:
+    """Return the sha256 of a text shard. Raises UserError where it was removed."""
+    return _read(path, sha256_of)
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} was removed while the text was read; run the same command again")
+
+
 def survey_shard(text: TextShards, index: int) -> tuple[str, list[int]]:
     """Return the sha256 of shard `index` and the hashes of its documents. Raises UserError where it is not UTF-8."""
-    return sha256_of(text.paths[index]), [hash_document(document) for document in _encoded_documents(text, index)]
+    hashes = [hash_document(document) for document in _encoded_documents(text, index)]
+    return hash_shard(text.paths[index]), hashes
 
 
 def validation_threshold(text: TextShards, document_hashes: Iterable[int], val_fraction: float) -> int:

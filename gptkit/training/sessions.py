@@ -21,7 +21,8 @@ import torch
 from gptkit import __version__
 from gptkit.base import devices
 from gptkit.base.cli import UserError, first_line
-from gptkit.base.files import folder_lock, read_json, write_atomically
+from gptkit.base.files import read_json, write_atomically
+from gptkit.base.locks import LOCK_FILE, file_lock
 from gptkit.distributed.process_group import is_main_process, main_process
 from gptkit.training.checkpoints import find_checkpoints
 from gptkit.training.run_log import (
@@ -35,6 +36,7 @@ from gptkit.training.run_log import (
 )
 
 SESSIONS_FILE = "sessions.jsonl"
+Locks = contextlib.ExitStack  # what a run holds, each until its end
 
 
 @contextlib.contextmanager
@@ -63,17 +65,20 @@ def record_session(output_dir: Path, step: int, settings: Any, environment: dict
 
 
 @contextlib.contextmanager
-def lock_output(output_dir: Path) -> Iterator[None]:
-    """Make the output folder and keep other runs out of it. Raises UserError where one is running there."""
-    with contextlib.ExitStack() as stack:
+def lock_output(output_dir: Path) -> Iterator[Locks]:
+    """Make the output folder and keep other runs out of it. Raises UserError where one is running there.
+
+    Yields the locks of the main process, to which others may be added.
+    """
+    with Locks() as locks:
         try:
             if is_main_process():
-                stack.enter_context(folder_lock(output_dir))
+                locks.enter_context(file_lock(output_dir / LOCK_FILE))
         except BlockingIOError as holder:
             raise UserError(
                 f"--output_dir {output_dir} is in use by another run, {holder}; wait for it or name another folder"
             )
-        yield
+        yield locks
 
 
 def check_output_dir(output_dir: str, resume: Literal["auto", "none"]) -> Path:
