@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from gptkit.base.cli import UserError
+from gptkit.base.cli import UserError, warn_once
 from gptkit.base.files import (
     load_tensors,
     move_folder,
@@ -130,8 +130,9 @@ def _link(link: Path, folder: Path) -> None:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name, target_is_directory=True)
         os.replace(temporary, link)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        warn_once("link", f"{link} cannot be made ({error.strerror}); name the folder {folder.name} itself")
 
 
 def _remove(folder: Path) -> None:
