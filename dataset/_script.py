@@ -235,13 +235,14 @@ def _acquire(path: Path) -> int | None:
     """Return the descriptor that holds the lock, or None where the system has no locks."""
     is_told, n_reopened = False, 0
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
-            return None
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if fcntl is None:
+                return None
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the one who made the folder has just removed it again
-            if path.parent.exists():
+        except (FileNotFoundError, FileExistsError):  # the one who made the folder has just removed it again
+            n_reopened += 1
+            if n_reopened > 50:
                 raise
             continue
         except PermissionError:  # of another user; to lock it, reading is enough
@@ -252,7 +253,8 @@ def _acquire(path: Path) -> int | None:
             holder = _holder_after(error, descriptor)
             os.close(descriptor)
             if holder is None:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
                 warn_once("lock", f"the file system of {path.parent} has no locks ({error.strerror}): take care that no"
                           " other command writes to the same place at the same time")  # fmt: skip
                 return None

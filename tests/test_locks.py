@@ -108,23 +108,24 @@ def test_shared_locks_keep_out_only_who_wants_it_alone(tmp_path: Path) -> None:
 
 def test_one_at_a_time_although_the_file_goes_each_time(tmp_path: Path, take: Take) -> None:
     """Each round removes the file that others are about to lock."""
-    inside, most = 0, 0
+    inside, most, n_done = 0, 0, 0
 
     def work() -> None:
-        nonlocal inside, most
+        nonlocal inside, most, n_done
         for _ in range(15):
             with take(tmp_path / "folder" / ".lock"):
                 inside += 1
                 most = max(most, inside)
                 time.sleep(0.001)
                 inside -= 1
+                n_done += 1
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert most == 1
+    assert (most, n_done) == (1, 4 * 15)
     assert not [path for path in tmp_path.rglob("*") if path.name != "folder"]
 
 

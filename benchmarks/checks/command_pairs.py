@@ -47,7 +47,7 @@ class CommandPairsConfig:
 
     jsonl_path: str = setting(help="a small corpus")
     tokenizer_path: str = setting(help="a SentencePiece model")
-    n_pairs: int = setting(20, "pairs of each kind", at_least=3)
+    n_pairs: int = setting(20, "pairs of each command (a quarter of two different ones)", at_least=3)
     only: tuple[str, ...] = setting((), "names of the kinds to try (default: all)")
     seed: int = setting(0, "seed of the distances")
 
@@ -74,13 +74,13 @@ def main(config: CommandPairsConfig) -> None:
         environment = os.environ | variables | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1"}
         kinds = make_kinds(Path(folder), jsonl, tokenizer_path, environment)
         found = {
-            name: try_pairs(pair, Path(folder, "work"), config.n_pairs, draw, environment, name)
+            name: try_pairs(pair, Path(folder, "work"), n_pairs_of(pair, config.n_pairs), draw, environment, name)
             for name, pair in kinds.items()
             if name in (config.only or kinds)
         }
         hub.shutdown()
     result = {
-        "pairs_of_each_kind": config.n_pairs,
+        "pairs_of_each_command": config.n_pairs,
         "by_kind": found,
         "goals": {
             "never a traceback": not any(each["tracebacks"] for each in found.values()),
@@ -91,6 +91,11 @@ def main(config: CommandPairsConfig) -> None:
         },
     }
     write_result("command_pairs", result)
+
+
+def n_pairs_of(pair: Pair, n_pairs: int) -> int:
+    """Return how many pairs of a kind to try: fewer of two different commands, each of which takes many runs."""
+    return n_pairs if pair.is_settled else max(n_pairs // 4, 3)
 
 
 def make_kinds(folder: Path, jsonl: Path, tokenizer_path: Path, environment: dict[str, str]) -> dict[str, Pair]:
@@ -118,18 +123,8 @@ def make_kinds(folder: Path, jsonl: Path, tokenizer_path: Path, environment: dic
     export = script("export_hf.py", exp_dir=experiment, output_dir="hf")
     report = script("report.py", exp_dir=experiment, output="report.html")
 
-    def copy_text(work: Path) -> None:
-        shutil.copytree(text, work / "text")
-
-    def copy_tokens(work: Path) -> None:
-        shutil.copytree(folder / "tokens", work / "tokens")
-
     saving = train("run", max_steps=30, save_ckpt_freq=1, eval_freq=100)
     run(train("run", max_steps=1, save_ckpt_freq=1), folder, environment)
-
-    def copy_run(work: Path) -> None:
-        copy_tokens(work)
-        shutil.copytree(folder / "run", work / "run", symlinks=True)
 
     return {
         "prepare": Pair(prepare(jsonl, "out"), prepare(jsonl, "out")),
@@ -137,23 +132,33 @@ def make_kinds(folder: Path, jsonl: Path, tokenizer_path: Path, environment: dic
         "train_tokenizer": Pair(train_tokenizer, train_tokenizer),
         "pretokenize": Pair(pretokenize(text, "tokens"), pretokenize(text, "tokens")),
         "pretraining, tokens not made yet": Pair(train("a"), train("b")),
-        "pretraining, the same output folder": Pair(train("a"), train("a"), copy_tokens),
+        "pretraining, the same output folder": Pair(train("a"), train("a"), copy(folder / "tokens")),
         "export": Pair(export, export),
         "report": Pair(report, report),
         "pretokenize, and prepare of other text": Pair(
-            pretokenize("text", "tokens"), prepare(other, "text"), copy_text, is_settled=False
+            pretokenize("text", "tokens"), prepare(other, "text"), copy(text), is_settled=False
         ),
         "train_tokenizer, and prepare of other text": Pair(
             script("dataset/train_tokenizer.py", data_dir="text", output_dir="tokenizer", vocab_size=600),
-            prepare(other, "text"), copy_text, is_settled=False,
+            prepare(other, "text"), copy(text), is_settled=False,
         ),
         "pretraining, and pretokenize of its tokens with another split": Pair(
-            train("a", max_steps=200), pretokenize(text, "tokens", val_fraction=0.3), copy_tokens, is_settled=False
+            train("a", max_steps=200), pretokenize(text, "tokens", val_fraction=0.3), copy(folder / "tokens"), is_settled=False
         ),
         "pretraining that saves each step, and export": Pair(
-            saving, script("export_hf.py", exp_dir="run", output_dir="hf"), copy_run, is_settled=False
+            saving, script("export_hf.py", exp_dir="run", output_dir="hf"), copy(folder / "tokens", folder / "run"), is_settled=False
         ),
     }  # fmt: skip
+
+
+def copy(*folders: Path) -> Callable[[Path], None]:
+    """Return a setup that copies these folders into the folder `work`."""
+
+    def setup(work: Path) -> None:
+        for folder in folders:
+            shutil.copytree(folder, work / folder.name, symlinks=True)
+
+    return setup
 
 
 def try_pairs(

@@ -65,11 +65,12 @@ def _acquire(path: Path, wait_for: str | None, shared: bool) -> int | None:
     """Return the descriptor that holds the lock, or None where the file system has no locks."""
     asked_at, is_told, n_reopened = time.monotonic(), False, 0
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the one who made the folder has just removed it again
-            if path.parent.exists():
+        except (FileNotFoundError, FileExistsError):  # the one who made the folder has just removed it again
+            n_reopened += 1
+            if n_reopened > MAX_REOPENED:
                 raise
             continue
         except PermissionError:  # of another user; to lock it, reading is enough
@@ -80,7 +81,8 @@ def _acquire(path: Path, wait_for: str | None, shared: bool) -> int | None:
             holder = _read_holder(descriptor) if _is_held(error, descriptor) else None
             os.close(descriptor)
             if holder is None:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
                 warn_once(
                     "lock",
                     f"the file system of {path.parent} has no locks ({error.strerror}): take care that no other command"
@@ -94,7 +96,7 @@ def _acquire(path: Path, wait_for: str | None, shared: bool) -> int | None:
                 is_told = True
             time.sleep(POLL_S)
             continue
-        if _is_still_there(path, descriptor) or n_reopened == MAX_REOPENED:
+        if _is_still_there(path, descriptor) or n_reopened >= MAX_REOPENED:
             return descriptor
         n_reopened += 1
         os.close(descriptor)
