@@ -70,7 +70,11 @@ def main(config: CommandPairsConfig) -> None:
     draw = random.Random(config.seed)
     with tempfile.TemporaryDirectory() as folder, ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
-        variables = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": f"{folder}/hf_home"}
+        variables = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            "HF_HOME": f"{folder}/hf_home",
+            "HF_HUB_OFFLINE": "0",
+        }
         environment = os.environ | variables | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1"}
         kinds = make_kinds(Path(folder), jsonl, tokenizer_path, environment)
         found = {
