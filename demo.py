@@ -30,6 +30,7 @@ from gptkit.generation.generate import TextStream, stream_text
 from gptkit.generation.sampling import SamplingSettings
 from gptkit.text.tokenizer import Tokenizer, encode_prompt
 from gptkit.training import checkpoints
+from gptkit.training.loading import load_checkpoint
 
 MAX_CHARS = 20_000  # of a prompt, or of a text to continue
 MAX_REQUEST_BYTES = 1 << 20
@@ -143,7 +144,7 @@ def find_folders(exp_dirs: list[str]) -> dict[str, Path]:
 def load_model(folder: Path, device: torch.device) -> LoadedModel:
     """Load a checkpoint and make it fast. Raises UserError where it is damaged."""
     checkpoints.first_valid([folder], training=False)
-    model, tokenizer = checkpoints.load_checkpoint(folder, GPTModel.from_dimensions, device)
+    model, tokenizer = load_checkpoint(folder, GPTModel.from_dimensions, device)
     draft = prepare_for_generation(model, with_draft=True) if device.type == "cpu" else None
     return LoadedModel(model.eval(), tokenizer, draft)
 

@@ -32,6 +32,7 @@ from gptkit.evaluation.documents import read_documents
 from gptkit.evaluation.scoring import score_documents
 from gptkit.text.tokenizer import HF_PATTERNS, Tokenizer, load_hf
 from gptkit.training import checkpoints
+from gptkit.training.loading import load_chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +122,13 @@ def print_result(line: str) -> None:
 
 def load_contenders(config: EvaluationConfig, device: torch.device) -> Iterator[Contender]:
     """Yield the models one after the other, so that one is in memory at a time. Raises UserError."""
-    folders = [checkpoints.choose_checkpoint(exp_dir, config.checkpoint) for exp_dir in config.exp_dir]
+    for exp_dir in config.exp_dir:  # so that a mistake is reported before the first long computation
+        checkpoints.choose_checkpoint(exp_dir, config.checkpoint)
     patterns = [*HF_PATTERNS, "*.json", "*.safetensors"]
     hf_folders = {name: hub_folder(name, "--hf_model", patterns) for name in config.hf_model}
-    for folder in folders:
-        model, tokenizer = checkpoints.load_checkpoint(folder, GPTModel.from_dimensions, device)
+    for exp_dir in config.exp_dir:
+        build = GPTModel.from_dimensions
+        folder, model, tokenizer = load_chosen(exp_dir, config.checkpoint, build, device)
         yield Contender(str(folder), model.eval(), tokenizer, model.config.context_length, model.n_parameters())
     for name, folder in hf_folders.items():
         yield load_hf_model(name, folder, device)

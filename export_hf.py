@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from gpt_model import GPTModel
 from gptkit.base.cli import UserError, one_line, run_command, setting
 from gptkit.base.files import is_system_file, read_json, replace_folder
+from gptkit.base.locks import file_lock
 from gptkit.base.paths import existing_path
 from gptkit.evaluation.documents import read_documents
 from gptkit.generation.generate import TextStream, stream_text
@@ -39,6 +40,7 @@ from gptkit.interop.gguf import refuse_unreadable, write_gguf
 from gptkit.interop.model_card import model_card
 from gptkit.text.tokenizer import PROBE, Tokenizer, encode_prompt
 from gptkit.training import checkpoints
+from gptkit.training.loading import load_chosen
 
 N_CHECK_LINES = 1000
 EXPORT_FILE, EXPORT_FORMAT = "export.json", "gptkit-export"
@@ -81,10 +83,18 @@ def main(config: ExportConfig) -> None:
         raise UserError("--private needs --push_to_hub; add that, or leave it out")
     if config.push_to_hub and config.format == "gguf":
         raise UserError("--push_to_hub is for --format hf; upload a GGUF file with `hf upload`")
-    output_dir = check_output_dir(Path(config.output_dir))
-    checkpoint = checkpoints.choose_checkpoint(config.exp_dir, config.checkpoint)
-    model, tokenizer = checkpoints.load_checkpoint(checkpoint, GPTModel.from_dimensions, torch.device("cpu"))
-    model = model.eval()
+    target = check_output_dir(Path(config.output_dir)).resolve()
+    # Beside the folder, which is replaced as a whole.
+    with file_lock(target.with_name(f".{target.name}.lock"), f"writes {config.output_dir}"):
+        export(config, check_output_dir(Path(config.output_dir)))
+
+
+def export(config: ExportConfig, output_dir: Path) -> None:
+    """Write the export to output_dir, which nobody else writes, and upload it if that is asked for. Raises UserError."""
+    checkpoint, model, tokenizer = load_chosen(
+        config.exp_dir, config.checkpoint, GPTModel.from_dimensions, torch.device("cpu")
+    )
+    model, state = model.eval(), checkpoints.read_state(checkpoint)  # now: a run that trains may remove it soon
     lines = read_check_lines(SAMPLE if config.text_path is None else existing_path(config.text_path, "--text_path"))
     tensors, hf_config = huggingface.to_hf(model.state_dict(), vars(model.config), tokenizer.end_of_text_id)
     with as_user_error(output_dir):  # refused before anything is written
@@ -99,9 +109,9 @@ def main(config: ExportConfig) -> None:
             write_configs(folder, tokenizer, model.config.context_length, hf_config)
             for name, content in tokenizer_files.items():
                 (folder / name).write_bytes(content)
-            write_weights(folder, checkpoint, model, tokenizer, tensors)
-        export = {"format": EXPORT_FORMAT, "exp_dir": config.exp_dir, "checkpoint": checkpoint.name}
-        write_config(folder / EXPORT_FILE, export)
+            write_weights(folder, checkpoint, state, model, tokenizer, tensors)
+        source = {"format": EXPORT_FORMAT, "exp_dir": config.exp_dir, "checkpoint": checkpoint.name}
+        write_config(folder / EXPORT_FILE, source)
     print(f"written: {output_dir} (of {checkpoint}, {model.n_parameters():,} parameters)", file=sys.stderr)
     if config.push_to_hub:
         upload(output_dir, config.push_to_hub, config.private)
@@ -121,7 +131,10 @@ def check_output_dir(folder: Path) -> Path:
         raise UserError(f"--output_dir {folder} is a file; name a folder")
     if folder.is_dir() and (Path.cwd().is_relative_to(resolved) or os.path.ismount(resolved)):
         raise UserError(f"--output_dir {folder} is in use as a working directory or a mount; name a folder within it")
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        names = []
     foreign = [name for name in names if not (is_export and (name in EXPORTED or name.endswith(".gguf")))]
     foreign = [name for name in foreign if not is_system_file(name)]
     if foreign:
@@ -190,13 +203,18 @@ def write_configs(folder: Path, tokenizer: Tokenizer, context_length: int, hf_co
 
 
 def write_weights(
-    folder: Path, checkpoint: Path, model: GPTModel, tokenizer: Tokenizer, tensors: dict[str, torch.Tensor]
+    folder: Path,
+    checkpoint: Path,
+    state: dict[str, Any],
+    model: GPTModel,
+    tokenizer: Tokenizer,
+    tensors: dict[str, torch.Tensor],
 ) -> None:
     """Write the weights, and the model card with samples."""
     weights = folder / huggingface.WEIGHTS
     save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod((folder / "config.json").stat().st_mode)  # safetensors makes a file that only its owner reads
-    state = checkpoints.read_state(checkpoint)
+    with contextlib.suppress(OSError):  # safetensors makes a file that only its owner reads; some drives have no modes
+        weights.chmod((folder / "config.json").stat().st_mode)
     card = model_card(checkpoint.parent, state, model, tokenizer, generate_samples(model, tokenizer))
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -35,6 +35,7 @@ from gptkit.generation.prompts import prepare_standard_input, read_prompts, read
 from gptkit.generation.sampling import SamplingSettings
 from gptkit.text.tokenizer import Tokenizer, encode_prompt
 from gptkit.training import checkpoints
+from gptkit.training.loading import load_chosen
 
 MAX_SEED = 2**63 - 1
 COMPILE_FROM_TOKENS = 500  # on CUDA: fewer do not make up for the time that compilation takes
@@ -126,8 +127,7 @@ def load_generator(config: InferenceConfig) -> TextGenerator:
         )
     if config.quantize == "int8" and config.compile:
         raise UserError("--quantize int8 cannot be compiled; leave --compile out")
-    folder = checkpoints.choose_checkpoint(config.exp_dir, config.checkpoint)
-    model, tokenizer = checkpoints.load_checkpoint(folder, GPTModel.from_dimensions, device)
+    folder, model, tokenizer = load_chosen(config.exp_dir, config.checkpoint, GPTModel.from_dimensions, device)
     dtype = devices.choose_dtype(config.dtype, device)
     model = model.to(dtype).eval()
     precision = "int8" if config.quantize == "int8" else devices.dtype_name(dtype)

@@ -22,6 +22,7 @@ from gptkit.data.executors import ExecutorName, available_cores
 from gptkit.data.pretokenization import pretokenize, tokenize_missing
 from gptkit.data.text_shards import SELF_CHECK_CHARS, find_text_shards, sample_documents
 from gptkit.data.token_folder import describe_tokens
+from gptkit.data.token_locks import lock_making
 from gptkit.text.check import check_tokenizer, describe_tokenizer, raise_on_damage
 from gptkit.text.tokenizer import TokenizerSettings, load_tokenizer
 
@@ -68,10 +69,12 @@ def main(config: PretokenizeConfig) -> None:
     output_dir = Path(config.output_dir)
     if config.part is not None:
         text, part = find_text_shards(data_dir.resolve()), read_part(config.part)
-        tokenize_missing(text, output_dir, tokenizer, config.val_fraction, config.engine, num_workers, part)
+        with lock_making(output_dir, is_part=True):
+            tokenize_missing(text, output_dir, tokenizer, config.val_fraction, config.engine, num_workers, part)
         print(f"part {config.part} is done; when all are, run the same command without --part", file=sys.stderr)
         return
-    manifest = pretokenize(data_dir, output_dir, tokenizer, config.val_fraction, config.engine, num_workers)
+    with lock_making(output_dir):
+        manifest = pretokenize(data_dir, output_dir, tokenizer, config.val_fraction, config.engine, num_workers)
     print(f"{output_dir}: {describe_tokens(manifest)}", file=sys.stderr)
 
 

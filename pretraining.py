@@ -51,7 +51,7 @@ from gptkit.training.planning import Plan, choose_plan, require_same_run, run_id
 from gptkit.training.run import Run, announce, closing_message, finished_message, require_disk_space
 from gptkit.training.run_log import RunLog
 from gptkit.training.saver import Saver
-from gptkit.training.sessions import check_output_dir, describe_environment, lock_output, record_session
+from gptkit.training.sessions import Locks, check_output_dir, describe_environment, lock_output, record_session
 from gptkit.training.settings import BATCH_SIZE, TrainingSettings, check_training_settings, configure_optimizer
 from gptkit.training.signals import EXIT_STOPPED, StopSignals
 
@@ -95,13 +95,13 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> Non
     output_dir = check_settings(config)
     device, dtype = choose_device_and_dtype(config)
     devices.keep_freed_memory(device)
-    with lock_output(output_dir):
+    with lock_output(output_dir) as locks:
         checkpoint = checkpoints.newest_valid(output_dir)
         state = checkpoints.read_state(checkpoint) if checkpoint else {}
         tokenizer = load_run_tokenizer(config, checkpoint)
         identity = run_identity(config, tokenizer)
         require_same_run(checkpoint, state, identity)  # before tokens are made by another tokenizer
-        tokens = open_token_folder(config, output_dir, tokenizer)
+        tokens = open_token_folder(config, output_dir, tokenizer, locks)
         streams = tokens.open()
         sizes = model_sizes(config, tokenizer.vocab_size, state)
         plan = choose_plan(config, sizes, GPTModel, state, len(streams["train"]), started_at, device, dtype)
@@ -243,11 +243,11 @@ def load_run_tokenizer(config: PretrainingConfig, checkpoint: Path | None) -> To
     return load_tokenizer(settings)
 
 
-def open_token_folder(config: PretrainingConfig, output_dir: Path, tokenizer: Tokenizer) -> TokenFolder:
+def open_token_folder(config: PretrainingConfig, output_dir: Path, tokenizer: Tokenizer, locks: Locks) -> TokenFolder:
     """Find or make the token shards of the run. Raises UserError."""
     folder = token_folder_path(config.data_dir, output_dir, config.use_pretokenized, config.pretokenized_dir)
     manifest = prepare_tokens(
-        config.data_dir, folder, tokenizer, config.val_fraction, config.accept_problems,
+        config.data_dir, folder, tokenizer, config.val_fraction, config.accept_problems, locks,
         is_shared=config.use_pretokenized,
     )  # fmt: skip
     return TokenFolder(folder, manifest)

@@ -19,6 +19,16 @@ find_python() { # print the name of a Python 3.10 or newer that has venv
   exit 2
 }
 
+lock_environment() { # lock file 9 with Python $1, and with the flag $2 of flock; fail where another process holds it
+  "$1" -c 'import errno, fcntl, sys
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | getattr(fcntl, sys.argv[1], 0))
+except OSError as error:
+    if error.errno == errno.EWOULDBLOCK:
+        sys.exit(1)
+    print(f"warning: no locks here ({error.strerror}): run this once at a time", file=sys.stderr)' "$2"
+}
+
 make_environment() { # install the packages of $1, a requirements file, into .venv
   local stamp=".venv/installed_from_${1//\//_}"
   if cat requirements.txt "$1" constraints.txt | cmp -s - "$stamp"; then
@@ -26,13 +36,28 @@ make_environment() { # install the packages of $1, a requirements file, into .ve
   fi
   local python
   python=$(find_python)
+  mkdir -p .venv
+  exec 9>>.venv/.lock # held until this process, and what it starts here, has ended; no more than a warning without locks
+  if ! lock_environment "$python" LOCK_NB; then
+    say "waiting for $(tail -n 1 .venv/.lock), which makes the environment .venv"
+    lock_environment "$python" 0
+  fi
+  if cat requirements.txt "$1" constraints.txt | cmp -s - "$stamp"; then
+    exec 9>&-
+    return
+  fi
+  echo "process $$ on $(uname -n)" >>.venv/.lock
   say "making the environment .venv (this takes some minutes, once)"
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python -c "import pip" 2>/dev/null || "$python" -m venv .venv || { # also one that was killed halfway
+    echo "error: .venv could not be made; see above, and put the repository on a disk that has symbolic links" >&2
+    exit 2
+  }
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" -c constraints.txt || {
     echo "error: the packages of $1 could not be installed; see pip's messages above, then run this again" >&2
     exit 2
   }
   cat requirements.txt "$1" constraints.txt >"$stamp"
+  exec 9>&-
 }
 
 say() { # print a line; where nobody reads it any more, continue

@@ -17,7 +17,8 @@ from datetime import datetime
 from pathlib import Path
 
 from gptkit.base.cli import UserError, run_command, setting, utf8_text
-from gptkit.base.files import is_locked, write_atomically
+from gptkit.base.files import write_atomically
+from gptkit.base.locks import LOCK_FILE, lock_holder
 from gptkit.base.paths import existing_path
 from gptkit.report.charts import N_COLOURS
 from gptkit.report.page import render_page
@@ -74,7 +75,8 @@ def is_run(folder: Path) -> bool:
 def read_run(folder: Path, name: str) -> RunRecord:
     """Return what a run has written so far, without missing files and broken lines."""
     metrics, samples, sessions = (read_jsonl(folder / f"{kind}.jsonl") for kind in ("metrics", "samples", "sessions"))
-    return RunRecord(name, read_run_config(folder), metrics, samples, sessions, is_locked(folder))
+    is_running = lock_holder(folder / LOCK_FILE) is not None
+    return RunRecord(name, read_run_config(folder), metrics, samples, sessions, is_running)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from gpt_model import GPTConfig, GPTModel
 from gptkit.base.cli import UserError
 from gptkit.text.tokenizer import Tokenizer
-from gptkit.training import checkpoints
+from gptkit.training.loading import load_chosen
 
 
 def make_config(**dimensions: Any) -> GPTConfig:
@@ -21,6 +21,5 @@ def make_config(**dimensions: Any) -> GPTConfig:
 
 def load_experiment(exp_dir: str) -> tuple[GPTModel, Tokenizer]:
     """Return the model of an experiment's newest checkpoint, on the CPU and ready to evaluate, and its tokenizer."""
-    folder = checkpoints.choose_checkpoint(exp_dir, "newest")
-    model, tokenizer = checkpoints.load_checkpoint(folder, GPTModel.from_dimensions, torch.device("cpu"))
+    _, model, tokenizer = load_chosen(exp_dir, "newest", GPTModel.from_dimensions, torch.device("cpu"))
     return model.eval(), tokenizer

@@ -5,6 +5,7 @@ only the standard library, and tqdm for the bar on a terminal.
 """
 
 import argparse
+import difflib
 import errno
 import io
 import json
@@ -28,6 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, allow_abbrev=False)
+        _warned_of.clear()  # a command begins
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the command line. Text is read as UTF-8 in any locale, but paths must stay as the system gave them."""
@@ -58,6 +60,15 @@ _OS_REMEDIES = {
     errno.EROFS: "choose a folder that can be written to",
     errno.ENOTDIR: "a part of this path is a file; choose another",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EISDIR: "this is a folder where a file is needed; choose another",
+    errno.ENOENT: "check the path, and that no other command removes or replaces it",
+    errno.EEXIST: "another command has just made it; wait for that",
+    errno.ENOTEMPTY: "another command has just written there; wait for that",
+    errno.ESTALE: "the network drive has lost it",
+    errno.EIO: "the disk or the network drive fails; check it",
+    errno.ENOSYS: "this file system cannot do that; choose a folder on a local disk",
+    errno.EOPNOTSUPP: "this file system cannot do that; choose a folder on a local disk",
+    errno.EXDEV: "this file system cannot do that; choose a folder on a local disk",
 }
 
 
@@ -165,31 +176,31 @@ def check_output_dir(output: Path, is_own: Callable[[str], bool]) -> None:
     existing = next(path for path in (output, *output.parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise UserError(f"--output_dir {output}: {existing} is a file; name a folder")
-    foreign = []
-    if existing == output:
-        foreign = sorted(name for name in os.listdir(output) if not (is_own(name) or is_stray(name)))
+    names = os.listdir(output) if existing == output else []
+    foreign = sorted(name for name in names if not (is_own(name) or is_stray(name)))
     if foreign:
         raise UserError(f"--output_dir {output} holds something else ({foreign[0]}); name a new or empty folder")
 
 
-def list_txt(data_dir: Path) -> list[Path]:
-    """Return the .txt files in a folder, sorted, without what systems and editors leave.
-
-    Raises UserError where there is no such folder, naming the one that was probably meant, and for a link to nothing.
-    """
-    if not data_dir.is_dir():
-        near = [path for path in (Path("..") / data_dir, Path(*data_dir.parts[1:])) if path.parts and path.is_dir()]
-        remedy = f"did you mean {near[0]}?" if near else "dataset/prepare_aozora_jsonl.py makes one"
-        raise UserError(f"--data_dir {data_dir}: no such folder; {remedy}")
-    files = sorted(path for path in data_dir.glob("*.txt") if not is_stray(path.name) and not path.is_dir())
-    if broken := next((path for path in files if not path.is_file()), None):
-        raise UserError(f"{broken} is a link to a file that does not exist; remove it, or restore the file")
-    return files
+def likely_file(path: Path) -> Path | None:
+    """Return the file that was probably meant: (un)compressed, a folder up or down, or with a typing error."""
+    bare = str(path).removesuffix(".gz").removesuffix(".xz")
+    candidates = [Path(bare), Path(f"{bare}.gz"), Path(f"{bare}.xz")]
+    if not path.is_absolute():
+        candidates += [Path("..") / path, Path(*path.parts[1:])]
+    if path.parent.is_dir():
+        names = [name for name in os.listdir(path.parent) if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz"))]
+        close = difflib.get_close_matches(path.name, names)
+        candidates += [path.parent / name for name in close if not name.startswith(".")]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def has_format(path: Path, name: str) -> bool:
     """Return whether a JSON file exists and names this format at its beginning."""
-    return path.is_file() and f'"{name}"'.encode() in path.read_bytes()[:200]
+    try:
+        return f'"{name}"'.encode() in path.read_bytes()[:200]
+    except OSError:
+        return False
 
 
 def json_bytes(value: Any) -> bytes:
@@ -201,5 +212,30 @@ def write_synced(path: Path, content: bytes) -> None:
     """Write a file so that it survives a power cut."""
     with open(path, "wb") as file:
         file.write(content)
-        file.flush()
+        sync(file)
+
+
+def sync(file: Any) -> None:
+    """Make what was written to an open file survive a power cut, or warn once where the file system cannot.
+
+    Raises OSError where the disk is full or broken.
+    """
+    file.flush()
+    try:
         os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS):
+            raise
+        warn_once(
+            "sync", f"this file system cannot sync ({error.strerror}): a power cut may lose what was just written"
+        )
+
+
+_warned_of: set[str] = set()
+
+
+def warn_once(kind: str, message: str) -> None:
+    """Print a warning in one line, unless this command gave one of its kind."""
+    if kind not in _warned_of:
+        _warned_of.add(kind)
+        log(f"warning: {message}")

@@ -18,7 +18,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from _script import Parser, UserError, log, run_script
+from _locks import file_lock
+from _script import Parser, UserError, log, run_script, sync
 
 REPOSITORY = "globis-university/aozorabunko-clean"
 REVISION = "42a9c9c0f1d67e6a5554d9bea4201973dc9b049c"
@@ -103,8 +104,7 @@ def unpack(archive: Path, target: Path) -> None:
     try:
         with gzip.open(archive) as source, open(partial, "wb") as file:
             shutil.copyfileobj(source, file, MB)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         partial.replace(target)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{archive} is damaged ({error}); remove it and run this again, or {BY_HAND}")
@@ -119,14 +119,23 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(arguments.output_dir)
     archive, target = folder / ARCHIVE, folder / ARCHIVE.removesuffix(".gz")
-    if target.exists():
-        print(f"{target} exists already; nothing to do")
-        return
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with file_lock(folder / f".{ARCHIVE}.lock"):
+            fetch(archive, target, arguments.no_unpack)
+        return
+    print(f"{target} exists already; nothing to do")
+
+
+def fetch(archive: Path, target: Path, no_unpack: bool) -> None:
+    """Download the archive and unpack it to `target`, in a folder that this process has locked. Raises UserError."""
+    if target.exists():  # made by the command that this one waited for
+        print(f"{target} exists already; nothing to do")
+        return
     download(archive)
-    if arguments.no_unpack:
+    if no_unpack:
         target = archive
     else:
         unpack(archive, target)

@@ -9,7 +9,7 @@ at the separator, give the documents back. Tokens are left to pretokenize.py.
 
 import argparse
 import contextlib
-import difflib
+import filecmp
 import hashlib
 import os
 import re
@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from _formats import by_signature, other_than_jsonl, other_than_utf8
 from _jsonl import BadLine, Source, document_of_line
+from _locks import LOCK_FILE, file_lock
 from _script import (
     MIB,
     Parser,
@@ -29,8 +30,10 @@ from _script import (
     check_output_dir,
     has_format,
     json_bytes,
+    likely_file,
     log,
     run_script,
+    sync,
     write_synced,
 )
 
@@ -73,7 +76,7 @@ def check(options: argparse.Namespace) -> None:
     if options.max_chars is not None and options.max_chars < max(options.min_chars, 1):
         raise UserError(f"--max_chars {options.max_chars} leaves nothing; give more than --min_chars and 0")
     check_source(Path(options.jsonl_path))
-    check_output(Path(options.output_dir))
+    check_output_dir(Path(options.output_dir), lambda name: True)  # what it holds is checked when it is locked
 
 
 def check_source(source: Path) -> None:
@@ -84,19 +87,6 @@ def check_source(source: Path) -> None:
         likely = likely_file(source)
         remedy = f"did you mean {likely}?" if likely else "dataset/download_aozora.py fetches it"
         raise UserError(f"--jsonl_path {source}: no such file; {remedy}")
-
-
-def likely_file(path: Path) -> Path | None:
-    """Return the file that was probably meant: (un)compressed, a folder up or down, or with a typing error."""
-    bare = str(path).removesuffix(".gz").removesuffix(".xz")
-    candidates = [Path(bare), Path(f"{bare}.gz"), Path(f"{bare}.xz")]
-    if not path.is_absolute():
-        candidates += [Path("..") / path, Path(*path.parts[1:])]
-    if path.parent.is_dir():
-        names = [name for name in os.listdir(path.parent) if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz"))]
-        close = difflib.get_close_matches(path.name, names)
-        candidates += [path.parent / name for name in close if not name.startswith(".")]
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def check_output(output: Path) -> None:
@@ -172,8 +162,7 @@ class ShardWriter:
     def close(self, continues: bool = False) -> None:
         """End the open shard, if there is one. continues: its last document continues in the next."""
         if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._file)
             self._file.close()
             self._file = None
             self.shards[-1] |= {"sha256": self._digest.hexdigest(), "continues": continues}
@@ -285,8 +274,14 @@ def remove_shards(output: Path) -> None:
 
 
 def publish(partial: Path, output: Path, manifest: dict[str, Any]) -> None:
-    """Move finished shards from `partial` into `output`: an old manifest is removed first, the new one comes last."""
+    """Move finished shards from `partial` into `output`: an old manifest is removed first, the new one comes last.
+
+    A result that is there already, byte for byte, stays: someone may be reading it.
+    """
     write_synced(partial / "manifest.json", json_bytes(manifest))
+    names = os.listdir(partial)
+    if filecmp.cmpfiles(partial, output, names, shallow=False)[0] == names:
+        return shutil.rmtree(partial)
     (output / "manifest.json").unlink(missing_ok=True)
     remove_shards(output)
     for shard in manifest["shards"]:
@@ -297,9 +292,7 @@ def publish(partial: Path, output: Path, manifest: dict[str, Any]) -> None:
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """Write the shards and return their manifest; an error leaves an earlier result as it was. Raises UserError."""
-    check(options)
     output = Path(options.output_dir)
-    was_there = output.is_dir()
     partial = output / ".partial"
     clear_unfinished(output)
     try:
@@ -308,9 +301,6 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         publish(partial, output, manifest)
     except BaseException as error:
         clear_unfinished(output)
-        if not was_there:
-            with contextlib.suppress(OSError):
-                output.rmdir()
         if isinstance(error, OSError) and error.filename is None:
             error.filename = options.output_dir  # a write that fails does not name the file
         raise
@@ -333,7 +323,10 @@ def report_changes(manifest: dict[str, Any], is_cleaned: bool) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    manifest = prepare(options)
+    check(options)
+    with file_lock(Path(options.output_dir) / LOCK_FILE):
+        check_output(Path(options.output_dir))
+        manifest = prepare(options)
     report_changes(manifest, options.clean_aozora)
     left_out = "".join(f", {count} left out ({reason})" for reason, count in manifest["left_out"].items())
     print(f"{options.output_dir}: {manifest['works']} documents in {len(manifest['shards'])} shards, "

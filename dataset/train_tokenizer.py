@@ -12,7 +12,6 @@ SentencePiece: Kudo & Richardson 2018; unigram: Kudo 2018; BPE: Sennrich et al. 
 import argparse
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -24,29 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _formats import other_in_file, plain_text
-from _script import Parser, UserError, check_output_dir, has_format, json_bytes, list_txt, log, run_script, write_synced
+from _corpus import Corpus, find_corpus, read
+from _locks import LOCK_FILE, file_lock
+from _script import Parser, UserError, check_output_dir, has_format, json_bytes, log, run_script, write_synced
 from _unigram import round_scores
 
 FORMAT = "gptkit-tokenizer-report"
-TEXT_FORMAT, DEFAULT_SEPARATOR = "gptkit-text-shards", "<|endoftext|>"
 MODEL_FILE, REPORT_FILE, PARTIAL = "spiece.model", "report.json", ".partial"
-CHUNK = 1 << 20  # characters read at once: bounds memory on a text of any size
 MAX_LINE = 4096  # longer lines are cut for training: beyond 65,535 characters the trainer's positions overflow
 HELD_OUT_SHARE = 1 / 50
 N_FIXED_PIECES = 3 + 1 + 256 + 1  # unknown, end of text, padding; newline; bytes; the space
 MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 300, 1_000_000
 RESERVED = "▁▅\0"  # not pieces: the library's own space, a sign for which it drops the line, one no piece can hold
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The files of a text and how they are read."""
-
-    files: list[Path]
-    continues: list[bool]  # whether the last document of file i continues in file i + 1
-    separator: str
-    by_hand: bool  # no manifest: files that people put there
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,59 +55,7 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--vocab_size {options.vocab_size} is too small or too large: {reason}, such as 16000")
     if options.max_chars < 1:
         raise UserError(f"--max_chars {options.max_chars} leaves no text to train on; give more, such as 5000000")
-    output = Path(options.output_dir)
-    is_ours = (output / PARTIAL).is_dir() or has_format(output / REPORT_FILE, FORMAT)
-    check_output_dir(output, lambda name: is_ours and name in (MODEL_FILE, REPORT_FILE, PARTIAL))
-
-
-def find_corpus(folder: Path) -> Corpus:
-    """Return the shards that the manifest names, or else all .txt files, each ending a document. Raises UserError."""
-    files = list_txt(folder)
-    if (folder / "manifest.json").exists():
-        try:
-            manifest = json.loads((folder / "manifest.json").read_bytes())
-            if manifest["format"] != TEXT_FORMAT:
-                raise ValueError(f"its format is {manifest['format']}, not {TEXT_FORMAT}")
-            files = [folder / Path(shard["file"]).name for shard in manifest["shards"]]
-            continues = [bool(shard["continues"]) for shard in manifest["shards"]]
-            corpus = Corpus(files, continues, str(manifest["separator"]), by_hand=False)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}/manifest.json describes no text shards ({error!r}); prepare the folder again")
-        missing = [path.name for path in files if not path.is_file()]
-        if missing:
-            raise UserError(f"{folder} lacks {missing[0]}, which its manifest names; prepare the folder again")
-    elif (folder / ".partial").exists():
-        raise UserError(f"{folder} was left by a preparation that was stopped; prepare the folder again")
-    else:
-        corpus = Corpus(files, [False] * len(files), DEFAULT_SEPARATOR, by_hand=True)
-    if not corpus.files or not corpus.separator:
-        raise UserError(f"--data_dir {folder} holds no text (*.txt); dataset/prepare_aozora_jsonl.py makes text shards")
-    return corpus
-
-
-def read(corpus: Corpus) -> Iterator[tuple[int, str]]:
-    """Yield (number of the document, a piece of its text), in order; pieces of at most about CHUNK characters."""
-    number, rest, begins = 0, "", True
-    held_back = [*(corpus.separator[:end] for end in range(len(corpus.separator) - 1, 0, -1)), "\r", ""]
-    for path, continues in zip(corpus.files, corpus.continues, strict=True):
-        if corpus.by_hand and (other := other_in_file(path)):
-            raise UserError(f"{path}: {other}")
-        try:
-            with open(path, encoding="utf-8", newline="") as file:
-                while chunk := file.read(CHUNK):
-                    *ended, rest = (rest + chunk).split(corpus.separator)
-                    for text in ended:
-                        yield number, plain_text(text, begins)
-                        number, begins = number + 1, True
-                    begun = next(end for end in held_back if rest.endswith(end))  # it may end in the next chunk
-                    piece, rest = rest.removesuffix(begun), begun
-                    yield number, plain_text(piece, begins)
-                    begins = begins and not piece
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8")
-        if not continues:
-            yield number, plain_text(rest, begins)
-            number, rest, begins = number + 1, "", True
+    check_output_dir(Path(options.output_dir), lambda name: True)  # what it holds is checked when it is locked
 
 
 @dataclass
@@ -328,16 +264,11 @@ def train_tokenizer(corpus: Corpus, options: argparse.Namespace) -> dict[str, An
 def main() -> None:
     options = parse_arguments()
     check(options)
-    corpus = find_corpus(Path(options.data_dir))
     output = Path(options.output_dir)
-    was_there = output.is_dir()
-    output.mkdir(parents=True, exist_ok=True)  # now, so that a read-only folder is found before training
-    try:
-        report = train_tokenizer(corpus, options)
-    except BaseException:
-        if not was_there:
-            shutil.rmtree(output, ignore_errors=True)
-        raise
+    with file_lock(output / LOCK_FILE):
+        is_ours = (output / PARTIAL).is_dir() or has_format(output / REPORT_FILE, FORMAT)
+        check_output_dir(output, lambda name: is_ours and name in (MODEL_FILE, REPORT_FILE, PARTIAL))
+        report = train_tokenizer(find_corpus(Path(options.data_dir)), options)
     found = report["measured"]
     where = f"{found['held_out_works']} held-out documents" if found["held_out_works"] else "the training text"
     print(f"{output / MODEL_FILE}: {options.vocab_size} pieces; on {where} {found['characters_per_token']:.3f} characters"

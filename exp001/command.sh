@@ -56,11 +56,19 @@ run() { # run a command while this script handles signals; return the command's 
   wait $!
 }
 
+is_training() { # whether a process holds the lock of model_checkpoints
+  PYTHONPATH=.. "$python" -c 'import pathlib, sys
+from gptkit.base.locks import lock_holder
+sys.exit(lock_holder(pathlib.Path("model_checkpoints/.lock")) is None)' 2>/dev/null
+}
+
 pod_problem() { # print why the pod cannot be stopped from here, or nothing
   if [ -z "${RUNPOD_POD_ID:-}" ]; then
     echo "RUNPOD_POD_ID is not set, so this is not a RunPod pod"
   elif ! command -v runpodctl >/dev/null; then
     echo "runpodctl is not installed"
+  elif is_training; then # another command.sh, or a pretraining.py started by hand: this one was refused
+    echo "another run is training in model_checkpoints"
   fi
 }
 

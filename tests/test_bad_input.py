@@ -26,7 +26,7 @@ from conftest import (
     file_size_limit,
 )
 
-from gptkit.base.files import acquire_lock
+from gptkit.base.locks import LOCK_FILE, file_lock
 
 TWO_STEPS = (*SAMPLE_TOKENS, *TINY_MODEL, "--max_steps", 2)
 
@@ -154,10 +154,8 @@ def test_output_folder_without_permission(tmp_path: Path, shards: Path) -> None:
 
 def test_second_run_in_a_folder_in_use(tmp_path: Path, shards: Path) -> None:
     output = tmp_path / "out"
-    output.mkdir()
-    descriptor = acquire_lock(output)
-    assert_user_error(pretrain(shards, output), "in use by another run", f"process {os.getpid()} on ")
-    os.close(descriptor)
+    with file_lock(output / LOCK_FILE):
+        assert_user_error(pretrain(shards, output), "in use by another run", f"process {os.getpid()} on ")
     assert pretrain(shards, output).returncode == 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE_TOKENIZER, assert_user_error, call_command, command, environment
+from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, assert_user_error, call_command, command, environment
 
 TINY = ("--n_heads", 2, "--vocab_size", 500, "--context_length", 16, "--batch_size", 2, "--device", "cpu")
 # Stand-ins with the interfaces of the real ones.
@@ -217,3 +217,19 @@ def test_scaling_counts_what_the_collectives_send() -> None:
     assert fsdp["muon"] == pytest.approx(2 * block * 4 / 2 / 1e9, abs=1e-5)
     memory = plans["ddp"]["memory_gb_a_gpu"]
     assert memory["peak"] >= memory["weights"] + memory["gradients"] + memory["optimizer"] + memory["activations"]
+
+
+@pytest.mark.slow
+def test_pairs_of_commands_harm_nothing(results: Path) -> None:
+    kinds = (
+        "prepare",
+        "download",
+        "train_tokenizer",
+        "pretokenize",
+        "report",
+        "pretokenize, and prepare of other text",
+    )
+    flags = ("--jsonl_path", SAMPLE, "--tokenizer_path", SAMPLE_TOKENIZER, "--n_pairs", 3, "--only", *kinds)
+    found = result_of(run_benchmark, "command_pairs", results, "checks/command_pairs.py", *flags)
+    assert found["by_kind"].keys() == set(kinds)
+    assert all(found["goals"].values()), found

@@ -26,7 +26,6 @@ from gptkit.training.checkpoints import (
     choose_checkpoint,
     find_checkpoints,
     first_valid,
-    load_model,
     newest_valid,
     read_state,
     read_tensors,
@@ -35,6 +34,7 @@ from gptkit.training.checkpoints import (
     sort_by_val_loss,
     verify_checkpoint,
 )
+from gptkit.training.loading import load_model
 
 CPU = torch.device("cpu")
 TOKENIZER = {"spiece.model": b"\x00\x01\xff", "config.json": "{'名': 1}".encode()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gptkit.base.files import folder_lock, is_locked, read_json, sha256_of, sync_folder, write_atomically, write_json
+from gptkit.base.files import read_json, sha256_of, sync_folder, write_atomically, write_json
 
 
 @pytest.mark.parametrize("content", [b"", "名\n".encode(), bytes(range(256)) * 5000], ids=["empty", "short", "long"])
@@ -86,13 +86,3 @@ def test_sha256(tmp_path: Path) -> None:
     )  # FIPS 180-2
     assert sha256_of(tmp_path / "a") == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
     assert sha256_of(tmp_path / "blocks") == hashlib.sha256(b"a" * 3_000_000).hexdigest()
-
-
-def test_whether_a_folder_is_locked(tmp_path: Path) -> None:
-    assert not is_locked(tmp_path)
-    (tmp_path / "other").write_text("")
-    with folder_lock(tmp_path):
-        assert is_locked(tmp_path)
-    assert not is_locked(tmp_path)
-    with folder_lock(tmp_path):  # is_locked did not lock it
-        pass

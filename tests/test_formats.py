@@ -32,7 +32,7 @@ from gptkit.text.tokenizer import encode_prompt, load_sentencepiece
 
 sys.path.insert(0, str(ROOT / "dataset"))  # as for `python dataset/train_tokenizer.py`
 
-import train_tokenizer
+import _corpus
 
 PREPARE, TRAIN = "dataset/prepare_aozora_jsonl.py", "dataset/train_tokenizer.py"
 TEXT = "　川のほとりに小さな家があった。\n「おはよう」と彼は言った。\n"
@@ -260,9 +260,9 @@ def test_one_rule_for_line_ends(form: str, newline: str, tmp_path: Path, monkeyp
         expected[name] for name in ("documents", "tokens", "characters", "train", "val")
     ]
     for chunk in (1, 3, 1 << 20):
-        monkeypatch.setattr(train_tokenizer, "CHUNK", chunk)
+        monkeypatch.setattr("_corpus.CHUNK", chunk)
         documents = [""] * (len(WORKS) + 1)
-        for number, piece in train_tokenizer.read(train_tokenizer.find_corpus(text)):
+        for number, piece in _corpus.read(_corpus.find_corpus(text)):
             documents[number] += piece
         assert [document for document in documents if document] == WORKS
     assert list(read_documents(jsonl or text / "combined_0001.txt")) == WORKS
@@ -283,7 +283,7 @@ def test_a_carriage_return_and_its_newline_may_lie_in_two_shards(tmp_path: Path)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     expected = "一行\n二行\n三行\ufeff\n"
     assert list(documents_of_shard(find_text_shards(tmp_path), 0)) == [expected]
-    assert "".join(piece for _, piece in train_tokenizer.read(train_tokenizer.find_corpus(tmp_path))) == expected
+    assert "".join(piece for _, piece in _corpus.read(_corpus.find_corpus(tmp_path))) == expected
 
 
 def test_a_prompt_has_newlines_too() -> None:

@@ -20,7 +20,8 @@ from conftest import ROOT, SAMPLE_TOKENIZER, assert_user_error, curve, environme
 from safetensors.torch import load_file
 
 from gpt_model import GPTModel
-from gptkit.training.checkpoints import load_checkpoint, verify_checkpoint
+from gptkit.training.checkpoints import verify_checkpoint
+from gptkit.training.loading import load_checkpoint
 
 pytestmark = pytest.mark.slow  # each starts several processes
 STEPS = 40

@@ -420,7 +420,7 @@ def test_a_run_stopped_in_the_middle_leaves_nothing_that_looks_finished(tmp_path
         assert not (tmp_path / "out").exists()
     else:
         assert process.returncode == -signal.SIGKILL
-        assert [*contents(tmp_path / "out")] == [".partial"]
+        assert sorted(contents(tmp_path / "out")) == [".lock", ".partial"]
     prepare(source, tmp_path / "out", "--max_size_mb", 1)
     prepare(source, tmp_path / "other", "--max_size_mb", 1)
     assert contents(tmp_path / "out") == contents(tmp_path / "other")
@@ -444,7 +444,8 @@ def test_a_stop_while_the_shards_are_moved_into_place(tmp_path: Path, n_moved: i
     result = subprocess.run([sys.executable, "-c", stopped, *arguments[1:]], capture_output=True, text=True)
     if "9" in stop:
         assert result.returncode == -signal.SIGKILL, result.stderr
-        assert sorted(contents(tmp_path / "out")) == [".partial", *(f"combined_000{i + 1}.txt" for i in range(n_moved))]
+        moved = [f"combined_000{i + 1}.txt" for i in range(n_moved)]
+        assert sorted(contents(tmp_path / "out")) == [".lock", ".partial", *moved]
     else:
         assert_user_error(result, "interrupted")
         assert not contents(tmp_path / "out")

@@ -18,6 +18,7 @@ import yaml
 from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, environment, n_reported, newest, reset_signals
 from test_download import Hub, address, hub, settings  # noqa: F401  hub is a fixture
 
+from gptkit.base.locks import LOCK_FILE, file_lock
 from gptkit.training.checkpoints import verify_checkpoint
 from gptkit.training.signals import EXIT_STOPPED
 
@@ -342,3 +343,17 @@ def test_skypilot_tasks_request_what_they_need(tmp_path: Path, monkeypatch: pyte
     assert {tuple(each.job_recovery["recover_on_exit_codes"]) for each in parsed.resources} == {(EXIT_STOPPED,)}
     unsupported = sky.clouds.RunPod._CLOUD_UNSUPPORTED_FEATURES.keys()
     assert parsed.get_required_cloud_features().isdisjoint(unsupported) == (name == TASKS[1])
+
+
+def test_a_second_command_leaves_the_pod_to_the_first(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+    """Its run is refused, since the first one trains there."""
+    output = prepared / "exp002" / "model_checkpoints"
+    replace_pretraining(tmp_path, "exit 2")
+    with file_lock(output / LOCK_FILE):
+        code, printed = run(prepared, pod)
+    assert code == 2, printed
+    assert printed.endswith("the pod is not stopped: another run is training in model_checkpoints\n")
+    assert runpodctl_calls(tmp_path) == ""
+    code, printed = run(prepared, pod)
+    assert code == 2, printed
+    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"

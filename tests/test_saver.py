@@ -43,7 +43,9 @@ def test_a_background_save_that_fails_is_a_warning(
     for failing in (
         lambda: monkeypatch.setattr(checkpoints, "save_file", fail(SafetensorError("No space left on device"))),
         lambda: monkeypatch.setattr(checkpoints, "save_file", fail(OSError(errno.EIO, "broken disk"))),
-        lambda: monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20)),
+        lambda: monkeypatch.setattr(
+            checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20, total=1 << 30)
+        ),
     ):
         failing()
         writer.save({"step": 2, "val_loss": None}, {"w": torch.ones(9)}, {}, TOKENIZER)

@@ -30,7 +30,7 @@ from gptkit.data.token_folder import describe_tokens
 from gptkit.data.token_shards import open_token_shard, token_shard_bytes
 from gptkit.evaluation.documents import read_documents
 from gptkit.text.tokenizer import Tokenizer, load_sentencepiece
-from gptkit.training import checkpoints
+from gptkit.training import checkpoints, loading
 
 IMPORTS = {"PYTHONPATH": str(ROOT)}
 
@@ -218,7 +218,7 @@ def test_checkpoints_are_read_or_refused(checkpoint: Path, tmp_path: Path, token
 
     def read() -> None:
         chosen = checkpoints.choose_checkpoint(str(folder), "newest")
-        model = checkpoints.load_model(
+        model = loading.load_model(
             chosen, lambda dimensions: GPTModel(GPTConfig(**dimensions)), tokenizer.vocab_size, torch.device("cpu")
         )
         with torch.no_grad():

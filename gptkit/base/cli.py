@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -114,6 +115,8 @@ def parse(config_class: type[Config], arguments: Sequence[str] | None = None) ->
             options["help"] += f" (default: {str(field.default).replace('%', '%%')})"
         groups[group].add_argument(f"--{field.name}", **options)
     values = vars(parser.parse_args(arguments)).items()
+    if arguments is None:  # a command begins
+        _warned_of.clear()
     config = config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
     check_bounds(config)
     return config
@@ -179,7 +182,7 @@ def run_command(
         _flush_or_drop_output()
         sys.exit(1)
     except OSError as error:
-        remedy = _OS_REMEDIES.get(error.errno or 0)
+        remedy = _os_remedy(error)
         if remedy is None:
             raise
         message = f"{error.filename or 'writing'}: {os.strerror(error.errno or 0).lower()}; {remedy}"
@@ -199,6 +202,15 @@ def _flush_or_drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _os_remedy(error: OSError) -> str | None:
+    """Return what a user can do about an error of the system, or None where it is not known to be theirs."""
+    if error.errno == errno.ENOSPC and str(error.filename).startswith("/dev/shm"):
+        return SHARED_MEMORY_REMEDY
+    return _OS_REMEDIES.get(error.errno or 0)
+
+
+# /dev/shm is memory: what processes share lies there, and in a container it has 64 MB.
+SHARED_MEMORY_REMEDY = "make room in /dev/shm (df -h /dev/shm; docker run --shm-size=2g gives a container more)"
 _OS_REMEDIES = {
     errno.EIO: "the disk or the terminal fails; run the same command again where they work",
     errno.ENOSPC: "make room on the disk and run the same command again",
@@ -209,6 +221,14 @@ _OS_REMEDIES = {
     errno.EROFS: "choose a folder that can be written to",
     errno.ENOTDIR: "a part of this path is a file; choose another",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EISDIR: "this is a folder where a file is needed; choose another",
+    errno.EEXIST: "another command has just made it; run the same command again when that has ended",
+    errno.ENOTEMPTY: "another command has just written there; run the same command again when that has ended",
+    errno.ESTALE: "the network drive has lost it; run the same command again",
+    errno.EIO: "the disk or the network drive fails; check it, then run the same command again",
+    errno.ENOSYS: "this file system cannot do that; choose a folder on a local disk",
+    errno.EOPNOTSUPP: "this file system cannot do that; choose a folder on a local disk",
+    errno.EXDEV: "this file system cannot do that; choose a folder on a local disk",
 }
 
 
@@ -246,6 +266,19 @@ def progress_bar(total: int, unit: str, what: str) -> Iterator[Callable[[int], N
 
     with tqdm(total=total, unit=unit, unit_scale=True, desc=what, disable=not sys.stderr.isatty()) as bar:
         yield update
+
+
+_warned_of: set[str] = set()
+
+
+def warn_once(kind: str, message: str) -> None:
+    """Print a warning in one line on standard error, clear of a progress bar, unless this command gave one of its kind.
+
+    The worker processes of a command leave it to the command itself.
+    """
+    if kind not in _warned_of and multiprocessing.parent_process() is None:
+        _warned_of.add(kind)
+        tqdm.write(f"warning: {message}", sys.stderr)
 
 
 def print_line(text: str) -> None:

@@ -1,19 +1,32 @@
-"""Write files and folders that are complete or missing (temporary name, sync, rename), lock folders, read JSON."""
+"""Write files and folders that are complete or missing (temporary name, sync, rename), and read JSON.
+
+A file system may refuse a part of that, as network drives, mounted buckets and shared folders do: what only makes a
+power cut harmless is then left out, after one warning.
+"""
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gptkit.base.cli import utf8_text
+from gptkit.base.cli import utf8_text, warn_once
 
-LOCK_FILE = ".lock"
+if TYPE_CHECKING:
+    import torch
+
+# What file systems without fsync answer to it, on a folder above all; a broken or full disk answers otherwise.
+NO_SYNC = {
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF, errno.EACCES, errno.EPERM,
+    errno.EISDIR, errno.ENOTTY,
+}  # fmt: skip
+# What those answer that cannot rename a folder; overlayfs (Docker) answers EXDEV for one of a lower layer.
+NO_RENAME = {errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 # In lower case: what file browsers leave in a folder, and folders that systems keep at the root of a disk.
 SYSTEM_FILES = {".ds_store", ".localized", ".directory", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 SYSTEM_FOLDERS = {"lost+found", "@eadir", "__macosx", "$recycle.bin", "system volume information"}
@@ -35,12 +48,13 @@ def is_stray(name: str) -> bool:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader, or a crash, finds the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # of this process: another may write it too
+    # Of this call alone: another may write the same file, on another machine in a process of the same number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{int.from_bytes(os.urandom(4), 'big'):010d}.partial")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()  # else Python may still hold the content, and an empty file would be synced
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # an error of write() does not name the file
@@ -64,7 +78,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
     def clear_leftovers() -> None:
         if old.exists() and not folder.exists():  # interrupted between the two renames
-            os.replace(old, folder)
+            move_folder(old, folder)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -75,28 +89,83 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         for path in partial.iterdir():
             sync_file(path)
         if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
+            move_folder(folder, old)
+        move_folder(partial, folder)
         sync_folder(folder.parent)
     finally:
         clear_leftovers()
 
 
+def move_folder(folder: Path, target: Path) -> None:
+    """Rename a folder to `target`, which is missing; where the file system refuses that, copy it and remove the old one.
+
+    A copy that fails leaves nothing of `target`. Raises OSError.
+    """
+    try:
+        os.replace(folder, target)
+        return
+    except OSError as error:
+        if error.errno not in NO_RENAME:
+            raise
+    try:
+        target.mkdir()
+        for path in sorted(folder.rglob("*")):  # a folder before what it holds
+            copy = target / path.relative_to(folder)
+            if path.is_dir():
+                copy.mkdir()
+            else:  # without its mode and times, which such a file system may refuse too
+                shutil.copyfile(path, copy)
+                sync_file(copy)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(descriptor: int) -> None:
+    """Make what was written to an open file or folder survive a power cut, or warn once where it cannot be.
+
+    Raises OSError where the disk is full or broken.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+        warn_once(
+            "sync", f"this file system cannot sync ({error.strerror}): a power cut may lose what was just written"
+        )
+
+
 def sync_file(path: Path) -> None:
-    """Make what was written to `path` survive a power cut."""
+    """Make what was written to `path` survive a power cut, as `sync` does."""
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames within `folder` survive a power cut (on systems where a folder can be opened)."""
+    """Make renames within `folder` survive a power cut, as `sync` does (on systems where a folder can be opened)."""
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+        return  # a folder that may be written to but not listed
+    try:
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def free_bytes(folder: Path) -> float:
+    """Return the bytes free on the disk of `folder`; infinity where the file system does not know it."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return math.inf
+    return usage.free if usage.total else math.inf
 
 
 def signature(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
@@ -105,52 +174,17 @@ def signature(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
     return [(str(path), status.st_size, status.st_mtime_ns, status.st_ino) for path, status in found]
 
 
-@contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Make `folder` and lock it against other processes; remove it at the end if it was made here and stayed empty.
+def load_tensors(path: Path, device: "torch.device") -> dict[str, "torch.Tensor"]:
+    """Return the tensors of a safetensors file, also where the file system cannot map it into memory.
 
-    Raises BlockingIOError, with what the holder wrote there, where another process holds it.
+    Raises OSError and SafetensorError.
     """
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = acquire_lock(folder)
+    from safetensors.torch import load, load_file
+
     try:
-        yield
-    finally:
-        if made and os.listdir(folder) == [LOCK_FILE]:
-            (folder / LOCK_FILE).unlink()
-            for each in made:
-                each.rmdir()
-        os.close(lock)
-
-
-def acquire_lock(folder: Path) -> int:
-    """Lock `folder`, by an advisory lock on its file .lock, until the returned descriptor is closed.
-
-    Raises BlockingIOError, with what the holder wrote there, where another process holds it.
-    """
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise BlockingIOError(holder)
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return descriptor
-
-
-def is_locked(folder: Path) -> bool:
-    """Return whether a process has locked `folder`."""
-    try:
-        with open(folder / LOCK_FILE, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock file, or a file system without locks
-        return False
-    return False
+        return load_file(path, device=str(device))
+    except (OSError, RuntimeError):  # it has several for what a network drive refuses
+        return {name: tensor.to(device) for name, tensor in load(path.read_bytes()).items()}
 
 
 def sha256_of(path: Path) -> str:

@@ -5,6 +5,7 @@ time, so that any number of tasks takes the same memory.
 """
 
 import contextlib
+import errno
 import logging
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptkit.base import streams
+from gptkit.base.cli import SHARED_MEMORY_REMEDY
 
 ExecutorName = Literal["local", "ray"]
 RunTasks = Callable[[Callable[[int], Any], Sequence[int]], Iterator[tuple[int, Any]]]
@@ -96,7 +98,11 @@ def _run_bounded(
 @contextlib.contextmanager
 def _process_pool(num_workers: int) -> Iterator[RunTasks]:
     spawn = multiprocessing.get_context("spawn")  # a fork would copy locks held by the parent's threads
-    pool = ProcessPoolExecutor(num_workers, spawn, _init_worker, (os.getpid(),))
+    try:
+        pool = ProcessPoolExecutor(num_workers, spawn, _init_worker, (os.getpid(),))
+    except (OSError, ImportError) as error:  # its locks are semaphores, which Linux keeps in /dev/shm
+        remedy = SHARED_MEMORY_REMEDY if getattr(error, "errno", None) == errno.ENOSPC else "make /dev/shm writable"
+        raise ExecutorError(f"no shared memory for worker processes ({error}); {remedy}, or give --num_workers 1")
 
     def first_ended(futures: list[Any]) -> Iterable[Any]:
         return wait(futures, return_when=FIRST_COMPLETED).done

@@ -27,8 +27,11 @@ from gptkit.data.text_shards import (
     TextShards,
     documents_of_shard,
     find_text_shards,
+    hash_shard,
+    shards_read_with,
     survey_shard,
 )
+from gptkit.data.token_locks import require_no_readers
 from gptkit.data.token_records import (
     COUNTS,
     SPLITS,
@@ -67,6 +70,8 @@ def _tokenize_shard(
         for name, count in zip(COUNTS, (n_documents, len(ids), len(content), n_unknown), strict=True):
             counts[split][name] += count
     record = dict(sources[index])
+    if [hash_shard(path) for path in shards_read_with(text, index)] != record["text"][:-1]:
+        raise UserError(f"{text.paths[index]} changed while it was read; run the same command again")
     for split in SPLITS:
         npy = token_shard_bytes(np.concatenate([np.empty(0, dtype), *parts[split]]))
         file = f"{split}_{text.paths[index].stem}.npy"
@@ -143,6 +148,7 @@ def _update(
     records = {i: record for i, record in enumerate(old) if record is not None and found[i] is None}
     reasons = {i: why for i, why in enumerate(found) if why and i % part[1] == part[0] - 1}
     if reasons:
+        require_no_readers(output)
         (output / "manifest.json").unlink(missing_ok=True)  # from here on the folder is incomplete
     if records:
         print(f"{output}: {len(records)} of {len(old)} token shards reused, text and tokenizer match", file=sys.stderr)
@@ -213,6 +219,7 @@ def _write_manifest(
     }
     stale = [path for path in output.iterdir() if path.name not in named and _is_ours(path)]
     if stale:
+        require_no_readers(output)
         (output / "manifest.json").unlink(missing_ok=True)  # it may name them
     for path in stale:
         path.unlink()
@@ -245,11 +252,6 @@ def load_manifest(folder: Path, tokenizer: "Tokenizer", max_hashed: float = MAX_
     if problem:
         raise UserError(f"{folder}: {problem}; run pretokenize.py again, or copy the folder again")
     return manifest
-
-
-def token_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
-    """Return the paths of the manifest and of the shards it names."""
-    return [folder / "manifest.json", *(folder / shard[s]["file"] for shard in manifest["shards"] for s in SPLITS)]
 
 
 def open_tokens(folder: Path, manifest: dict[str, Any]) -> dict[str, TokenStream]:

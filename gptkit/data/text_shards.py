@@ -7,14 +7,17 @@ left to validation_split.py, tokens to pretokenization.py.
 
 import codecs
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from gptkit.base.cli import UserError
 from gptkit.base.files import is_stray, read_json, sha256_of
+from gptkit.base.locks import LOCK_FILE, lock_holder
 from gptkit.text.formats import other_in_file, plain_text
 
+T = TypeVar("T")
 TEXT_FORMAT = "gptkit-text-shards"
 DEFAULT_SEPARATOR = "<|endoftext|>"
 SELF_CHECK_CHARS = 200_000  # characters of the corpus that a tokenizer is checked on before tokens are written
@@ -50,14 +53,12 @@ def find_text_shards(data_dir: Path) -> TextShards:
             found.separator.encode()  # a lone surrogate is in no UTF-8 text
             missing = [path.name for path in found.paths if not path.is_file()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{data_dir / 'manifest.json'} describes no text shards ({error!r}); prepare the folder again"
-            )
+            raise _unusable(data_dir, f"{data_dir / 'manifest.json'} describes no text shards ({error!r})")
         if missing:
-            raise UserError(f"{data_dir} lacks {missing[0]}, which its manifest names; prepare the folder again")
+            raise _unusable(data_dir, f"{data_dir} lacks {missing[0]}, which its manifest names")
     else:
         if (data_dir / ".partial").exists():
-            raise UserError(f"{data_dir} was left by a preparation that was stopped; prepare the folder again")
+            raise _unusable(data_dir, f"{data_dir} was left by a preparation that was stopped")
         paths = sorted(path for path in data_dir.glob("*.txt") if not is_stray(path.name) and not path.is_dir())
         if broken := next((path for path in paths if not path.is_file()), None):
             raise UserError(f"{broken} is a link to a file that does not exist; remove it, or restore the file")
@@ -65,6 +66,14 @@ def find_text_shards(data_dir: Path) -> TextShards:
     if not found.paths or not found.separator:
         raise UserError(f"{data_dir} holds no text shards (*.txt); dataset/prepare_aozora_jsonl.py makes them")
     return found
+
+
+def _unusable(data_dir: Path, reason: str) -> UserError:
+    """Return the error of a folder whose text shards are not complete, perhaps not yet."""
+    holder = lock_holder(data_dir / LOCK_FILE)
+    if holder:
+        return UserError(f"{data_dir} is being prepared by {holder}; wait for it, then run the same command again")
+    return UserError(f"{reason}; prepare the folder again")
 
 
 def source_name(data_dir: Path) -> str | None:
@@ -97,15 +106,15 @@ def documents_of_shard(text: TextShards, index: int) -> Iterator[str]:
 def _encoded_documents(text: TextShards, index: int) -> Iterator[bytes]:
     """Yield the documents of documents_of_shard in UTF-8. Raises UserError where one is not UTF-8."""
     separator = text.separator.encode()
-    if text.by_hand and (other := other_in_file(text.paths[index])):
+    if text.by_hand and (other := _read(text.paths[index], other_in_file)):
         raise UserError(f"{text.paths[index]}: {other}")
-    content = text.paths[index].read_bytes()
+    content = _read(text.paths[index], Path.read_bytes)
     if index > 0 and text.continues[index - 1]:  # the first document began in an earlier shard
         content = content.partition(separator)[2]
         if not content:
             return
     for path in shards_read_with(text, index)[1:]:
-        rest, ended, _ = path.read_bytes().partition(separator)
+        rest, ended, _ = _read(path, Path.read_bytes).partition(separator)
         content += rest
         if ended:
             break
@@ -136,18 +145,30 @@ def hash_document(document: bytes) -> int:
     return int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
 
 
+def hash_shard(path: Path) -> str:
+    """Return the sha256 of a text shard. Raises UserError where it was removed."""
+    return _read(path, sha256_of)
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} was removed while the text was read; run the same command again")
+
+
 def survey_shard(text: TextShards, index: int) -> tuple[str, list[tuple[int, int]], bool]:
     """Return the sha256 of shard `index`, (hash, bytes) of its documents, and was_read_otherwise.
 
     Raises UserError where it is not UTF-8.
     """
     documents = [(hash_document(document), len(document)) for document in _encoded_documents(text, index)]
-    return sha256_of(text.paths[index]), documents, was_read_otherwise(text, index)
+    return hash_shard(text.paths[index]), documents, was_read_otherwise(text, index)
 
 
 def was_read_otherwise(text: TextShards, index: int) -> bool:
     """Return whether versions before 0.2.0, which kept carriage returns, read other documents from shard `index`."""
-    content, separator = text.paths[index].read_bytes(), text.separator.encode()
+    content, separator = _read(text.paths[index], Path.read_bytes), text.separator.encode()
     if text.by_hand:
         content = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
     return b"\r" in content or content.startswith(codecs.BOM_UTF8) or separator + codecs.BOM_UTF8 in content

@@ -1,14 +1,17 @@
 """Find or make the token shards of a run, and check that they stay the same until its end."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
 from gptkit.base.cli import UserError
-from gptkit.base.files import signature
+from gptkit.base.files import sha256_of, signature
 from gptkit.base.paths import existing_path
-from gptkit.data.pretokenization import load_manifest, open_tokens, pretokenize, token_files
+from gptkit.data.pretokenization import load_manifest, open_tokens, pretokenize
 from gptkit.data.text_shards import SELF_CHECK_CHARS, sample_documents
+from gptkit.data.token_locks import lock_making, lock_reading
+from gptkit.data.token_records import SPLITS
 from gptkit.data.token_shards import TokenStream
 from gptkit.distributed.process_group import main_process
 from gptkit.text.check import raise_on_damage
@@ -20,7 +23,9 @@ class TokenFolder:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self._signature = signature(token_files(folder, manifest))
+        shards = [shard[split] for shard in manifest["shards"] for split in SPLITS]
+        self._sha256 = {folder / shard["file"]: shard["sha256"] for shard in shards}
+        self._signature = signature(self._sha256)
 
     @property
     def fingerprint(self) -> str:
@@ -33,9 +38,12 @@ class TokenFolder:
         return open_tokens(self.folder, self.manifest)
 
     def require_unchanged(self) -> None:
-        """Raise UserError where a file has changed since this was made."""
+        """Raise UserError where a token has changed since this was made; files with the same tokens may be new ones."""
         try:
-            is_changed = signature(token_files(self.folder, self.manifest)) != self._signature
+            found = signature(self._sha256)
+            changed = [new[0] for new, old in zip(found, self._signature, strict=True) if new != old]
+            is_changed = any(sha256_of(Path(path)) != self._sha256[Path(path)] for path in changed)
+            self._signature = found
         except OSError:
             is_changed = True
         if is_changed:
@@ -67,16 +75,30 @@ def describe_tokens(manifest: dict[str, Any]) -> str:
 
 @main_process
 def prepare_tokens(
-    data_dir: str, folder: Path, tokenizer: Tokenizer, val_fraction: float, accept_problems: bool, *, is_shared: bool
+    data_dir: str,
+    folder: Path,
+    tokenizer: Tokenizer,
+    val_fraction: float,
+    accept_problems: bool,
+    locks: contextlib.ExitStack,
+    *,
+    is_shared: bool,
 ) -> dict[str, Any]:
     """Make `folder` hold the tokens of the text in data_dir, where it does not yet, and return its manifest.
 
-    A shared folder that is finished does without the text. Raises UserError.
+    They stay as they are until `locks` are released. A shared folder that is finished does without the text. Raises
+    UserError.
     """
-    if is_shared and not Path(data_dir).exists() and (folder / "manifest.json").exists():
-        manifest = load_manifest(folder, tokenizer)
-        print(f"--data_dir {data_dir} is missing: the token shards in {folder} are used as they are", file=sys.stderr)
-        return manifest
-    text = existing_path(data_dir, "--data_dir")
-    raise_on_damage(tokenizer, sample_documents(text, SELF_CHECK_CHARS), accept_problems)
-    return pretokenize(text, folder, tokenizer, val_fraction)
+    text = Path(data_dir)
+    has_text = not is_shared or text.exists() or not (folder / "manifest.json").exists()
+    if has_text:
+        text = existing_path(data_dir, "--data_dir")
+        raise_on_damage(tokenizer, sample_documents(text, SELF_CHECK_CHARS), accept_problems)
+    with lock_making(folder):
+        if has_text:
+            manifest = pretokenize(text, folder, tokenizer, val_fraction)
+        else:
+            manifest = load_manifest(folder, tokenizer)
+            print(f"--data_dir {text} is missing: the token shards in {folder} are used as they are", file=sys.stderr)
+        locks.enter_context(lock_reading(folder))
+    return manifest

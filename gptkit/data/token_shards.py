@@ -40,7 +40,10 @@ def has_size_of(path: Path, n_tokens: int, dtype: str) -> bool:
 def open_token_shard(path: Path, dtype: str, n_tokens: int) -> Tokens:
     """Memory-map the tokens of a shard: (n_tokens,). Raises ValueError where the file is not what is expected."""
     try:
-        tokens: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            tokens: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except OSError:  # some network drives cannot map a file into memory
+            tokens = np.load(path, allow_pickle=False)
     except Exception as error:  # NumPy's reader of headers raises many kinds for a damaged one
         raise ValueError(f"{path}: not a token shard ({error})")
     if (

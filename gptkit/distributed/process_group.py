@@ -26,7 +26,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import distributed, nn
 
-from gptkit.base.cli import UserError, first_line
+from gptkit.base.cli import SHARED_MEMORY_REMEDY, UserError, first_line
 from gptkit.base.streams import without_failures
 
 Parallelism = Literal["ddp", "fsdp"]
@@ -146,6 +146,9 @@ def _raise_once(error: Exception) -> None:
     if not is_first:
         raise SystemExit(ENDED)
     sys.stdout, sys.stderr = without_failures(sys.__stdout__), without_failures(sys.__stderr__)
+    if is_lost and "/dev/shm" in str(error):  # NCCL's buffers
+        reason = next(line for line in str(error).splitlines() if "/dev/shm" in line)
+        raise UserError(f"no shared memory for the processes of the run ({reason.strip()}); {SHARED_MEMORY_REMEDY}")
     if is_lost:
         named = f"rank {', '.join(gone)}" if gone else "unknown rank"
         raise ProcessLost(f"another process of the run ended or hangs ({named} of {world_size()}): {first_line(error)}")

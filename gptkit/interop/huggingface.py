@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from gptkit.base.cli import UserError, one_line
-from gptkit.base.files import read_json
+from gptkit.base.files import load_tensors, read_json
 from gptkit.base.paths import hub_folder
 
 FLAG = "--init_from"
@@ -115,7 +114,9 @@ def load_weights(name: str, model: Any) -> None:
         files = [WEIGHTS]
         if (folder / INDEX).is_file():
             files = sorted({Path(file).name for file in read_json(folder / INDEX)["weight_map"].values()})
-        tensors = {key: tensor for file in files for key, tensor in load_file(folder / file).items()}
+        tensors = {
+            key: tensor for file in files for key, tensor in load_tensors(folder / file, torch.device("cpu")).items()
+        }
         for key, tensor in tensors.items():
             if not tensor.is_floating_point() and tensor.dtype not in (torch.bool, torch.uint8):  # old files hold masks
                 raise ValueError(f"{key} is {tensor.dtype}; choose weights that are not quantized")

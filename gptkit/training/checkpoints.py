@@ -17,21 +17,27 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from gptkit.base.cli import UserError, first_line
-from gptkit.base.files import read_json, sha256_of, sync_file, sync_folder, write_atomically, write_json
+from gptkit.base.cli import UserError, warn_once
+from gptkit.base.files import (
+    load_tensors,
+    move_folder,
+    read_json,
+    sha256_of,
+    sync_file,
+    sync_folder,
+    write_atomically,
+    write_json,
+)
 from gptkit.base.paths import existing_path, refuse_pickles
 from gptkit.distributed.process_group import main_process
-from gptkit.text.tokenizer import Tokenizer, load_saved_tokenizer
 
 FORMAT, VERSION = "gptkit-checkpoint", 2
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
@@ -40,7 +46,6 @@ SUMS_LINE = re.compile(r"([0-9a-f]{64})  ((?:tokenizer/)?[\w-][\w.-]*)")  # no p
 MAX_SUMS_BYTES, MAX_STATE_BYTES = 1 << 16, 1 << 24
 PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
 Choice = Literal["newest", "best"]
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class DamagedCheckpoint(Exception):
@@ -85,7 +90,7 @@ def save_checkpoint(
         write_checksums(partial, files)
         if folder.exists():  # the same step, saved again
             _remove(folder)
-        os.replace(partial, folder)
+        move_folder(partial, folder)
         sync_folder(output_dir)
     except SafetensorError as error:  # so safetensors reports a full disk
         raise UserError(f"{folder} could not be written ({error}); make room on the disk")
@@ -124,13 +129,18 @@ def _link(link: Path, folder: Path) -> None:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name, target_is_directory=True)
         os.replace(temporary, link)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        warn_once("link", f"{link} cannot be made ({error.strerror}); name the folder {folder.name} itself")
 
 
 def _remove(folder: Path) -> None:
     doomed = folder.with_name(f".{folder.name}.old.partial")  # a half-deleted folder must not have a checkpoint's name
-    os.replace(folder, doomed)
+    try:
+        os.replace(folder, doomed)
+    except OSError:  # some file systems cannot rename a folder
+        (folder / SUMS_FILE).unlink(missing_ok=True)  # without it, no reader trusts what is left
+        doomed = folder
     # On a mounted bucket a folder that was just renamed sometimes cannot be removed; the next save removes it.
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -211,7 +221,7 @@ def set_aside_newer(checkpoint: Path) -> None:
         if int(folder.name.removeprefix("step_")) > int(checkpoint.name.removeprefix("step_")):
             aside = folder.with_name(f"{folder.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
-            os.replace(folder, aside)
+            move_folder(folder, aside)
 
 
 def sort_by_val_loss(checkpoints: list[Path]) -> list[Path]:
@@ -248,7 +258,12 @@ def choose_checkpoint(exp_dir: str, choice: Choice) -> Path:
     if len(runs) > 1:
         raise UserError(f"--exp_dir {folder} holds several runs; name one: {', '.join(map(str, runs))}")
     (found,) = runs.values()
-    return first_valid(found[::-1] if choice == "newest" else sort_by_val_loss(found), training=False)
+    try:
+        return first_valid(found[::-1] if choice == "newest" else sort_by_val_loss(found), training=False)
+    except UserError:
+        if all(folder.is_dir() for folder in found):
+            raise
+        return choose_checkpoint(exp_dir, choice)  # a run that trains has removed some of these meanwhile
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -297,53 +312,6 @@ def read_state(folder: Path) -> dict[str, Any]:
 def read_tensors(folder: Path, file: str, device: torch.device) -> dict[str, torch.Tensor]:
     """Return the tensors of MODEL_FILE or TRAINING_FILE, by name. Raises UserError."""
     try:
-        return without_prefixes(load_file(folder / file, device=str(device)))
+        return without_prefixes(load_tensors(folder / file, device))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / file}: cannot be read ({error}); remove {folder} to use an older checkpoint")
-
-
-class SkipInitialization(TorchFunctionMode):
-    """Skips the initialization of parameters that are then loaded; it takes seconds, on the meta device too."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def load_checkpoint(
-    folder: Path, build: Callable[[dict[str, Any]], Model], device: torch.device
-) -> tuple[Model, Tokenizer]:
-    """Load the model and the tokenizer of a checkpoint; `build` makes a model from its dimensions. Raises UserError."""
-    tokenizer = load_saved_tokenizer(folder / TOKENIZER_DIR)
-    return load_model(folder, build, tokenizer.vocab_size, device), tokenizer
-
-
-def load_model(folder: Path, build: Callable[[dict[str, Any]], Model], vocab_size: int, device: torch.device) -> Model:
-    """Build a checkpoint's model from its dimensions, and load its weights.
-
-    vocab_size is the tokenizer's. Nothing is allocated before the dimensions are known to be those of the weights in
-    the file. Raises UserError.
-    """
-    try:
-        dimensions = read_state(folder)["identity"]["model"]
-        if dimensions["vocab_size"] != vocab_size:
-            raise ValueError(f"its tokenizer has {vocab_size} ids, and the model {dimensions['vocab_size']!r}")
-        with SkipInitialization(), torch.device("meta"):
-            expected = {name: list(tensor.shape) for name, tensor in build(dimensions).state_dict().items()}
-        with safe_open(folder / MODEL_FILE, "pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  not a mapping
-        different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        if different:
-            raise ValueError(f"{different[0]} is {found.get(different[0])}, not {expected.get(different[0])}")
-        with SkipInitialization():
-            model = build(dimensions)
-        weights = read_tensors(folder, MODEL_FILE, torch.device("cpu"))
-        broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
-        if broken:
-            raise ValueError(f"{broken} holds values that are not finite")
-        model.load_state_dict(weights)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} is damaged or from another version ({first_line(error)}); use another checkpoint")
-    return model.to(device)

@@ -7,7 +7,6 @@ Shapes: B sequences per micro-step, T time (context_length).
 
 import contextlib
 import dataclasses
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from gptkit.base import devices
 from gptkit.base.cli import UserError, format_duration
-from gptkit.base.files import write_json
+from gptkit.base.files import free_bytes, write_json
 from gptkit.data.batches import Batch, TrainingBatches
 from gptkit.data.text_shards import source_name
 from gptkit.data.token_folder import TokenFolder, describe_tokens
@@ -184,7 +183,7 @@ def optimizer_state_bytes(run: Run) -> int:
 def require_disk_space(run: Run) -> None:
     """Raise UserError where the disk has no room for a checkpoint."""
     needed = sum(tensor.nbytes for tensor in run.model.state_dict().values()) + optimizer_state_bytes(run)
-    free = shutil.disk_usage(run.output_dir).free
+    free = free_bytes(run.output_dir)
     if free < needed:
         raise UserError(
             f"--output_dir {run.output_dir} has {free / 2**20:,.0f} MiB free and a checkpoint takes about"

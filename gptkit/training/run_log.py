@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gptkit.base.cli import QUIET_S, format_duration, print_line
-from gptkit.base.files import as_dict, read_json
+from gptkit.base.files import as_dict, read_json, sync
 from gptkit.base.streams import log_line
 
 RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"  # what a run is, and how that file is recognized
@@ -54,7 +54,7 @@ class JsonlFile:
                     for line in self._unwritten:
                         if file.write(line) < len(line):
                             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(file.fileno())
+                    sync(file.fileno())
                 except OSError:
                     file.truncate(end)
                     raise

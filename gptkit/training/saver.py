@@ -2,7 +2,6 @@
 
 import functools
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from gptkit.base import devices
 from gptkit.base.cli import UserError, first_line, print_line
+from gptkit.base.files import free_bytes
 from gptkit.distributed.process_group import broadcast_tensors, is_main_process, main_process
 from gptkit.training import checkpoints
 from gptkit.training.guard import Guard
@@ -125,7 +125,7 @@ class BackgroundWriter:
         """Copy the tensors to host memory, and return; another thread writes them, and then calls `then`."""
         self.wait()
         needed = sum(tensor.nbytes for tensor in (*model.values(), *training.values())) + (1 << 20)
-        free = shutil.disk_usage(self.output_dir).free
+        free = free_bytes(self.output_dir)
         if free < needed:
             self._fail(state["step"], f"it takes {needed / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} MiB")
             return

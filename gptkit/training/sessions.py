@@ -23,7 +23,8 @@ import torch
 from gptkit import __version__
 from gptkit.base import devices
 from gptkit.base.cli import UserError, first_line
-from gptkit.base.files import LOCK_FILE, folder_lock, read_json, write_atomically
+from gptkit.base.files import read_json, write_atomically
+from gptkit.base.locks import LOCK_FILE, file_lock
 from gptkit.base.streams import start_log
 from gptkit.distributed.process_group import is_main_process, main_process
 from gptkit.training.checkpoints import find_checkpoints
@@ -39,6 +40,7 @@ from gptkit.training.run_log import (
 )
 
 SESSIONS_FILE = "sessions.jsonl"
+Locks = contextlib.ExitStack  # what a run holds, each until its end
 
 
 @contextlib.contextmanager
@@ -67,20 +69,21 @@ def record_session(output_dir: Path, step: int, settings: Any, environment: dict
 
 
 @contextlib.contextmanager
-def lock_output(output_dir: Path) -> Iterator[None]:
-    """Make the output folder, keep other runs out of it, and log there what is printed. Raises UserError where one is
-    running there.
+def lock_output(output_dir: Path) -> Iterator[Locks]:
+    """Make the output folder, keep other runs out of it, and log there what is printed.
+
+    Yields the locks of the main process, to which others may be added. Raises UserError where another run is there.
     """
-    with contextlib.ExitStack() as stack:
+    with Locks() as locks:
         try:
             if is_main_process():
-                stack.enter_context(folder_lock(output_dir))
-                stack.enter_context(_log_output(output_dir))
+                locks.enter_context(file_lock(output_dir / LOCK_FILE))
+                locks.enter_context(_log_output(output_dir))
         except BlockingIOError as holder:
             raise UserError(
                 f"--output_dir {output_dir} is in use by another run, {holder}; wait for it or name another folder"
             )
-        yield
+        yield locks
 
 
 @contextlib.contextmanager
