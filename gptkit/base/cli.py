@@ -212,7 +212,6 @@ def _os_remedy(error: OSError) -> str | None:
 # /dev/shm is memory: what processes share lies there, and in a container it has 64 MB.
 SHARED_MEMORY_REMEDY = "make room in /dev/shm (df -h /dev/shm; docker run --shm-size=2g gives a container more)"
 _OS_REMEDIES = {
-    errno.EIO: "the disk or the terminal fails; run the same command again where they work",
     errno.ENOSPC: "make room on the disk and run the same command again",
     errno.EDQUOT: "make room in the quota and run the same command again",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run the same command again",
@@ -225,7 +224,7 @@ _OS_REMEDIES = {
     errno.EEXIST: "another command has just made it; run the same command again when that has ended",
     errno.ENOTEMPTY: "another command has just written there; run the same command again when that has ended",
     errno.ESTALE: "the network drive has lost it; run the same command again",
-    errno.EIO: "the disk or the network drive fails; check it, then run the same command again",
+    errno.EIO: "the disk, the network drive or the terminal fails; run the same command again where it works",
     errno.ENOSYS: "this file system cannot do that; choose a folder on a local disk",
     errno.EOPNOTSUPP: "this file system cannot do that; choose a folder on a local disk",
     errno.EXDEV: "this file system cannot do that; choose a folder on a local disk",
