@@ -27,7 +27,7 @@ from gpt_model import GPTModel
 from gptkit.base import devices
 from gptkit.base.cli import UserError, first_line, progress_bar, run_command, setting
 from gptkit.base.paths import existing_path, hub_folder
-from gptkit.base.streams import output_has_failed
+from gptkit.base.streams import has_failed
 from gptkit.evaluation.documents import read_documents
 from gptkit.evaluation.scoring import score_documents
 from gptkit.text.tokenizer import HF_PATTERNS, Tokenizer, load_hf
@@ -114,9 +114,13 @@ def main(config: EvaluationConfig) -> None:
 def print_result(line: str) -> None:
     """Print a line to standard output; where that is closed, append it to evaluate_model.out, as nohup would do."""
     print(line, flush=True)
-    if output_has_failed():
-        with open("evaluate_model.out", "a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+    if has_failed(sys.stdout):
+        try:
+            with open("evaluate_model.out", "a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        except OSError:
+            print(line, file=sys.stderr)
+            raise
         print("standard output is closed: the result is in evaluate_model.out", file=sys.stderr)
 
 

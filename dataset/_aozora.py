@@ -1,6 +1,6 @@
 """Find and clean the notation of Aozora Bunko's text files: ruby, notes, gaiji, accents, their explanation, colophon.
 
-    ｜東京《とうきょう》, 吾輩《わがはい》         ruby over what follows ｜, or over the kanji (kana, letters) before it
+    ｜東京《とうきょう》, 吾輩《わがはい》         ruby over what follows ｜, or kana over the kanji before it
     ［＃ここから２字下げ］                         a note on the layout or the text
     ※［＃「口＋世」、第3水準1-15-3］              gaiji: a character that Shift_JIS lacks, by JIS X 0213 or U+…
     〔cafe'〕, ごろ／＼                            letters with accents, and the sign that repeats what stands before it
@@ -13,6 +13,7 @@ Source: https://www.aozora.gr.jp/annotation/ and, for the accents, https://www.a
 """
 
 import re
+import sys
 import unicodedata
 from collections import Counter
 
@@ -21,17 +22,18 @@ KANJI = "\u2e80-\u2fdf\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ff
 HIRAGANA, KATAKANA, LATIN = "ぁ-ゖゝゞ", "ァ-ヺー-ヿｦ-ﾟ", "A-Za-zＡ-Ｚａ-ｚÀ-ɏΑ-ωА-я0-9０-９.'’"
 READING = f"《[{HIRAGANA}{KATAKANA}・ 　゛゜]{{1,40}}》"
 ANYTHING = "《[^《》｜［］\n]{1,80}》"
-MARKED_RUBY = re.compile(f"[｜|]([^《》｜|\n]{{1,80}}){ANYTHING}")
-RUBY = re.compile(f"(?<=[{KANJI}{KATAKANA}{LATIN}]){ANYTHING}|(?<=[{HIRAGANA}]){READING}")
-# Where a text has 《 with nothing before it that ruby could stand over, or a particle, then 《 》 are quotation marks
-# in it, and only readings over kanji are ruby.
-QUOTATION = re.compile(f"(?<![{KANJI}{KATAKANA}{LATIN}{HIRAGANA}])《|(?<=[{HIRAGANA}])(?!{READING})《")
+MARKED_RUBY = re.compile(f"｜([^《》｜\n]{{1,80}}){ANYTHING}")
+# Without ｜, only kana over kanji, katakana or letters is ruby: 小説《友情》 is a title.
+RUBY = re.compile(f"(?<=[{KANJI}{KATAKANA}{LATIN}]){READING}")
+# Where a text has 《 that no ruby begins with, then 《 》 are quotation marks in it, and only readings over kanji are ruby.
+QUOTATION = re.compile(f"(?<![{KANJI}{KATAKANA}{LATIN}])《|(?!{READING})《")
 RUBY_BESIDE_QUOTATIONS = re.compile(f"(?<=[{KANJI}]){READING}")
 GAIJI = re.compile("※［[＃#]([^［］\n]*)］")
 NOTE = re.compile("［[＃#][^［］\n]*］")
 NOTE_LINE = re.compile("^[ 　]*(?:［[＃#][^［］\n]*］[ 　]*)+(?:\n|$)", re.MULTILINE)
 PLANE_ROW_CELL = re.compile(r"(?<![\d-])([12])-(\d{1,2})-(\d{1,2})(?![\d-])")
-CODE_POINT = re.compile(r"\bU\+([0-9A-F]{4,6})\b", re.IGNORECASE)
+LEVEL = re.compile(r"水準" + PLANE_ROW_CELL.pattern)
+CODE_POINTS = re.compile(r"\bU\+[0-9A-F]{4,6}(?: *\+? *U\+[0-9A-F]{4,6})*\b", re.IGNORECASE)
 ACCENTED = re.compile("〔([^〔〕《》［］\n]{1,400})〕")
 # A letter and the sign of its accent, where the sign cannot be punctuation: no "'" of an elision (l'a^me), no comma.
 ACCENT = re.compile(
@@ -116,7 +118,8 @@ def _gaiji(description: str, found: Counter[str]) -> str:
     """Return the character that a gaiji's description names by JIS X 0213 or a code point, else GETA."""
     found["gaiji"] += 1
     plain = unicodedata.normalize("NFKC", description)
-    place, code = PLANE_ROW_CELL.search(plain), CODE_POINT.search(plain)
+    codes = CODE_POINTS.search(plain)
+    place = LEVEL.search(plain) or (None if codes else next(reversed([*PLANE_ROW_CELL.finditer(plain)]), None))
     character = ""
     if place:
         plane, row, cell = map(int, place.groups())
@@ -124,9 +127,10 @@ def _gaiji(description: str, found: Counter[str]) -> str:
             character = (b"\x8f" * (plane - 1) + bytes([0xA0 + row, 0xA0 + cell])).decode("euc_jis_2004")
         except (ValueError, UnicodeDecodeError):  # no such place
             pass
-    if not character and code and int(code[1], 16) < 0x110000:
-        character = chr(int(code[1], 16))
-    if not character or unicodedata.category(character[0]) in ("Cc", "Cs", "Cn", "Co"):
+    if not character and codes:
+        numbers = [int(code[2:], 16) for code in re.findall(r"U\+[0-9A-F]+", codes[0], re.IGNORECASE)]
+        character = "".join(chr(number) for number in numbers if number < sys.maxunicode)
+    if not character or any(unicodedata.category(each) in ("Cc", "Cs", "Cn", "Co") for each in character):
         found["unknown gaiji"] += 1
         return GETA
     return PRIVATE.get(character, character)

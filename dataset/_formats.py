@@ -103,7 +103,11 @@ def other_than_utf8(data: bytes) -> str | None:
         # As Shift_JIS, iconv reads "\" as "¥", which ends an escape of JSON, and "~" as "‾".
         return _in_encoding(name, "CP932" if codec == "shift_jis" and (b"\\" in data or b"~" in data) else encoding)
     is_binary = CONTROL.search(data) is not None and not _is_utf8(data)
-    return "binary data and no text; name a file of UTF-8 text" if is_binary else None
+    if is_binary:
+        return "binary data and no text; name a file of UTF-8 text"
+    if not _is_utf8(data):
+        return "not UTF-8, and of no encoding known here; convert the file to UTF-8 (from Windows: iconv -f CP932 -t UTF-8)"
+    return None
 
 
 def other_than_jsonl(line: bytes) -> str | None:

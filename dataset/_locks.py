@@ -19,6 +19,8 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
+# What those answer that open no file for reading and writing at once, as mounted buckets do.
+NO_OPEN = {errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @contextlib.contextmanager
@@ -47,28 +49,32 @@ def _acquire(path: Path) -> int | None:
     """Return the descriptor that holds the lock, or None where the system has no locks."""
     is_told, n_reopened = False, 0
     while True:
+        was_there = path.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if fcntl is None:
                 return None
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = _open(path)
         except (FileNotFoundError, FileExistsError):  # the one who made the folder has just removed it again
             n_reopened += 1
             if n_reopened > 50:
                 raise
             continue
-        except PermissionError:  # of another user; to lock it, reading is enough
-            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in NO_OPEN:
+                raise
+            _warn_of_no_lock(path, error)
+            return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = _holder_after(error, descriptor)
             os.close(descriptor)
             if holder is None:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                warn_once("lock", f"the file system of {path.parent} has no locks ({error.strerror}): take care that no"
-                          " other command writes to the same place at the same time")  # fmt: skip
+                if not was_there:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                _warn_of_no_lock(path, error)
                 return None
             if not is_told:
                 log(f"waiting for {holder}, which writes to {path.parent}")
@@ -83,6 +89,24 @@ def _acquire(path: Path) -> int | None:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return descriptor
+
+
+def _open(path: Path) -> int:
+    """Open a lock file, which is made if it is missing. Raises OSError."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        with contextlib.suppress(OSError):
+            return os.open(path, os.O_RDONLY)  # it is of another user; to lock it, reading is enough
+        raise
+
+
+def _warn_of_no_lock(path: Path, error: OSError) -> None:
+    warn_once(
+        "lock",
+        f"the file system of {path.parent} has no locks ({error.strerror}): take care that no other command writes to"
+        " the same place at the same time",
+    )
 
 
 def _is_still_there(path: Path, descriptor: int) -> bool:

@@ -5,11 +5,14 @@ only the standard library, and tqdm for the bar on a terminal.
 """
 
 import argparse
+import codecs
 import difflib
 import errno
 import io
 import json
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +20,15 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 MIB = 1024 * 1024
+STALLED_S = 5  # how long a write waits for the reader of a stream that is full
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "lost+found", "@eadir", "$recycle.bin"}
+
+
+# What file systems without fsync answer to it; a broken or full disk answers otherwise.
+NO_SYNC = {
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF, errno.EACCES, errno.EPERM,
+    errno.EISDIR, errno.ENOTTY,
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -56,7 +67,8 @@ _OS_REMEDIES = {
     errno.ENOSPC: "make room on the disk",
     errno.EDQUOT: "make room in the quota",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-    errno.EACCES: "check its permissions",
+    errno.EACCES: "check who owns it and its permissions",
+    errno.EPERM: "check who owns it and its permissions",
     errno.EROFS: "choose a folder that can be written to",
     errno.ENOTDIR: "a part of this path is a file; choose another",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -87,7 +99,10 @@ class LossyFile(io.RawIOBase):
         rest = memoryview(data)
         try:
             while rest:
-                rest = rest[self._file.write(rest) or len(rest) :]
+                n_written = self._file.write(rest)
+                if n_written is None and not select.select([], [self._file], [], STALLED_S)[1]:
+                    break  # somebody has made the stream non-blocking, and it is full
+                rest = rest[n_written or 0 :]
         except (OSError, ValueError):
             pass
         return len(data)
@@ -100,19 +115,18 @@ def lossy(stream: Any) -> Any:
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.flush()
-    # backslashreplace: continue where the locale cannot show Japanese
-    return io.TextIOWrapper(cast(Any, LossyFile(stream)), stream.encoding, "backslashreplace", line_buffering=True)
+    # Where the locale (LC_ALL=C) knows only ASCII, which cannot show Japanese, UTF-8 is written.
+    is_ascii = codecs.lookup(stream.encoding).name == "ascii" and "PYTHONIOENCODING" not in os.environ
+    encoding = "utf-8" if is_ascii else stream.encoding
+    return io.TextIOWrapper(cast(Any, LossyFile(stream)), encoding, "backslashreplace", line_buffering=True)
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Call main and exit: with code 0, or with an error of one line and code 2. What cannot be printed is dropped."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:  # closed: a file that is opened would take its place, and get what is printed
-            os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # prepare_process had taken it away
         main()
         sys.exit(0)
     except UserError as error:
@@ -121,6 +135,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         remedy = _OS_REMEDIES.get(error.errno or 0)
         if remedy is None:
             raise
+        if error.errno == errno.ENOSPC and os.path.realpath(str(error.filename)).startswith("/dev/shm"):
+            remedy = "make room in /dev/shm (df -h /dev/shm), or choose a folder on a disk"
         message = (
             f"{error.filename or 'writing'}: {os.strerror(error.errno or 0).lower()}; {remedy}, then run this again"
         )
@@ -224,7 +240,7 @@ def sync(file: Any) -> None:
     try:
         os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS):
+        if error.errno not in NO_SYNC:
             raise
         warn_once(
             "sync", f"this file system cannot sync ({error.strerror}): a power cut may lose what was just written"

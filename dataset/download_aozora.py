@@ -6,6 +6,11 @@ used without a network too, and then only its own checksum is checked. `--help` 
 fetching the file by hand.
 """
 
+from _startup import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before the imports below
+
 import gzip
 import hashlib
 import io

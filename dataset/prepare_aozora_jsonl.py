@@ -7,6 +7,11 @@ byte-order mark at its beginning (and, with --clean_aozora, the notation of Aozo
 at the separator, give the documents back. Tokens are left to pretokenize.py.
 """
 
+from _startup import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before the imports below
+
 import argparse
 import contextlib
 import filecmp
@@ -282,6 +287,8 @@ def publish(partial: Path, output: Path, manifest: dict[str, Any]) -> None:
     names = os.listdir(partial)
     if filecmp.cmpfiles(partial, output, names, shallow=False)[0] == names:
         return shutil.rmtree(partial)
+    os.rename(partial / "manifest.json", partial / "manifest")  # a drive that renames nothing refuses it here
+    os.rename(partial / "manifest", partial / "manifest.json")
     (output / "manifest.json").unlink(missing_ok=True)
     remove_shards(output)
     for shard in manifest["shards"]:

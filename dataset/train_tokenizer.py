@@ -9,6 +9,11 @@ same bytes. The text shards are those of prepare_aozora_jsonl.py, or a folder of
 SentencePiece: Kudo & Richardson 2018; unigram: Kudo 2018; BPE: Sennrich et al. 2016.
 """
 
+from _startup import prepare_process
+
+if __name__ == "__main__":
+    prepare_process()  # before the imports below
+
 import argparse
 import hashlib
 import io
@@ -228,7 +233,8 @@ def publish(output: Path, model: bytes, report: dict[str, Any]) -> None:
     contents = {MODEL_FILE: model, REPORT_FILE: json_bytes(report)}
     try:
         for name, content in contents.items():
-            write_synced(partial / name, content)
+            write_synced(partial / f"{name}.new", content)
+            os.replace(partial / f"{name}.new", partial / name)  # a drive that renames nothing refuses it here
         (output / REPORT_FILE).unlink(missing_ok=True)
         for name in contents:
             os.replace(partial / name, output / name)

@@ -241,16 +241,19 @@ def test_a_copied_link_is_not_taken_for_the_newest(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err == ""
     save(copied, 2, 4.0, keep=9)
     save(copied, 3, 6.0, keep=9)
-    for name, step in (("latest", 3), ("best", 2)):
+    for name, step, better in (("latest", 3, "newer"), ("best", 2, "better")):
         assert choose_checkpoint(str(copied / name), "newest") == copied / f"step_{step:08d}"
         warning = (
-            f"warning: {copied / name} is a copy of step 1, and no link; {copied}/step_0000000{step} is used instead\n"
+            f"warning: {copied / name} is a copy of step 1 and no link; a {better} one lies beside it and is used,"
+            f" {copied}/step_0000000{step}\n"
         )
         assert capsys.readouterr().err == warning
         assert choose_checkpoint(str(tmp_path / "run" / name), "newest") == tmp_path / "run" / name  # a link
     (copied / "step_00000003" / MODEL_FILE).write_bytes(b"")
     assert choose_checkpoint(str(copied / "latest"), "newest") == copied / "step_00000002"
     assert "step_00000003 is damaged" in capsys.readouterr().err
+    shutil.copytree(copied / "latest", tmp_path / "alone" / "latest")  # all that somebody fetched
+    assert choose_checkpoint(str(tmp_path / "alone"), "newest") == tmp_path / "alone" / "latest"
     shutil.copytree(copied / "latest", tmp_path / "run" / "mine")
     assert choose_checkpoint(str(tmp_path / "run" / "mine"), "newest") == tmp_path / "run" / "mine"
 

@@ -170,8 +170,17 @@ def test_utf8_is_never_called_anything_else() -> None:
     for place in (10, 200, 333):
         damaged[place] = 0xFF
     assert formats.other_than_utf8(bytes(damaged)) is None
-    assert formats.other_than_utf8("café señor naïve".encode("latin-1")) is None
     assert formats.other_than_utf8(b"") is None
+
+
+@pytest.mark.parametrize(
+    "data", ["café señor naïve".encode("latin-1"), "日本国憲法前文".encode("cp932"), "日本国宪法前言".encode("gb18030")]
+)
+def test_what_is_in_an_encoding_that_is_not_known_is_converted_and_not_left_out(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + data + b'"}\n')
+    result = call_command(PREPARE, "--jsonl_path", tmp_path / "a.jsonl", "--output_dir", tmp_path / "out")
+    assert_user_error(result, "not UTF-8", "convert")
+    assert "--skip_bad_lines" not in result.stderr
 
 
 @pytest.mark.parametrize(

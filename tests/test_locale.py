@@ -50,12 +50,11 @@ def test_json_files_are_utf8_whatever_a_path_holds(tmp_path: Path, value: str, r
 
 def test_a_prompt_is_read_from_the_command_line_and_from_standard_input(poem: tuple[Path, str], tmp_path: Path) -> None:
     infer = ("inference.py", "--exp_dir", poem[0], "--temperature", 0, "--max_new_tokens", 12)
-    expected = json.dumps(f"春{poem[1]}")[1:9]  # \u6625 and what follows
     shown = run(tmp_path, *infer, "--prompt", "春", "--stop", "月").stdout
-    assert "\\u6625" in shown
-    assert "\\u6708" not in shown
-    assert run(tmp_path, *infer, "--prompt", "-", text="春\n").stdout.startswith(expected)
-    assert "\\u6625" in run(tmp_path, *infer, "--interactive", text="春\n").stdout
+    assert "春" in shown
+    assert "月" not in shown
+    assert run(tmp_path, *infer, "--prompt", "-", text="春\n").stdout.startswith(f"春{poem[1][:1]}")
+    assert "春" in run(tmp_path, *infer, "--interactive", text="春\n").stdout
 
 
 @pytest.mark.slow

@@ -174,3 +174,32 @@ def test_mounts_that_number_files_anew_are_not_asked_forever(
     monkeypatch.setattr(os.path, "samestat", lambda *_: False)
     with take(tmp_path / ".lock"):
         pass
+
+
+@pytest.mark.parametrize("take", TAKE.values(), ids=TAKE)
+def test_a_folder_that_may_not_be_written_to(take: Take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is that of the folder, and not that the lock file is missing."""
+
+    def refuse(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError), take(tmp_path / ".lock"):
+        pass
+
+
+@pytest.mark.parametrize("take", TAKE.values(), ids=TAKE)
+def test_a_mount_that_opens_nothing_for_reading_and_writing_costs_a_warning(
+    take: Take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, flags: int, mode: int = 0o777) -> int:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported", str(path))
+
+    for warned in WARNED.values():
+        warned.clear()
+    monkeypatch.setattr(os, "open", refuse)
+    with take(tmp_path / ".lock"):
+        pass
+    assert "no locks" in capsys.readouterr().err

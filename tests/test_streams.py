@@ -93,6 +93,25 @@ def test_a_full_pipe_that_does_not_block_is_waited_for() -> None:
     os.close(reader)
 
 
+def test_a_reader_that_does_not_read_is_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal stopped by Ctrl-S, or a connection that hangs; once it reads again, it gets what is printed then."""
+    monkeypatch.setattr("gptkit.base.streams.STALLED_S", 0.2)
+    reader, writer = os.pipe()
+    with open(writer, "w", encoding="utf-8") as file:
+        stream = OutputStream(file)
+        start = time.monotonic()
+        print("花" * 100_000, file=stream)
+        print("lost", file=stream)
+        assert 0.2 < time.monotonic() - start < 2
+        assert stream.has_failed
+        os.set_blocking(reader, False)
+        while len(os.read(reader, 1 << 20)) == 1 << 20:
+            pass
+        print("again", file=stream)
+        assert os.read(reader, 100) == b"again\n"
+    os.close(reader)
+
+
 def test_a_log_has_lines_but_no_bars(tmp_path: Path) -> None:
     out, errors = (OutputStream(io.TextIOWrapper(io.BytesIO(), "ascii")) for _ in range(2))
     out.log = errors.log = LogFile(tmp_path / "run.log")
@@ -137,6 +156,24 @@ def test_run_log_has_what_was_printed(tmp_path: Path, short_shards: Path) -> Non
         assert printed
         found = iter(logged)
         assert all(line in found for line in printed), stream  # in this order
+
+
+def test_a_refusal_that_nobody_can_read_is_in_run_log(tmp_path: Path, short_shards: Path) -> None:
+    output = tmp_path / "out"
+    arguments = (*small_run(short_shards, output, "adamw"), "--context_length", 100_000)
+    process = start_process(
+        command("pretraining.py", *arguments), preexec_fn=lambda: (os.close(1), os.close(2), reset_signals())
+    )
+    assert process.wait(timeout=100) == 2
+    assert (output / "run.log").read_text("utf-8").splitlines()[-1].startswith("error: ")
+
+
+def test_the_log_of_a_user_is_not_removed(tmp_path: Path, short_shards: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "run.log").write_text("mine\n")
+    call_command("pretraining.py", *small_run(short_shards, output, "adamw"), "--context_length", 100_000)
+    assert (output / "run.log").read_text("utf-8").startswith("mine\n")
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
@@ -298,6 +335,7 @@ def test_an_evaluation_that_nobody_reads_is_kept(tmp_path: Path, trained: Path) 
 
 COMMANDS = (
     *("pretraining.py", "pretokenize.py", "inference.py", "demo.py", "evaluate_model.py", "export_hf.py", "report.py"),
+    *("dataset/prepare_aozora_jsonl.py", "dataset/train_tokenizer.py", "dataset/download_aozora.py"),
 )
 
 
@@ -305,11 +343,11 @@ COMMANDS = (
 @pytest.mark.parametrize("script", COMMANDS)
 def test_ctrl_c_during_the_imports_prints_no_traceback(script: str) -> None:
     process = start_process(command(script, "--help"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(0.6)  # torch takes longer
+    time.sleep(0.05 if script.startswith("dataset") else 0.6)  # torch takes longer
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert errors in ("", "interrupted\n")
-    assert process.returncode in (-signal.SIGINT, 130, 0)
+    assert process.returncode in (-signal.SIGINT, 130, 0)  # 0: it had ended
 
 
 @pytest.mark.slow

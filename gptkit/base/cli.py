@@ -180,7 +180,7 @@ def run_command(
         message = str(error)
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         _flush_or_drop_output()
-        sys.exit(1)
+        sys.exit(0)
     except OSError as error:
         remedy = _os_remedy(error)
         if remedy is None:
@@ -204,7 +204,7 @@ def _flush_or_drop_output() -> None:
 
 def _os_remedy(error: OSError) -> str | None:
     """Return what a user can do about an error of the system, or None where it is not known to be theirs."""
-    if error.errno == errno.ENOSPC and str(error.filename).startswith("/dev/shm"):
+    if error.errno == errno.ENOSPC and os.path.realpath(str(error.filename)).startswith("/dev/shm"):
         return SHARED_MEMORY_REMEDY
     return _OS_REMEDIES.get(error.errno or 0)
 

@@ -23,6 +23,8 @@ from gptkit.base.cli import warn_once
 LOCK_FILE = ".lock"
 POLL_S = 0.1
 PATIENCE_S = 0.5  # before a lock counts as held: one who only asks about it holds it for a moment
+# What those answer that open no file for reading and writing at once, as mounted buckets do.
+NO_OPEN = {errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 MAX_REOPENED = 50  # some mounts give a file a new inode number each time
 
 
@@ -65,29 +67,30 @@ def _acquire(path: Path, wait_for: str | None, shared: bool) -> int | None:
     """Return the descriptor that holds the lock, or None where the file system has no locks."""
     asked_at, is_told, n_reopened = time.monotonic(), False, 0
     while True:
+        was_there = path.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = _open(path)
         except (FileNotFoundError, FileExistsError):  # the one who made the folder has just removed it again
             n_reopened += 1
             if n_reopened > MAX_REOPENED:
                 raise
             continue
-        except PermissionError:  # of another user; to lock it, reading is enough
-            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in NO_OPEN:
+                raise
+            _warn_of_no_lock(path, error)
+            return None
         try:
             _flock(descriptor, shared)
         except OSError as error:
             holder = _read_holder(descriptor) if _is_held(error, descriptor) else None
             os.close(descriptor)
             if holder is None:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                warn_once(
-                    "lock",
-                    f"the file system of {path.parent} has no locks ({error.strerror}): take care that no other command"
-                    " writes to the same place at the same time",
-                )
+                if not was_there:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                _warn_of_no_lock(path, error)
                 return None
             if wait_for is None and time.monotonic() - asked_at > PATIENCE_S:
                 raise BlockingIOError(holder)
@@ -100,6 +103,24 @@ def _acquire(path: Path, wait_for: str | None, shared: bool) -> int | None:
             return descriptor
         n_reopened += 1
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """Open a lock file, which is made if it is missing. Raises OSError."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        with contextlib.suppress(OSError):
+            return os.open(path, os.O_RDONLY)  # it is of another user; to lock it, reading is enough
+        raise
+
+
+def _warn_of_no_lock(path: Path, error: OSError) -> None:
+    warn_once(
+        "lock",
+        f"the file system of {path.parent} has no locks ({error.strerror}): take care that no other command writes to"
+        " the same place at the same time",
+    )
 
 
 def _flock(descriptor: int, shared: bool) -> None:

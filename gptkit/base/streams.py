@@ -4,6 +4,7 @@ A terminal may be closed, Ctrl-C ends the `tee` that reads a pipe too, and a log
 written is then dropped, and the command continues.
 """
 
+import codecs
 import contextlib
 import io
 import os
@@ -13,7 +14,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-STALLED_S = 10  # how long a write waits for the reader of a full stream that somebody has made non-blocking
+STALLED_S = 5  # how long a write waits for the reader of a full stream: a stopped terminal must not stop training
+PIPE_BUF = 4096  # bytes that a pipe with room takes at once
 MAX_UNWRITTEN = 1 << 20  # bytes of a log that wait for a full disk to have room
 
 
@@ -22,20 +24,30 @@ class _LossyFile(io.RawIOBase):
 
     def __init__(self, file: Any) -> None:
         self._file = file
-        self.has_failed = False
+        self.has_failed = self._is_stalled = False
 
     def write(self, data: Any) -> int:
         rest = memoryview(data)
         while rest:
             try:
-                n_written = self._file.write(rest)
-                if n_written is None and not select.select([], [self._file], [], STALLED_S)[1]:
+                if not self._has_room():
+                    self.has_failed = True
                     break
+                n_written = self._file.write(rest[:PIPE_BUF])
             except (OSError, ValueError):  # ValueError: it was closed
                 self.has_failed = True
                 break
             rest = rest[n_written or 0 :]
         return len(data)
+
+    def _has_room(self) -> bool:
+        """Wait until the file takes more, or STALLED_S have passed; after that, no longer until it does again."""
+        try:
+            room = select.select([], [self._file], [], 0 if self._is_stalled else STALLED_S)[1]
+        except (OSError, ValueError):  # not a file of the system, or on Windows
+            return True
+        self._is_stalled = not room
+        return not self._is_stalled
 
     def writable(self) -> bool:
         return True
@@ -61,7 +73,7 @@ class OutputStream(io.TextIOWrapper):
             self._stream.flush()
         file = _LossyFile(getattr(self._stream.buffer, "raw", self._stream.buffer))
         file.has_failed = stream is None
-        super().__init__(file, self._stream.encoding, "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
+        super().__init__(file, encoding_of(self._stream), "backslashreplace", line_buffering=True)  # type: ignore[arg-type]
         self._file = file
 
     @property
@@ -116,7 +128,13 @@ def replace_streams(*, standard_output: bool = True) -> None:
     if standard_output or sys.stdout is None:
         sys.stdout = without_failures(sys.stdout)
     elif isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # where the locale cannot show Japanese
+        sys.stdout.reconfigure(encoding=encoding_of(sys.stdout), errors="backslashreplace")
+
+
+def encoding_of(stream: io.TextIOWrapper) -> str:
+    """Return the encoding for a stream: UTF-8 where the locale (LC_ALL=C) knows only ASCII, which cannot show Japanese."""
+    is_ascii = codecs.lookup(stream.encoding).name == "ascii" and "PYTHONIOENCODING" not in os.environ
+    return "utf-8" if is_ascii else stream.encoding
 
 
 def without_failures(stream: Any) -> Any:
@@ -124,9 +142,9 @@ def without_failures(stream: Any) -> Any:
     return OutputStream(stream) if stream is None or isinstance(stream, io.TextIOWrapper) else stream
 
 
-def output_has_failed() -> bool:
-    """Return whether standard output was closed, or did not take all that was printed until now."""
-    return isinstance(sys.stdout, OutputStream) and sys.stdout.has_failed
+def has_failed(stream: Any) -> bool:
+    """Return whether a standard stream was closed, or did not take all that was printed until now."""
+    return isinstance(stream, OutputStream) and stream.has_failed
 
 
 def start_log(path: Path, title: str) -> None:

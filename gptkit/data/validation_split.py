@@ -17,8 +17,8 @@ from gptkit.base.cli import UserError
 from gptkit.data.text_shards import TextShards, documents_of_shard, hash_document
 
 # Documents are chosen by their hashes alone where validation has at most four times its share of the text and at least
-# a quarter of it (or ENOUGH_BYTES, some 400 tokens), and training at least a quarter of its own.
-TOLERANCE, ENOUGH_BYTES = 4, 2048
+# a quarter of it, and training at least a quarter of its own.
+TOLERANCE = 4
 MIN_BYTES = 256  # validation's share is at least this (some 50 tokens), or a tenth of a text that is smaller still
 PARAGRAPH, SENTENCE = re.compile(r"\n+"), re.compile(r"[。．！？!?]+[」』）”\])]*|\.(?=\s)")
 Survey = Sequence[tuple[int, int]]  # (hash, bytes in UTF-8) of each document of a text shard
@@ -68,11 +68,8 @@ def choose_split(text: TextShards, surveys: Mapping[int, Survey], val_fraction: 
     split = split_by_hash(sizes, val_fraction)
     n_val = sum(size for found, size in sizes.items() if found < split.threshold)
     share = max(val_fraction * n_all, min(MIN_BYTES, n_all / 10))  # bytes
-    least, most = (
-        min(share / TOLERANCE, ENOUGH_BYTES),
-        min(share * TOLERANCE, n_all - (1 - val_fraction) * n_all / TOLERANCE),
-    )
-    if least <= n_val <= most:
+    most = min(share * TOLERANCE, n_all - (1 - val_fraction) * n_all / TOLERANCE)
+    if share / TOLERANCE <= n_val <= most:
         return split, ""
     alone = f"whole documents chosen by hash would be {n_val / n_all:.1%} of the text, --val_fraction is {val_fraction}"
     n_val = n_documents = 0

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 UNREACHABLE = -1e6  # a score below that of every way to split the characters of a name
+SCORE_STEPS_PER_UNIT = 64  # of our own unigram models, as dataset/_unigram.py rounds them
 BYTE_NAME = "<0x{:02X}>"  # of the piece that stands for a byte
 MAX_IDS = 1 << 24  # far above any vocabulary; what a damaged file claims is bounded by it
 MAX_SPACE = 400_000  # at a million spaces and line ends in a row tiktoken's matcher overflows its stack
@@ -90,10 +91,13 @@ class SentencePieceBackend:
         self.keeps_mark = is_plain and self._space_is_piece and self.unknown_id not in mark
         self._cuts: dict[str, list[int]] = {"▁": mark} if self.keeps_mark else {}  # characters, with their ids
         # A unigram model sums scores in float32, where a long text leaves no digits for the difference of two ways to
-        # split a word. So lines are encoded one by one where this means the same.
+        # split a word. So lines are encoded one by one where this means the same, and the scores are those of version
+        # 0.2.0, which rounds them: tokens made by models of earlier versions stay what they are.
         newline = self.id_of("\n")
-        if is_plain and newline is not None and not any("\n" in piece and piece != "\n" for piece in self.pieces()):
-            self._cuts["\n"] = [newline]
+        is_rounded = all((sp.get_score(i) * SCORE_STEPS_PER_UNIT).is_integer() for i in range(self.vocab_size))
+        is_split = newline is not None and not any("\n" in piece and piece != "\n" for piece in self.pieces())
+        if is_plain and is_rounded and is_split:
+            self._cuts["\n"] = [newline]  # type: ignore[list-item]
         self._cut = re.compile(f"([{''.join(self._cuts)}])") if self._cuts else None
 
     @classmethod

@@ -251,6 +251,11 @@ def choose_checkpoint(exp_dir: str, choice: Choice) -> Path:
     runs = {run: find_checkpoints(run) for run in [folder, *sorted(folder.glob("[!.]*/"))]}
     runs = {run: found for run, found in runs.items() if found}
     if not runs:
+        names = ("latest", "best") if choice == "newest" else ("best", "latest")
+        copies = [path for name in names for path in (folder / name, *folder.glob(f"*/{name}"))]
+        copies = [path for path in copies if (path / STATE_FILE).is_file()]  # without what they were links to
+        if copies:
+            return first_valid(copies, training=False)
         refuse_pickles([*folder.glob("*.*"), *folder.glob("*/*.*")])
         raise UserError(
             f"--exp_dir {folder} holds no checkpoint (step_…); pretraining.py writes one every --save_ckpt_freq steps"
@@ -278,7 +283,12 @@ def _candidates(folder: Path) -> list[Path]:
     else:
         beside = [path for path in reversed(beside) if int(path.name.removeprefix("step_")) > step]
     if beside:
-        print(f"warning: {folder} is a copy of step {step}, and no link; {beside[0]} is used instead", file=sys.stderr)
+        better = "newer" if place.name == "latest" else "better"
+        print(
+            f"warning: {folder} is a copy of step {step} and no link; a {better} one lies beside it and is used,"
+            f" {beside[0]}",
+            file=sys.stderr,
+        )
     return [*beside, folder]
 
 

@@ -22,12 +22,12 @@ import torch
 
 from gptkit import __version__
 from gptkit.base import devices
-from gptkit.base.cli import UserError, first_line
+from gptkit.base.cli import UserError, first_line, utf8_text
 from gptkit.base.files import read_json, write_atomically
 from gptkit.base.locks import LOCK_FILE, file_lock
-from gptkit.base.streams import start_log
+from gptkit.base.streams import has_failed, start_log
 from gptkit.distributed.process_group import is_main_process, main_process
-from gptkit.training.checkpoints import find_checkpoints
+from gptkit.training.checkpoints import STATE_FILE, find_checkpoints, read_state_or_empty
 from gptkit.training.run_log import (
     CURVE_FILE,
     LOG_FILE,
@@ -88,17 +88,22 @@ def lock_output(output_dir: Path) -> Iterator[Locks]:
 
 @contextlib.contextmanager
 def _log_output(output_dir: Path) -> Iterator[None]:
-    """Log what is printed from here on to the end of the process; a run that was refused before it began leaves no log."""
+    """Log what is printed from here on to the end of the process.
+
+    A run that is refused before it began leaves no log, unless its message cannot be seen elsewhere.
+    """
     path = output_dir / LOG_FILE
+    is_new = not path.exists()
     try:
-        start_log(path, f"--- {_now()}  {shlex.join(sys.argv)}")
+        start_log(path, f"--- {_now()}  {utf8_text(shlex.join(sys.argv))}")
     except OSError as error:
         print(f"warning: {path} could not be opened ({error}); what is printed is not logged there", file=sys.stderr)
     try:
         yield
     finally:
-        if set(os.listdir(output_dir)) <= {LOCK_FILE, LOG_FILE}:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            is_seen = not (has_failed(sys.stdout) or has_failed(sys.stderr))
+            if is_new and is_seen and set(os.listdir(output_dir)) <= {LOCK_FILE, LOG_FILE}:
                 path.unlink()
 
 
@@ -110,6 +115,13 @@ def check_output_dir(output_dir: str, resume: Literal["auto", "none"]) -> Path:
     if resume == "none" and find_checkpoints(folder):
         raise UserError(
             f"--output_dir {folder} holds a run already; name another folder, or resume it with --resume auto"
+        )
+    copy = next((folder / name for name in ("latest", "best") if (folder / name / STATE_FILE).is_file()), None)
+    if copy and not find_checkpoints(folder):
+        step = read_state_or_empty(copy).get("step")
+        raise UserError(
+            f"--output_dir {folder} holds {copy.name}, a copy of a checkpoint of step {step}, and no step_… folder; rename"
+            f" it to step_{step or 0:08d} to resume from it, or name another folder"
         )
     written = [name for name in (RUN_FILE, METRICS_FILE, SAMPLES_FILE, CURVE_FILE) if (folder / name).exists()]
     try:
