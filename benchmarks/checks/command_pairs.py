@@ -9,6 +9,7 @@ the second must end as if there had been no first. A server on this machine stan
 
 import gzip
 import hashlib
+import json
 import os
 import random
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401  it lets the modules of benchmarks/ be imported
-from machine import log, script, write_result
+from machine import log, read_texts, script, write_result
 
 from gptkit.base.cli import run_command, setting
 from gptkit.base.paths import existing_path
@@ -105,7 +106,7 @@ def n_pairs_of(pair: Pair, n_pairs: int) -> int:
 def make_kinds(folder: Path, jsonl: Path, tokenizer_path: Path, environment: dict[str, str]) -> dict[str, Pair]:
     """Make what the pairs start from, and return the pairs by name. Their paths are relative to the folder `work`."""
     other = folder / "other.jsonl"
-    other.write_bytes(b"".join(jsonl.read_bytes().splitlines(keepends=True)[::2]))
+    other.write_text("".join(json.dumps({"text": text}) + "\n" for text in read_texts(jsonl)[::2]), "utf-8")
     tokenizer = {"tokenizer": "sentencepiece", "tokenizer_path": tokenizer_path}
 
     def prepare(source: Path, output: Path | str) -> list[str]:
