@@ -22,8 +22,6 @@ from typing import Any, NoReturn, cast
 MIB = 1024 * 1024
 STALLED_S = 5  # how long a write waits for the reader of a stream that is full
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "lost+found", "@eadir", "$recycle.bin"}
-
-
 # What file systems without fsync answer to it; a broken or full disk answers otherwise.
 NO_SYNC = {
     errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF, errno.EACCES, errno.EPERM,

@@ -6,9 +6,8 @@ float32 (2) and its type (3). The scores are changed in place, so that protobuf 
 
 import struct
 
-STEPS_PER_UNIT = (
-    64  # float32 has 24 bits: sums of up to 2^18 have no rounding error. A line of Aozora Bunko has up to 2^15
-)
+# float32 has 24 bits: sums of up to 2^18 have no rounding error. A line of Aozora Bunko has up to 2^15.
+STEPS_PER_UNIT = 64
 PIECE, SCORE = 1, 2
 VARINT, LENGTH_DELIMITED, FIXED32 = 0, 2, 5
 

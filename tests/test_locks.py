@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import inspect
 import os
 import signal
 import subprocess
@@ -11,17 +12,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
 
-from gptkit.base import cli
+from gptkit.base import cli, files, locks, startup
 from gptkit.base.locks import file_lock, lock_holder
+from gptkit.text.backends import SCORE_STEPS_PER_UNIT
 
 sys.path.insert(0, str(ROOT / "dataset"))  # as for `python dataset/prepare_aozora_jsonl.py`
 
 import _locks
 import _script
+import _startup
+from _unigram import STEPS_PER_UNIT
 
 MINE = f"process {os.getpid()} on "
 Take = Callable[[Path], AbstractContextManager[None]]
@@ -203,3 +208,15 @@ def test_a_mount_that_opens_nothing_for_reading_and_writing_costs_a_warning(
     with take(tmp_path / ".lock"):
         pass
     assert "no locks" in capsys.readouterr().err
+
+
+def test_what_the_scripts_repeat_is_equal() -> None:
+    """The scripts in dataset/ stand alone, so they have their own copy of some things."""
+    copies: list[tuple[Any, Any]] = [
+        (_startup.prepare_process, startup.prepare_process),
+        *((getattr(_locks, name), getattr(locks, name)) for name in ("_open", "_warn_of_no_lock", "_is_still_there")),
+    ]
+    for ours, theirs in copies:
+        assert inspect.getsource(ours) == inspect.getsource(theirs)
+    assert (_script.NO_SYNC, _locks.NO_OPEN, _locks.LOCK_FILE) == (files.NO_SYNC, locks.NO_OPEN, locks.LOCK_FILE)
+    assert STEPS_PER_UNIT == SCORE_STEPS_PER_UNIT

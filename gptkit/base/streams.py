@@ -102,7 +102,6 @@ class LogFile:
     """A text file in UTF-8 that lines are appended to at once; those that a full disk refused are retried."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, self._descriptor)
         self._unwritten = b""

@@ -92,11 +92,14 @@ class SentencePieceBackend:
         self._cuts: dict[str, list[int]] = {"▁": mark} if self.keeps_mark else {}  # characters, with their ids
         # A unigram model sums scores in float32, where a long text leaves no digits for the difference of two ways to
         # split a word. So lines are encoded one by one where this means the same, and the scores are those of version
-        # 0.2.0, which rounds them: tokens made by models of earlier versions stay what they are.
+        # 0.2.0, which rounds them: tokens made by models of earlier versions stay what they are. BPE, whose scores are
+        # whole numbers, sums nothing.
         newline = self.id_of("\n")
-        is_rounded = all((sp.get_score(i) * SCORE_STEPS_PER_UNIT).is_integer() for i in range(self.vocab_size))
+        scores = [sp.get_score(i) for i in range(self.vocab_size)]
+        is_rounded = all((score * SCORE_STEPS_PER_UNIT).is_integer() for score in scores)
+        is_unigram = not all(score.is_integer() for score in scores)
         is_split = newline is not None and not any("\n" in piece and piece != "\n" for piece in self.pieces())
-        if is_plain and is_rounded and is_split:
+        if is_plain and is_rounded and is_unigram and is_split:
             self._cuts["\n"] = [newline]  # type: ignore[list-item]
         self._cut = re.compile(f"([{''.join(self._cuts)}])") if self._cuts else None
 
