@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -62,8 +62,8 @@ class EvaluationConfig:
     )
     batch_size: int = setting(8, "windows per batch", at_least=1, group="batch")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="device")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of matrix products (auto: bfloat16 on GPUs that multiply it)", group="device"
+    dtype: devices.DtypeName = setting(
+        "auto", "of matrix products (auto: on a GPU bfloat16, or float16 on older ones; else float32)", group="device"
     )
 
 
@@ -197,6 +197,7 @@ def evaluate(config: EvaluationConfig, contender: Contender, device: torch.devic
     if not math.isfinite(score.perplexity):
         raise UserError(
             f"{contender.name} has a loss of {score.loss}, which is not a usable score; use another checkpoint"
+            + (", or --dtype float32, which has a wider range" if dtype == torch.float16 else "")
         )
     return {
         "bits_per_char": score.bits_per_char,

@@ -72,8 +72,8 @@ class InferenceConfig(GenerationSettings):
     batch_size: int = setting(8, "texts generated at once", at_least=1, at_most=1024, group="text")
     checkpoint: checkpoints.Choice = setting("newest", "best: the one with the lowest validation loss", group="model")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="device")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "type of the weights (auto: bfloat16 on GPUs that multiply it)", group="device"
+    dtype: devices.DtypeName = setting(
+        "auto", "type of the weights (auto: on a GPU bfloat16, or float16 on older ones; else float32)", group="device"
     )
     quantize: Literal["none", "int8"] = setting("none", "int8: weights in 8 bits, faster on a CPU", group="device")
     compile: bool | None = setting(
@@ -121,9 +121,10 @@ def main(config: InferenceConfig) -> None:
 def load_generator(config: InferenceConfig) -> TextGenerator:
     """Load the checkpoint that the settings name and make it fast. Raises UserError."""
     device = devices.choose_device(config.device)
-    if config.quantize == "int8" and (device.type != "cpu" or config.dtype == "bfloat16"):
+    if config.quantize == "int8" and (device.type != "cpu" or config.dtype in ("bfloat16", "float16")):
         raise UserError(
-            "--quantize int8 is for the CPU, and without --dtype bfloat16; add --device cpu, or leave it out"
+            f"--quantize int8 is for float32 on the CPU, not for --dtype {config.dtype} on {device.type}; leave it out, or"
+            " add --device cpu --dtype float32"
         )
     if config.quantize == "int8" and config.compile:
         raise UserError("--quantize int8 cannot be compiled; leave --compile out")

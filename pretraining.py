@@ -143,12 +143,12 @@ def train(
         for micro_step in range(run.grad_accum_steps):
             with run.forward_context(is_last=micro_step == run.grad_accum_steps - 1):  # DDP's all-reduce, autocast
                 loss = run.loss(*batch) / run.grad_accum_steps
-            loss.backward()
+            run.scaler.scale(loss).backward()
             step_loss += loss.detach()
             batch = next(batches)  # read while the device computes
         train_loss, grad_norm = run.mean(step_loss, run.clip_gradients())  # the one wait for the device
         run.step += 1
-        if guard.accepts(run.step, train_loss, grad_norm):
+        if guard.accepts(run.step, train_loss, grad_norm, run.overflowed()):
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
 

@@ -6,7 +6,7 @@
 #     TINY=1 OUT=/tmp/out benchmarks/gpu_suite.sh      all sizes tiny, on any machine in less than a minute
 #
 # Each part writes its result to OUT, and its output to OUT/PART.txt:
-#   check       gpu_check.json: bfloat16, compiled, fused, the loss in chunks, Muon, GaLore, resuming bit for bit
+#   check       gpu_check.json: bfloat16, float16, compiled, fused, the loss in chunks, Muon, GaLore, resuming bit for bit
 #   speed       train_speed_32000.json: tokens/s and MFU at 124M, context 1,024, against the peers
 #   quality     quality_metrics.jsonl: the default recipe at 124M for four minutes
 #   evaluation  evaluation.json: that model on the text of TEXT_PATH, if that is given

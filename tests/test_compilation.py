@@ -191,6 +191,8 @@ def test_operations_per_token_are_those_that_torch_counts(arch: str, n_kv_heads:
         ("NVIDIA H100 PCIe", torch.bfloat16, "52.9%"),
         ("NVIDIA L40S", torch.bfloat16, "110.5%"),
         ("NVIDIA A100-SXM4-80GB", torch.bfloat16, "128.2%"),
+        ("NVIDIA A100-SXM4-80GB", torch.float16, "128.2%"),
+        ("Tesla V100-SXM2-16GB", torch.float16, "320.0%"),
         ("NVIDIA H200", torch.float32, "n/a"),
         ("Some Other Device", torch.bfloat16, "n/a"),
         ("NVIDIA L40", torch.bfloat16, "n/a"),

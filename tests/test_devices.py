@@ -44,12 +44,14 @@ def test_a_torch_that_does_not_report_it_trains_in_float32(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_gpu_that_only_emulates_bfloat16_gets_float32(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first GPU is a T4, for which torch reports bfloat16 support; an A100 and an H100 do multiply it."""
-    as_if(monkeypatch, {"avx512_bf16": True}, (7, 5), (8, 0), (9, 0))
-    chosen = [devices.choose_dtype("auto", torch.device("cuda", i), training) for i in range(3)]
-    assert chosen == [torch.float32, torch.bfloat16, torch.bfloat16]
-    assert devices.choose_dtype("auto", CUDA, training) == torch.float32
+def test_a_gpu_that_only_emulates_bfloat16_gets_float16_if_it_multiplies_that(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4, for which torch reports bfloat16 support, a V100, a Pascal, slow in float16; an A100 and an H100."""
+    as_if(monkeypatch, {"avx512_bf16": True}, (7, 5), (7, 0), (6, 1), (8, 0), (9, 0))
+    chosen = [devices.choose_dtype("auto", torch.device("cuda", i), training) for i in range(5)]
+    assert chosen == [torch.float16, torch.float16, torch.float32, torch.bfloat16, torch.bfloat16]
+    assert devices.choose_dtype("auto", CUDA, training) == torch.float16
     assert devices.choose_dtype("auto", MPS, training) == torch.float32
 
 
@@ -59,6 +61,7 @@ def test_the_dtype_asked_for_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         for training in (True, False):
             assert devices.choose_dtype("float32", device, training) == torch.float32
             assert devices.choose_dtype("bfloat16", device, training) == torch.bfloat16
+            assert devices.choose_dtype("float16", device, training) == torch.float16
 
 
 def test_a_run_uses_what_the_cpu_can(tmp_path: Path, short_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def assert_results(output: Path) -> None:
 
 def assert_checks(output: Path) -> None:
     found = json.loads((output / "gpu_check.json").read_bytes())
-    assert len(found["checks"]) + len(found["skipped"]) == 7
+    assert len(found["checks"]) + len(found["skipped"]) == 9
     assert all(found["checks"].values()), found
     assert not found["problems"]
     assert set(found["skipped"].values()) <= {"galore-torch is not installed"}

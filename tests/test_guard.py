@@ -35,6 +35,21 @@ def test_divergence_is_many_bad_steps_in_a_row_or_a_validation_loss_that_is_not_
     assert all(guard.has_diverged(bad) for bad in BAD)
 
 
+def test_an_overflow_of_the_loss_scale_is_not_a_bad_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """Only where the loss itself is finite."""
+    guard = Guard(2, n_skipped_in_a_row=1)
+    assert not guard.accepts(1, 2.0, math.inf, overflowed=True)
+    assert (guard.n_skipped, guard.n_skipped_in_a_row, guard.n_losses, guard.loss_sum) == (0, 0, 1, 2.0)
+    assert capsys.readouterr().out == (
+        "step 1 is skipped: its scaled gradient overflowed float16; the loss scale is halved\n"
+    )
+    assert guard.accepts(2, 2.0, 1.0)
+    assert not guard.accepts(3, 2.0, math.nan)
+    assert not guard.accepts(4, math.nan, math.inf, overflowed=True)
+    assert guard.n_skipped_in_a_row == 2
+    assert guard.has_diverged(None)
+
+
 def test_each_rollback_halves_the_rate() -> None:
     assert [Guard(5, n_rollbacks=n).lr_scale for n in range(4)] == [1, 1 / 2, 1 / 4, 1 / 8]
 

@@ -81,6 +81,7 @@ def test_a_draft_is_made_for_single_texts_and_does_not_change_them(
         ({"prompt": "雨が", "num_samples": 2}, False),
         ({"prompt": "雨が", "quantize": "int8"}, False),
         ({"prompt": "雨が", "dtype": "bfloat16"}, False),
+        ({"prompt": "雨が", "dtype": "float16"}, False),
     ]
     for options, expects_draft in cases:
         text_generator = inference.load_generator(inference.InferenceConfig(**common, **options))
@@ -118,7 +119,11 @@ def test_a_prompt_from_standard_input_and_one_that_is_too_long(
     )
 
 
-@pytest.mark.parametrize("flag", [("--quantize", "int8"), ("--dtype", "bfloat16"), ("--checkpoint", "best")], ids=str)
+@pytest.mark.parametrize(
+    "flag",
+    [("--quantize", "int8"), ("--dtype", "bfloat16"), ("--dtype", "float16"), ("--checkpoint", "best")],
+    ids=str,
+)
 def test_other_weights_generate_the_same(poem: tuple[Path, str], flag: tuple[str, str]) -> None:
     result = infer(poem[0], "--prompt", "春", "--temperature", 0, *flag)
     assert result.stdout == f"春{poem[1]}\n"

@@ -160,6 +160,18 @@ def test_probabilities_are_float32_where_products_are_bfloat16() -> None:
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_a_gradient_of_many_rows_stays_within_float16() -> None:
+    """The head's gradient is their sum: without a limit of rows it would be 160,000 times a share here."""
+    weight = torch.zeros(64, 4, requires_grad=True)
+    hidden_states, targets = torch.full((2**15, 4), 5.0), torch.full((2**15,), 7)
+    with torch.autocast("cpu", torch.float16), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loss.CHUNK_ROWS, "cpu", 2**15)  # as on CUDA, where memory is the only limit
+        linear_cross_entropy(hidden_states, weight, targets, 64).backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[7], torch.full((4,), -5 * 63 / 64), rtol=1e-2, atol=0)
+    torch.testing.assert_close(weight.grad[8], torch.full((4,), 5 / 64), rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_gradients_the_same_value_for_a_third_of_the_products(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

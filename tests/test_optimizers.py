@@ -171,7 +171,7 @@ def matrix(n_rows: int, n_columns: int, smallest: float) -> tuple[torch.Tensor, 
 
 # Polar Express with five steps leaves singular values between 0.876 and 1.123.
 SLACK = 0.125
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize(
@@ -179,12 +179,13 @@ DTYPES = [torch.float32, torch.bfloat16]
     [
         *((torch.float32, smallest, SLACK) for smallest in (0.1, 0.01, 0.0011)),
         *((torch.bfloat16, smallest, SLACK + 0.01) for smallest in (0.1, 0.01)),  # smaller ones drown in its rounding
+        *((torch.float16, smallest, SLACK + 0.01) for smallest in (0.1, 0.01)),
     ],
 )
 @pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 80)])
 def test_orthogonalize_equals_svd(shape: tuple[int, int], dtype: torch.dtype, smallest: float, slack: float) -> None:
     given, expected = matrix(*shape, smallest)
-    found = orthogonalize(given[None], dtype)
+    found = orthogonalize(1e-5 * given[None], dtype)  # as small as a gradient, little of which float16 could hold
     assert found.shape == (1, *shape)
     assert found.dtype == torch.float32
     assert torch.linalg.matrix_norm(found[0] - expected, 2) < slack
@@ -220,7 +221,10 @@ def test_muon_by_hand(arch: str, dtype: torch.dtype) -> None:
         set_learning_rate(optimizer, share)
         optimizer.step()
     for name, parameter in named.items():
-        torch.testing.assert_close(parameter.detach(), expected[name], atol=2e-5, rtol=1e-5, msg=name)
+        atol = (
+            2e-5 if dtype == torch.float32 else 0.01 * LR
+        )  # there a sum in another order may round to the next number
+        torch.testing.assert_close(parameter.detach(), expected[name], atol=atol, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

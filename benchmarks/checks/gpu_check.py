@@ -1,6 +1,6 @@
 """Check on this device what the tests check on a CPU. The result holds a true or false for each check.
 
-The checks compare bfloat16 with float32, compiled with eager, the fused optimizer with the plain one, the loss in chunks
+The checks compare bfloat16 and float16 with float32, compiled with eager, the fused optimizer with the plain one, the loss in chunks
 with torch's, and a stopped run with one that never stopped, bit for bit; they also take Muon's and GaLore's steps. On a
 CPU the same checks run, except that a model is traced and not compiled to machine code, which takes a C++ compiler and a
 minute.
@@ -15,6 +15,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,7 +38,8 @@ from gptkit.training.optimizers import BETAS, EPS, build_optimizer, orthogonaliz
 LR = 2e-3
 N_FITTED = 30  # AdamW steps on one batch, after which the loss is no longer that of a uniform guess
 N_RESUMED = 6  # optimizer steps of the run that is stopped after its first
-BFLOAT16_LOSS, BFLOAT16_GRADIENT = 0.02, 0.05  # relative differences from float32
+HALF_LOSS, HALF_GRADIENT = 0.02, 0.05  # relative differences of bfloat16 and float16 from float32
+LOSS_SCALE = 2.0**16  # in float16, as training begins with
 SINGULAR_VALUES = 0.7, 1.3
 Found = tuple[bool, dict[str, float]]  # whether the check holds, and what was measured
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T)
@@ -84,12 +86,13 @@ def loss_and_gradient(
     model: GPTModel, hidden_states: Callable[[torch.Tensor], torch.Tensor], batch: Batch, dtype: torch.dtype
 ) -> tuple[float, torch.Tensor]:
     """Return the loss of a batch, and its gradient by all parameters as one vector."""
+    scale = LOSS_SCALE if dtype == torch.float16 else 1.0
     with devices.autocast(batch[0].device, dtype):
         loss = make_loss(model, hidden_states, model.config.vocab_size)(*batch)
-    loss.backward()
+    (scale * loss).backward()
     gradient = nn.utils.parameters_to_vector([p.grad for p in model.parameters() if p.grad is not None])
     model.zero_grad(set_to_none=True)
-    return loss.item(), gradient
+    return loss.item(), gradient / scale
 
 
 def relative(found: torch.Tensor | float, wanted: torch.Tensor | float) -> float:
@@ -98,24 +101,24 @@ def relative(found: torch.Tensor | float, wanted: torch.Tensor | float) -> float
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
-def bfloat16_like_float32(device: torch.device, tiny: bool) -> Found:
-    """Compare losses and gradients in bfloat16 with those in float32."""
+def half_like_float32(device: torch.device, tiny: bool, dtype: torch.dtype) -> Found:
+    """Compare losses and gradients in a type of 16 bits with those in float32."""
     figures: dict[str, float] = {}
     for arch in ARCHS:
         model, batch = fitted_model(arch, tiny, device)
         wanted, wanted_gradient = loss_and_gradient(model, model.hidden_states, batch, torch.float32)
-        found, gradient = loss_and_gradient(model, model.hidden_states, batch, torch.bfloat16)
+        found, gradient = loss_and_gradient(model, model.hidden_states, batch, dtype)
         figures |= {f"{arch}_loss_float32": wanted, f"{arch}_loss": relative(found, wanted)}
         figures[f"{arch}_gradient"] = relative(gradient, wanted_gradient)
-    holds = all(figures[f"{arch}_loss"] <= BFLOAT16_LOSS for arch in ARCHS)
-    return holds and all(figures[f"{arch}_gradient"] <= BFLOAT16_GRADIENT for arch in ARCHS), figures
+    holds = all(figures[f"{arch}_loss"] <= HALF_LOSS for arch in ARCHS)
+    return holds and all(figures[f"{arch}_gradient"] <= HALF_GRADIENT for arch in ARCHS), figures
 
 
 def compiled_like_eager(device: torch.device, tiny: bool) -> Found:
     """Compare losses and gradients of a compiled model with those of a plain one."""
     dtype = devices.choose_dtype("auto", device, training=True)
-    # Float32 differs by the order of sums. In bfloat16 the compiler keeps more digits than separate kernels do.
-    limits = (1e-5, 1e-4) if dtype == torch.float32 else (BFLOAT16_LOSS, BFLOAT16_GRADIENT)
+    # Float32 differs by the order of sums. In 16 bits the compiler keeps more digits than separate kernels do.
+    limits = (1e-5, 1e-4) if dtype == torch.float32 else (HALF_LOSS, HALF_GRADIENT)
     figures: dict[str, float] = {}
     for arch in ARCHS:
         model, batch = fitted_model(arch, tiny, device)
@@ -149,7 +152,7 @@ def fused_like_plain(device: torch.device, tiny: bool) -> Found:
 
 
 def chunked_loss_like_torch(device: torch.device, tiny: bool) -> Found:
-    """Compare linear_cross_entropy in several chunks, in float32 and bfloat16, with F.cross_entropy in float32."""
+    """Compare linear_cross_entropy in several chunks, in each type, with F.cross_entropy in float32."""
     torch.manual_seed(0)
     n_tokens, n_channels, vocab_size = (150, 16, 100) if tiny else (1000, 256, 32_000)
     hidden = torch.randn(n_tokens, n_channels, device=device, requires_grad=True)
@@ -167,7 +170,7 @@ def chunked_loss_like_torch(device: torch.device, tiny: bool) -> Found:
             figures[f"{name}_loss"] = relative(found.detach(), wanted.detach())
             pairs = zip(gradients, wanted_gradients, strict=True)
             figures[f"{name}_gradient"] = max(relative(found, wanted) for found, wanted in pairs)
-            loss_limit, limit = (1e-5, 1e-4) if dtype == torch.float32 else (BFLOAT16_LOSS, BFLOAT16_GRADIENT)
+            loss_limit, limit = (1e-5, 1e-4) if dtype == torch.float32 else (HALF_LOSS, HALF_GRADIENT)
             holds &= figures[f"{name}_loss"] <= loss_limit and figures[f"{name}_gradient"] <= limit
     return holds, figures
 
@@ -178,10 +181,10 @@ def muon_orthogonalizes(device: torch.device, tiny: bool) -> Found:
     n, wide = (16, 32) if tiny else (256, 1024)
     left, right = (torch.linalg.qr(torch.randn(4, size, n))[0] for size in (n, wide))
     spread = (left * torch.logspace(-2, 0, n)) @ right.mT  # (4, n, wide)
-    dtype = devices.choose_dtype("auto", device, training=True)
     found = []
-    for matrices in (torch.randn(4, n, wide), spread, spread.mT):
-        found.append(torch.linalg.svdvals(orthogonalize(matrices.to(device), dtype).float().cpu()))
+    for dtype in {devices.choose_dtype("auto", device, training=True), torch.float16}:
+        for matrices in (torch.randn(4, n, wide), spread, 1e-5 * spread.mT):
+            found.append(torch.linalg.svdvals(orthogonalize(matrices.to(device), dtype).float().cpu()))
     smallest, largest = torch.stack(found).min().item(), torch.stack(found).max().item()
     holds = SINGULAR_VALUES[0] <= smallest and largest <= SINGULAR_VALUES[1]
     return holds, {"smallest": smallest, "largest": largest}
@@ -202,14 +205,20 @@ def galore_steps(device: torch.device, tiny: bool) -> Found:
     return finite and min(blocks) > 0, {"least_moved_matrix": min(blocks), "most_moved": max(moved.values())}
 
 
-def resumed_like_uninterrupted(device: torch.device, tiny: bool) -> Found:
+def resumed_like_uninterrupted(device: torch.device, tiny: bool, dtype: str) -> Found:
     """Compare pretraining.py on the sample, stopped after a step and resumed, with a run that never stopped.
 
     Where they differ, a second uninterrupted run shows whether the device adds up in the same order twice at all.
     """
     sizes = {**dimensions(tiny), "batch_size": 4, "grad_accum_steps": 2, "drop_rate": 0.1, "max_steps": N_RESUMED}
     del sizes["vocab_size"]  # the tokenizer's
-    fixed = {"bigram_steps": 2, "eval_iter": 1, "device": device, "tokenizer_path": SAMPLE / "tokenizer"}
+    fixed = {
+        "bigram_steps": 2,
+        "eval_iter": 1,
+        "device": device,
+        "dtype": dtype,
+        "tokenizer_path": SAMPLE / "tokenizer",
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = {"jsonl_path": SAMPLE / "sample.jsonl", "output_dir": folder / "001"}
@@ -243,13 +252,19 @@ def resumed_like_uninterrupted(device: torch.device, tiny: bool) -> Found:
 
 
 CHECKS: dict[str, Callable[[torch.device, bool], Found]] = {
-    "bfloat16 gives float32's loss within 2 % and its gradient within 5 %": bfloat16_like_float32,
+    "bfloat16 gives float32's loss within 2 % and its gradient within 5 %": partial(
+        half_like_float32, dtype=torch.bfloat16
+    ),
+    "float16 gives float32's loss within 2 % and its gradient within 5 %": partial(
+        half_like_float32, dtype=torch.float16
+    ),
     "compiled gives eager's loss and gradient": compiled_like_eager,
     "AdamW as built steps as the plain loop": fused_like_plain,
     "the loss in chunks and its gradients are torch's": chunked_loss_like_torch,
     "Muon's singular values lie between 0.7 and 1.3": muon_orthogonalizes,
     "GaLore steps": galore_steps,
-    "a stopped run ends as a whole one, bit for bit": resumed_like_uninterrupted,
+    "a stopped run ends as a whole one, bit for bit": partial(resumed_like_uninterrupted, dtype="auto"),
+    "a stopped run in float16 ends as a whole one, bit for bit": partial(resumed_like_uninterrupted, dtype="float16"),
 }
 
 

@@ -6,14 +6,16 @@ import re
 import resource
 import sys
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
 from gptkit.base.cli import UserError
 
-# Dense bfloat16 products on tensor cores, in 1e12 operations a second, from the vendors' data sheets, by a word of
-# the device's name (the first match counts). Laptop GPUs of the same name are other chips.
-BFLOAT16_TFLOPS = {
+# Dense products of 16-bit numbers on tensor cores, in 1e12 operations a second, from the vendors' data sheets, by a word
+# of the device's name (the first match counts): bfloat16 and float16 alike, but for the last two, which have only
+# float16. Laptop GPUs of the same name are other chips.
+HALF_TFLOPS = {
     "B200": 2250,
     "GH200": 989,
     "H200": 989,
@@ -28,11 +30,14 @@ BFLOAT16_TFLOPS = {
     "RTX 4090": 165,
     "RTX A6000": 155,
     "RTX 3090": 71,
+    "V100": 125,
+    "T4": 65,
 }
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's, from glibc's malloc.h
 LARGEST_FROM_HEAP = 32 << 20  # the most that every glibc takes as M_MMAP_THRESHOLD on 64 bits (mallopt(3))
 NEVER = 2**31 - 1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -68,15 +73,27 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def choose_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
-    """Return the type of the matrix products; "auto" is bfloat16 where the device multiplies it, else float32.
+def multiplies_only_float16(device: torch.device) -> bool:
+    """Return whether the device is known to multiply float16 fast, and bfloat16 not: NVIDIA's Volta and Turing.
 
-    On a CPU bfloat16 is chosen only for a training run, its validation included, whose float32 weights average the
-    rounding out. inference.py and evaluate_model.py use float32 there: a text must not depend on the kind of CPU.
+    Those are V100, T4, RTX 20 and GTX 16, of compute capability 7.x. Older ones are left out: most of Pascal multiplies
+    float16 at 1/64 of float32's rate (CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions").
+    """
+    return device.type == "cuda" and (7, 0) <= torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def choose_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
+    """Return the type of the matrix products; "auto" is the 16-bit type that the device multiplies fast, or float32.
+
+    bfloat16 is preferred: it has float32's range. On a CPU it is chosen only for a training run, its validation
+    included, whose float32 weights average the rounding out. inference.py and evaluate_model.py use float32 there: a
+    text must not depend on the kind of CPU.
     """
     if name == "auto":
-        fast = (training or device.type != "cpu") and multiplies_bfloat16(device)
-        name = "bfloat16" if fast else "float32"
+        if (training or device.type != "cpu") and multiplies_bfloat16(device):
+            name = "bfloat16"
+        else:
+            name = "float16" if multiplies_only_float16(device) else "float32"
     return DTYPES[name]
 
 
@@ -102,9 +119,9 @@ def describe_device(device: torch.device) -> str:
 
 def format_mfu(flops_per_s: float, device: torch.device, dtype: torch.dtype) -> str:
     """Return the share of the device's peak, such as "45.1%" (MFU: PaLM, appendix B); n/a where its peak is unknown."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
-        for model, tflops in BFLOAT16_TFLOPS.items():
+        for model, tflops in HALF_TFLOPS.items():
             if re.search(rf"\b{model}\b(?! Laptop)", name):
                 return f"{flops_per_s / (tflops * 1e12):.1%}"
     return "n/a"

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from gptkit.base.cli import first_line
+from gptkit.base.cli import UserError, first_line
 from gptkit.generation.sampling import SamplingSettings, TokenSampler
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def generate(
     255, where the vocabulary has them: they are drawn only in an order that makes characters. Each row draws from its
     own generator, which is on the CPU: the same seed and prompt give the same text, alone or in a batch, on all devices
     whose logits agree. (In bfloat16 and int8 they do not: a batch is rounded differently.) A draft is used, instead of
-    `decode`, for a single prompt only; then it and the model are on the CPU.
+    `decode`, for a single prompt only; then it and the model are on the CPU. Raises UserError where float16 overflows.
     """
     sampler = TokenSampler(settings, banned_ids, byte_ids)
     ended = set() if stopped is None else stopped
@@ -208,7 +208,10 @@ def generate(
             steps = decode_steps(model, rows, decode)
         for _ in range(max_new_tokens):
             with torch.inference_mode():  # not around the yield: the caller may train in between
-                logits = next(steps).float().cpu()  # (B, V)
+                computed = next(steps)
+                logits = computed.float().cpu()  # (B, V)
+                if computed.dtype == torch.float16 and not logits[:, 0].isfinite().all():
+                    raise UserError("the model's activations overflow float16; give --dtype float32")
                 new_ids = append_next_ids(rows.ids, logits, sampler, generators, end_of_text_id, ended)
             if len(ended) < len(prompts):
                 yield new_ids

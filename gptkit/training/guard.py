@@ -1,4 +1,7 @@
-"""Skip and count steps whose loss or gradient is not finite; too many in a row are a divergence."""
+"""Skip and count steps whose loss or gradient is not finite; too many in a row are a divergence.
+
+In float16 a gradient also overflows where its loss was scaled too far: such a step is skipped, and is no sign of trouble.
+"""
 
 import math
 from collections.abc import Mapping
@@ -25,13 +28,18 @@ class Guard:
         """Return the factor of the learning rate: each rollback halves it."""
         return 0.5**self.n_rollbacks
 
-    def accepts(self, step: int, train_loss: float, grad_norm: float) -> bool:
-        """Count a step that was computed, and return whether its gradient may be applied."""
-        if math.isfinite(train_loss) and math.isfinite(grad_norm):
+    def accepts(self, step: int, train_loss: float, grad_norm: float, overflowed: bool = False) -> bool:
+        """Count a step that was computed, and return whether its gradient may be applied.
+
+        overflowed: the gradient was scaled beyond float16's range, and the next one will be scaled less.
+        """
+        if math.isfinite(train_loss) and (math.isfinite(grad_norm) or overflowed):
             self.loss_sum += train_loss
             self.n_losses += 1
             self.n_skipped_in_a_row = 0
-            return True
+            if overflowed:
+                print_line(f"step {step} is skipped: its scaled gradient overflowed float16; the loss scale is halved")
+            return not overflowed
         self.n_skipped += 1
         self.n_skipped_in_a_row += 1
         print_line(
@@ -73,6 +81,14 @@ def as_count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**53:
         raise ValueError(f"{value!r} is not a count")
     return value
+
+
+def as_scaler_state(value: Any) -> dict[str, float]:
+    """Return what changes in the state of a GradScaler, from a checkpoint. Raises KeyError and ValueError."""
+    scale = as_sum(value["scale"])
+    if scale <= 0:
+        raise ValueError(f"{scale} is not a loss scale")
+    return {"scale": scale, "_growth_tracker": as_count(value["_growth_tracker"])}
 
 
 def as_sum(value: Any) -> float:

@@ -11,6 +11,9 @@ import torch
 # with a small vocabulary fewer of them fit into a faster cache.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**31, "mps": 2**29}
 CHUNK_ROWS = {"cpu": 512}
+# float16 ends at 65,504. A chunk's gradient of the head is a sum over its rows, each a probability less 0 or 1 times a
+# normalized state (at most sqrt(C), mostly below 5), before the loss scale is applied: with these it stays below.
+FLOAT16_ROWS = 2048
 
 
 def linear_cross_entropy(
@@ -45,6 +48,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n_tokens, n_logits = len(targets), len(weight)
         kind = hidden.device.type
         max_rows = min(CHUNK_ROWS.get(kind, n_tokens), n_tokens)
+        if dtype == torch.float16:
+            max_rows = min(max_rows, FLOAT16_ROWS)
         n_rows = min(max(CHUNK_BYTES.get(kind, 2**29) // (4 * n_logits), 64), max_rows)
         x, w = hidden.to(dtype), weight.to(dtype)  # (N, C), (V, C)
         grad_hidden = torch.empty_like(hidden) if with_gradients else hidden.new_empty(0)

@@ -198,11 +198,10 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
     Singular values from 1/1000 of the norm up come near 1, by Newton-Schulz steps with products in `dtype`; in bfloat16
     those below 1/100 are lost in its rounding.
     """
-    x = matrices.to(dtype)
-    tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # a little below 1, so that rounding cannot exceed it
+    x = x.to(dtype)  # only now: a gradient may be too small for float16
     for i, (p, q, r) in enumerate(POLAR_EXPRESS, 1):
         if i < len(POLAR_EXPRESS):  # the authors' safety factor: in bfloat16 a value above 1 would diverge
             p, q, r = p / SAFETY, q / SAFETY**3, r / SAFETY**5

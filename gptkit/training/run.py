@@ -33,7 +33,7 @@ from gptkit.training.compilation import (
     find_batch_size,
     time_optimizer_step,
 )
-from gptkit.training.guard import as_count, as_sum
+from gptkit.training.guard import as_count, as_scaler_state, as_sum
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, load_optimizer_tensors, optimizer_tensors
 from gptkit.training.planning import Plan, flops_per_token
 from gptkit.training.run_log import CURVE_FILE, RUN_FILE, RUN_FORMAT
@@ -62,6 +62,12 @@ class Run:
     elapsed_s: float = 0.0  # of training, when the newest checkpoint was written
     best_val_loss: float | None = None  # nats per token, of the checkpoints saved
     loss: Loss = dataclasses.field(init=False)  # inputs, targets: (B, T) -> mean; compile() sets it
+    scaler: torch.amp.GradScaler = dataclasses.field(init=False)  # does nothing unless dtype is float16
+    loss_scale: float = dataclasses.field(init=False)  # the scaler's after the last step
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.loss_scale = self.scaler.get_scale()
 
     @property
     def output_dir(self) -> Path:
@@ -116,9 +122,24 @@ class Run:
             yield
 
     def clip_gradients(self) -> torch.Tensor:
-        """Scale the gradients down to at most --grad_clip, and return the norm that they had."""
+        """Scale the gradients down to at most --grad_clip, and return the norm that they had.
+
+        In float16 they were multiplied by the loss scale (Micikevicius et al. 2018, "Mixed Precision Training", section
+        3.2): this divides them by it, once, and then adapts it, down where one overflowed. The optimizer's own step
+        follows, not GradScaler.step: that leaves an overflow to the fused AdamW, which knows nothing of Muon's matrices.
+        """
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.update()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
         return fsdp.full_norm(norm)
+
+    def overflowed(self) -> bool:
+        """Return whether the gradient of this step was scaled beyond float16's range. Call it once after each step.
+
+        clip_gradients has then lowered the scale. Below a scale of 1 something else is wrong with the gradient.
+        """
+        before, self.loss_scale = self.loss_scale, self.scaler.get_scale()
+        return 1 <= self.loss_scale < before
 
     def mean(self, *values: torch.Tensor) -> list[float]:
         """Return the means of scalars over the processes; waits for the device."""
@@ -148,11 +169,15 @@ class Run:
 
     def progress(self) -> dict[str, Any]:
         """Return how far the run has come, for a checkpoint's state."""
-        return {"step": self.step, "best_val_loss": self.best_val_loss, "elapsed_s": self.elapsed_s}
+        scaler = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+        return {"step": self.step, "best_val_loss": self.best_val_loss, "elapsed_s": self.elapsed_s, **scaler}
 
     def load_progress(self, state: Mapping[str, Any]) -> None:
         """Load what `progress` returned. Raises KeyError where something is missing, ValueError where it is invalid."""
         step, best, elapsed_s = as_count(state["step"]), state["best_val_loss"], as_sum(state["elapsed_s"])
+        if self.scaler.is_enabled() and "scaler" in state:  # it is missing where the run was in another precision
+            self.scaler.load_state_dict(self.scaler.state_dict() | as_scaler_state(state["scaler"]))
+            self.loss_scale = self.scaler.get_scale()
         self.best_val_loss = None if best is None else as_sum(best)
         self.step, self.elapsed_s = step, elapsed_s
 

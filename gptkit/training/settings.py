@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gptkit.base.cli import UserError, setting
+from gptkit.base.devices import DtypeName
 from gptkit.data.batches import TrainingBatches
 from gptkit.distributed.process_group import Parallelism
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, build_optimizer
@@ -182,8 +183,10 @@ class TrainingSettings:
         group="device",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="device")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "type of matrix products (auto: bfloat16 where the device itself multiplies it)", group="device"
+    dtype: DtypeName = setting(
+        "auto",
+        "type of matrix products (auto: bfloat16 where the device itself multiplies it, else float16 on GPUs, or float32)",
+        group="device",
     )
     compile: bool | None = setting(
         None, "torch.compile the model (default: on CUDA); where that fails, continue without", group="device"
