@@ -1,0 +1,108 @@
+"""Try what a command will need of a file system before it works for hours: mounts of buckets and drives refuse a lot.
+
+What only costs safety or time is a warning of the function that meets it (files.py, locks.py). Without the rest nothing
+would be kept, so it is an error at once. docs/filesystems.md lists what which mount can do.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from gptkit.base.cli import UserError, warn_once
+from gptkit.base.files import move_folder, sync_folder, write_atomically
+
+# What a disk answers that could keep a file but not now, or not of that name; these have remedies of their own.
+NOT_OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG}
+
+
+def probe_files(folder: Path, name: str = "file") -> None:
+    """Raise UserError where files of `folder` cannot be written, replaced or removed; `name` is the longest of them.
+
+    The folder may be missing yet. Raises OSError where it may not be written to, or has no room.
+    """
+    with _trial(folder) as trial:
+        _replace_file(folder, trial / name)
+
+
+def probe_output(folder: Path) -> None:
+    """Raise UserError where the checkpoints and the log of a run could not be kept in `folder`, as probe_files does.
+
+    Warns where its saves will not survive a power cut, will be copied, or will have no links.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with _trial(folder) as trial:
+        path = trial / "file"
+        _replace_file(folder, path)
+        with _attempt("append to a file", folder):  # metrics.jsonl and run.log
+            with open(path, "ab", buffering=0) as file:
+                file.write(b"3")
+            if path.read_bytes() != b"23":
+                raise OSError(errno.EIO, "what the file held was lost")
+        checkpoint, place = trial / "partial", trial / "checkpoint"
+        with _attempt("make a folder", folder):
+            (checkpoint / "tokenizer").mkdir(parents=True)
+        with _attempt("write a safetensors file", folder):
+            try:
+                save_file({"x": torch.zeros(1)}, checkpoint / "model.safetensors")
+            except SafetensorError as error:
+                raise OSError(errno.EIO, str(error))
+        with _attempt("rename a folder, nor copy it", folder):
+            move_folder(checkpoint, place)
+            sync_folder(trial)
+        try:
+            os.symlink(place.name, trial / "link")
+        except OSError as error:
+            warn_once(
+                "link",
+                f"the links latest and best cannot be made in {folder} ({error.strerror}); name a checkpoint by its own"
+                " folder, step_…",
+            )
+
+
+def _replace_file(folder: Path, path: Path) -> None:
+    with _attempt("rename a file", folder):
+        write_atomically(path, b"1")
+    with _attempt("replace a file", folder):
+        write_atomically(path, b"2")
+        if path.read_bytes() != b"2":
+            raise OSError(errno.EIO, "it still holds what it held before")
+
+
+@contextlib.contextmanager
+def _trial(folder: Path) -> Iterator[Path]:
+    """Yield a new hidden folder in `folder`, or where that will be made, and remove it."""
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    try:
+        trial = Path(tempfile.mkdtemp(prefix=".probe-", dir=there))
+        (trial / "new").touch()
+    except OSError as error:
+        error.filename = str(there)
+        raise
+    try:
+        with _attempt("remove a file", folder):  # first of all: little is left where that is refused
+            (trial / "new").unlink()
+        yield trial
+        with _attempt("remove a folder", folder):
+            shutil.rmtree(trial)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _attempt(what: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NOT_OF_THE_SYSTEM:
+            raise
+        raise UserError(
+            f"the file system of {folder} cannot {what} ({error.strerror}), so nothing could be kept there; name a folder"
+            " on a local disk, and copy that afterwards, as rclone copy and aws s3 sync do"
+        )
