@@ -13,19 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gptkit.base.cli import UserError, warn_once
-from gptkit.base.files import move_folder, sync_folder, write_atomically
+from gptkit.base.files import move_folder, write_atomically
 
 # What a disk answers that could keep a file but not now, or not of that name; these have remedies of their own.
 NOT_OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG}
 
 
 def probe_files(folder: Path, name: str = "file") -> None:
-    """Raise UserError where files of `folder` cannot be written, replaced or removed; `name` is the longest of them.
+    """Raise UserError where files of `folder` cannot be replaced or removed; `name` is the longest of their names.
 
     The folder may be missing yet. Raises OSError where it may not be written to, or has no room.
     """
-    with _trial(folder) as trial:
-        _replace_file(folder, trial / name)
+    with _trial(folder, name):
+        pass
 
 
 def probe_output(folder: Path) -> None:
@@ -37,27 +37,23 @@ def probe_output(folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with _trial(folder) as trial:
-        path = trial / "file"
-        _replace_file(folder, path)
+    with _trial(folder, "file") as path:
         with _attempt("append to a file", folder):  # metrics.jsonl and run.log
             with open(path, "ab", buffering=0) as file:
                 file.write(b"3")
             if path.read_bytes() != b"23":
-                raise OSError(errno.EIO, "what the file held was lost")
-        checkpoint, place = trial / "partial", trial / "checkpoint"
-        with _attempt("make a folder", folder):
-            (checkpoint / "tokenizer").mkdir(parents=True)
+                raise OSError(errno.EIO, "what it held is lost")
+        partial, checkpoint = path.with_name("partial"), path.with_name("checkpoint")
         with _attempt("write a safetensors file", folder):
+            partial.mkdir()
             try:
-                save_file({"x": torch.zeros(1)}, checkpoint / "model.safetensors")
+                save_file({"x": torch.zeros(1)}, partial / "x")
             except SafetensorError as error:
                 raise OSError(errno.EIO, str(error))
         with _attempt("rename a folder, nor copy it", folder):
-            move_folder(checkpoint, place)
-            sync_folder(trial)
+            move_folder(partial, checkpoint)
         try:
-            os.symlink(place.name, trial / "link")
+            os.symlink(checkpoint.name, path.with_name("link"))
         except OSError as error:
             warn_once(
                 "link",
@@ -66,33 +62,34 @@ def probe_output(folder: Path) -> None:
             )
 
 
-def _replace_file(folder: Path, path: Path) -> None:
-    with _attempt("rename a file", folder):
-        write_atomically(path, b"1")
-    with _attempt("replace a file", folder):
-        write_atomically(path, b"2")
-        if path.read_bytes() != b"2":
-            raise OSError(errno.EIO, "it still holds what it held before")
-
-
 @contextlib.contextmanager
-def _trial(folder: Path) -> Iterator[Path]:
-    """Yield a new hidden folder in `folder`, or where that will be made, and remove it."""
-    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+def _trial(folder: Path, name: str) -> Iterator[Path]:
+    """Yield a file of content "2" in a new folder, which is removed. It lies in `folder`, or where that will be made."""
+    trial = _make_trial(folder)
+    path = trial / name
     try:
-        trial = Path(tempfile.mkdtemp(prefix=".probe-", dir=there))
-        (trial / "new").touch()
-    except OSError as error:
-        error.filename = str(there)
-        raise
-    try:
-        with _attempt("remove a file", folder):  # first of all: little is left where that is refused
-            (trial / "new").unlink()
-        yield trial
-        with _attempt("remove a folder", folder):
+        with _attempt("replace a file by another", folder):
+            path.write_bytes(b"1")
+            write_atomically(path, b"2")
+            if path.read_bytes() != b"2":
+                raise OSError(errno.EIO, "it is as it was")
+        yield path
+        with _attempt("remove what it holds", folder):
             shutil.rmtree(trial)
     finally:
         shutil.rmtree(trial, ignore_errors=True)
+
+
+def _make_trial(folder: Path) -> Path:
+    for there in (folder, *folder.parents):
+        try:
+            return Path(tempfile.mkdtemp(prefix=".probe-", dir=there))
+        except (FileNotFoundError, NotADirectoryError):  # perhaps only now: another command has removed what it made
+            continue
+        except OSError as error:
+            error.filename = str(folder)
+            raise
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
 
 
 @contextlib.contextmanager
@@ -101,6 +98,7 @@ def _attempt(what: str, folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NOT_OF_THE_SYSTEM:
+            error.filename = str(folder)
             raise
         raise UserError(
             f"the file system of {folder} cannot {what} ({error.strerror}), so nothing could be kept there; name a folder"
