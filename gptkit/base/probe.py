@@ -98,7 +98,8 @@ def _attempt(what: str, folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NOT_OF_THE_SYSTEM:
-            error.filename = str(folder)
+            is_name = error.errno == errno.ENAMETOOLONG and error.filename
+            error.filename = str(folder / Path(error.filename).name if is_name else folder)
             raise
         raise UserError(
             f"the file system of {folder} cannot {what} ({error.strerror}), so nothing could be kept there; name a folder"
