@@ -31,6 +31,7 @@ from torch import distributed
 from gptkit.base.cli import UserError
 from gptkit.base.files import free_bytes, move_folder, replace_folder, sync, sync_folder
 from gptkit.distributed import process_group
+from gptkit.training import checkpoints
 from gptkit.training.checkpoints import find_checkpoints
 
 LOCKS, SYNC, LINKS, COPIES = "has no locks", "cannot sync", "cannot be made", "refused to rename a folder"
@@ -172,6 +173,17 @@ def test_files_that_cannot_be_mapped_into_memory(
     assert call_command("inference.py", "--exp_dir", tmp_path / "exp", *prompt).returncode == 0
     resumed = run_of(tmp_path, sample_shards, "--max_steps", 3)
     assert resumed.returncode == 0, resumed.stderr
+
+
+def test_checkpoints_that_a_drive_does_not_give_now_are_not_to_be_removed(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rclone 1.60 answers EIO until it has uploaded the files of a folder that was renamed."""
+    shutil.copytree(trained / "model_checkpoints", tmp_path / "exp", symlinks=True)
+    refuse(monkeypatch, checkpoints, "sha256_of", errno.EIO)
+    result = call_command("inference.py", "--exp_dir", tmp_path / "exp", "--prompt", "雨")
+    assert_user_error(result, "Input/output error", "run the same command again when the drive can read them")
+    assert "remove" not in result.stderr
 
 
 def test_a_drive_without_modes(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
