@@ -34,7 +34,7 @@ class MountsConfig:
     folders: tuple[str, ...] = setting(help="folders, each on another mount")
     data_dir: str = setting(help="small text shards")
     tokenizer_path: str = setting(help="a SentencePiece model")
-    pause_s: int = setting(15, "seconds between two runs: some mounts upload what was written in the background")
+    pause_s: int = setting(15, "seconds after each run: some mounts upload in the background", at_least=0)
 
 
 def file_system(folder: Path) -> str:
