@@ -6,6 +6,7 @@ only the standard library, and tqdm for the bar on a terminal.
 
 import argparse
 import codecs
+import contextlib
 import difflib
 import errno
 import io
@@ -21,7 +22,9 @@ from typing import Any, NoReturn, cast
 
 MIB = 1024 * 1024
 STALLED_S = 5  # how long a write waits for the reader of a stream that is full
-SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "lost+found", "@eadir", "$recycle.bin"}
+# In lower case, and equal to those of gptkit/base/files.py.
+SYSTEM_FILES = {".ds_store", ".localized", ".directory", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+SYSTEM_FOLDERS = {"lost+found", "@eadir", "__macosx", "$recycle.bin", "system volume information"}
 # What file systems without fsync answer to it; a broken or full disk answers otherwise.
 NO_SYNC = {
     errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF, errno.EACCES, errno.EPERM,
@@ -182,7 +185,7 @@ class Progress:
 def is_stray(name: str) -> bool:
     """Return whether a system or an editor puts files of that name beside others: hidden ones, Thumbs.db, a.txt~."""
     is_backup = name.endswith("~") or name.startswith("~$") or (name.startswith("#") and name.endswith("#"))
-    return name.startswith(".") or is_backup or name.lower() in SYSTEM_FILES
+    return name.startswith(".") or is_backup or name.lower() in SYSTEM_FILES | SYSTEM_FOLDERS
 
 
 def check_output_dir(output: Path, is_own: Callable[[str], bool]) -> None:
@@ -243,6 +246,27 @@ def sync(file: Any) -> None:
         warn_once(
             "sync", f"this file system cannot sync ({error.strerror}): a power cut may lose what was just written"
         )
+
+
+def probe_files(folder: Path) -> None:
+    """Raise UserError where files of `folder`, which exists, cannot be renamed or removed: now, not when all is done."""
+    old, new = (folder / f".probe.{os.getpid()}.{name}" for name in ("old", "new"))
+    old.write_bytes(b"")
+    try:
+        new.write_bytes(b"")
+        os.replace(new, old)
+        old.unlink()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the file system of {folder} cannot replace a file by another, or remove it ({error.strerror}), so nothing"
+            " could be kept there; name a folder on a local disk, and copy that afterwards"
+        )
+    finally:
+        for path in (old, new):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 _warned_of: set[str] = set()

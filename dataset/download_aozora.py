@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from _locks import file_lock
-from _script import Parser, UserError, log, run_script, sync
+from _script import Parser, UserError, log, probe_files, run_script, sync
 
 REPOSITORY = "globis-university/aozorabunko-clean"
 REVISION = "42a9c9c0f1d67e6a5554d9bea4201973dc9b049c"
@@ -139,6 +139,7 @@ def fetch(archive: Path, target: Path, no_unpack: bool) -> None:
     if target.exists():  # made by the command that this one waited for
         print(f"{target} exists already; nothing to do")
         return
+    probe_files(target.parent)
     download(archive)
     if no_unpack:
         target = archive

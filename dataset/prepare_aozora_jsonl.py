@@ -37,6 +37,7 @@ from _script import (
     json_bytes,
     likely_file,
     log,
+    probe_files,
     run_script,
     sync,
     write_synced,
@@ -287,8 +288,6 @@ def publish(partial: Path, output: Path, manifest: dict[str, Any]) -> None:
     names = os.listdir(partial)
     if filecmp.cmpfiles(partial, output, names, shallow=False)[0] == names:
         return shutil.rmtree(partial)
-    os.rename(partial / "manifest.json", partial / "manifest")  # a drive that renames nothing refuses it here
-    os.rename(partial / "manifest", partial / "manifest.json")
     (output / "manifest.json").unlink(missing_ok=True)
     remove_shards(output)
     for shard in manifest["shards"]:
@@ -333,6 +332,7 @@ def main() -> None:
     check(options)
     with file_lock(Path(options.output_dir) / LOCK_FILE):
         check_output(Path(options.output_dir))
+        probe_files(Path(options.output_dir))
         manifest = prepare(options)
     report_changes(manifest, options.clean_aozora)
     left_out = "".join(f", {count} left out ({reason})" for reason, count in manifest["left_out"].items())

@@ -30,7 +30,17 @@ from typing import Any
 
 from _corpus import Corpus, find_corpus, read
 from _locks import LOCK_FILE, file_lock
-from _script import Parser, UserError, check_output_dir, has_format, json_bytes, log, run_script, write_synced
+from _script import (
+    Parser,
+    UserError,
+    check_output_dir,
+    has_format,
+    json_bytes,
+    log,
+    probe_files,
+    run_script,
+    write_synced,
+)
 from _unigram import round_scores
 
 FORMAT = "gptkit-tokenizer-report"
@@ -233,8 +243,7 @@ def publish(output: Path, model: bytes, report: dict[str, Any]) -> None:
     contents = {MODEL_FILE: model, REPORT_FILE: json_bytes(report)}
     try:
         for name, content in contents.items():
-            write_synced(partial / f"{name}.new", content)
-            os.replace(partial / f"{name}.new", partial / name)  # a drive that renames nothing refuses it here
+            write_synced(partial / name, content)
         (output / REPORT_FILE).unlink(missing_ok=True)
         for name in contents:
             os.replace(partial / name, output / name)
@@ -274,6 +283,7 @@ def main() -> None:
     with file_lock(output / LOCK_FILE):
         is_ours = (output / PARTIAL).is_dir() or has_format(output / REPORT_FILE, FORMAT)
         check_output_dir(output, lambda name: is_ours and name in (MODEL_FILE, REPORT_FILE, PARTIAL))
+        probe_files(output)
         report = train_tokenizer(find_corpus(Path(options.data_dir)), options)
     found = report["measured"]
     where = f"{found['held_out_works']} held-out documents" if found["held_out_works"] else "the training text"

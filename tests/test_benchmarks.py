@@ -220,6 +220,16 @@ def test_scaling_counts_what_the_collectives_send() -> None:
 
 
 @pytest.mark.slow
+def test_a_mount_that_refuses_nothing_keeps_a_run(results: Path, tmp_path: Path, sample_shards: Path) -> None:
+    (tmp_path / "mount").mkdir()
+    flags = ("--data_dir", sample_shards, "--tokenizer_path", SAMPLE_TOKENIZER, "--pause_s", 0)
+    found = result_of(run_benchmark, "mounts", results, "checks/mounts.py", "--folders", tmp_path / "mount", *flags)
+    assert found["mounts"]["mount"]["is_kept"], found
+    assert found["mounts"]["mount"]["probe_s"] < 1
+    assert all(found["goals"].values())
+
+
+@pytest.mark.slow
 def test_pairs_of_commands_harm_nothing(results: Path) -> None:
     kinds = (
         "prepare",

@@ -219,4 +219,17 @@ def test_what_the_scripts_repeat_is_equal() -> None:
     for ours, theirs in copies:
         assert inspect.getsource(ours) == inspect.getsource(theirs)
     assert (_script.NO_SYNC, _locks.NO_OPEN, _locks.LOCK_FILE) == (files.NO_SYNC, locks.NO_OPEN, locks.LOCK_FILE)
+    assert (_script.SYSTEM_FILES, _script.SYSTEM_FOLDERS) == (files.SYSTEM_FILES, files.SYSTEM_FOLDERS)
+    strays = (
+        "._a.txt",
+        "a.txt~",
+        "~$a.txt",
+        "#a.txt#",
+        "Thumbs.db",
+        "__MACOSX",
+        "System Volume Information",
+        "a.txt",
+        "#1",
+    )
+    assert [_script.is_stray(name) for name in strays] == [files.is_stray(name) for name in strays]
     assert STEPS_PER_UNIT == SCORE_STEPS_PER_UNIT

@@ -436,7 +436,7 @@ def test_a_stop_while_the_shards_are_moved_into_place(tmp_path: Path, n_moved: i
     stopped = (
         "import os, runpy, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"sys.argv, moves, replace = sys.argv[1:], iter(range({n_moved})), os.replace\n"
+        f"sys.argv, moves, replace = sys.argv[1:], iter(range(1 + {n_moved})), os.replace\n"  # one in the probe
         f"os.replace = lambda a, b: replace(a, b) if next(moves, None) is not None else {stop}\n"
         "sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"

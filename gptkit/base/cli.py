@@ -215,6 +215,7 @@ _OS_REMEDIES = {
     errno.ENOSPC: "make room on the disk and run the same command again",
     errno.EDQUOT: "make room in the quota and run the same command again",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run the same command again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n) and run the same command again",
     errno.EACCES: "check who owns it and its permissions",
     errno.EPERM: "check who owns it and its permissions",
     errno.EROFS: "choose a folder that can be written to",
@@ -267,7 +268,7 @@ def progress_bar(total: int, unit: str, what: str) -> Iterator[Callable[[int], N
         yield update
 
 
-_warned_of: set[str] = set()
+_warned_of: dict[str, str] = {}  # the warnings of this command, by kind
 
 
 def warn_once(kind: str, message: str) -> None:
@@ -276,8 +277,13 @@ def warn_once(kind: str, message: str) -> None:
     The worker processes of a command leave it to the command itself.
     """
     if kind not in _warned_of and multiprocessing.parent_process() is None:
-        _warned_of.add(kind)
+        _warned_of[kind] = message
         tqdm.write(f"warning: {message}", sys.stderr)
+
+
+def warnings_given() -> list[str]:
+    """Return the messages of warn_once that this command printed."""
+    return list(_warned_of.values())
 
 
 def print_line(text: str) -> None:

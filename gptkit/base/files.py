@@ -25,8 +25,13 @@ NO_SYNC = {
     errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF, errno.EACCES, errno.EPERM,
     errno.EISDIR, errno.ENOTTY,
 }  # fmt: skip
-# What those answer that cannot rename a folder; overlayfs (Docker) answers EXDEV for one of a lower layer.
-NO_RENAME = {errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
+# What those answer that cannot rename a folder; overlayfs (Docker) answers EXDEV for one of a lower layer, gcsfuse
+# EMFILE for one of more files than its --rename-dir-limit, 0 by default, rclone EIO where its remote cannot, and CIFS and
+# DrvFs EACCES while another program has a file in it open.
+NO_RENAME = {
+    errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EMFILE, errno.EIO,
+    errno.EACCES,
+}  # fmt: skip
 # In lower case: what file browsers leave in a folder, and folders that systems keep at the root of a disk.
 SYSTEM_FILES = {".ds_store", ".localized", ".directory", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 SYSTEM_FOLDERS = {"lost+found", "@eadir", "__macosx", "$recycle.bin", "system volume information"}
@@ -97,7 +102,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def move_folder(folder: Path, target: Path) -> None:
-    """Rename a folder to `target`, which is missing; where the file system refuses that, copy it and remove the old one.
+    """Rename a folder to `target`, which is missing; where the file system refuses that, warn once, copy and remove it.
 
     A copy that fails leaves nothing of `target`. Raises OSError.
     """
@@ -107,6 +112,7 @@ def move_folder(folder: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in NO_RENAME:
             raise
+        reason = error.strerror
     try:
         target.mkdir()
         for path in sorted(folder.rglob("*")):  # a folder before what it holds
@@ -119,6 +125,11 @@ def move_folder(folder: Path, target: Path) -> None:
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
+    warn_once(
+        "copy",
+        f"this file system refused to rename a folder ({reason}), which was copied instead; each checkpoint takes longer"
+        " there, and for a moment twice its room",
+    )
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from gptkit.base.cli import UserError
 from gptkit.base.files import is_stray, write_atomically, write_json
+from gptkit.base.probe import probe_files
 from gptkit.data.executors import ExecutorError, ExecutorName, RunTasks, open_executor
 from gptkit.data.text_shards import (
     TextShards,
@@ -43,7 +44,7 @@ from gptkit.data.token_records import (
     sources_of,
     sources_of_earlier_version,
 )
-from gptkit.data.token_shards import Tokens, TokenStream, has_size_of, open_token_shard, token_dtype, token_shard_bytes
+from gptkit.data.token_shards import Shard, TokenStream, has_size_of, open_token_shard, token_dtype, token_shard_bytes
 from gptkit.data.validation_split import Split, choose_split
 
 if TYPE_CHECKING:
@@ -149,6 +150,9 @@ def _update(
     reasons = {i: why for i, why in enumerate(found) if why and i % part[1] == part[0] - 1}
     if reasons:
         require_no_readers(output)
+        probe_files(
+            output, max((f"train_{path.stem}.npy" for path in text.paths), key=lambda name: len(os.fsencode(name)))
+        )
         (output / "manifest.json").unlink(missing_ok=True)  # from here on the folder is incomplete
     if records:
         print(f"{output}: {len(records)} of {len(old)} token shards reused, text and tokenizer match", file=sys.stderr)
@@ -265,7 +269,7 @@ def open_tokens(folder: Path, manifest: dict[str, Any]) -> dict[str, TokenStream
             if not has_size_of(path, length, dtype):
                 raise UserError(f"{path} is missing or damaged; run pretokenize.py again")
 
-        def open_shard(number: int) -> Tokens:
+        def open_shard(number: int) -> Shard:
             try:
                 return open_token_shard(paths[number], dtype, lengths[number])
             except ValueError as error:

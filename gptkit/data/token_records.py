@@ -83,7 +83,7 @@ def damage(record: Any, folder: Path, vocab_size: int, is_read: bool = True) -> 
                 return f"{path.name} is missing or damaged"
             if not is_read:
                 continue
-            tokens = open_token_shard(path, token_dtype(vocab_size), shard["tokens"])
+            tokens = open_token_shard(path, token_dtype(vocab_size), shard["tokens"])[:]
             if len(tokens) and int(tokens.max()) >= vocab_size:
                 return f"{path.name} has the id {tokens.max()}, and the tokenizer has {vocab_size} ids"
         except (KeyError, TypeError):

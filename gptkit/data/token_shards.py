@@ -2,9 +2,10 @@
 
 A shard is a NumPy .npy file (magic, version, dtype and count in its header) of one dimension, uint16 or uint32,
 little-endian. It is memory-mapped when it is first read, so that opening a corpus of any size costs neither time nor
-memory.
+memory. Where the file system maps no files, each read is a read of the file.
 """
 
+import errno
 import functools
 import io
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from gptkit.base.cli import warn_once
 
 Tokens = npt.NDArray[np.integer]
 MAX_MAPPED = 256  # shards of a stream mapped at a time: each is one of the files that a process may have open
@@ -37,33 +40,83 @@ def has_size_of(path: Path, n_tokens: int, dtype: str) -> bool:
     return path.is_file() and path.stat().st_size == HEADER_BYTES + n_tokens * np.dtype(dtype).itemsize
 
 
-def open_token_shard(path: Path, dtype: str, n_tokens: int) -> Tokens:
-    """Memory-map the tokens of a shard: (n_tokens,). Raises ValueError where the file is not what is expected."""
+class UnmappedShard:
+    """The tokens of a shard whose file cannot be mapped into memory: each slice is read from the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
+            self._start = file.tell()
+        if path.stat().st_size < self._start + len(self) * self.dtype.itemsize:
+            raise ValueError("it is cut short")
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, part: slice) -> Tokens:
+        start, end, _ = part.indices(len(self))
+        with open(self._path, "rb") as file:  # anew each time: two threads read
+            file.seek(self._start + start * self.dtype.itemsize)
+            content = file.read(max(end - start, 0) * self.dtype.itemsize)
+        if len(content) < (end - start) * self.dtype.itemsize:
+            raise OSError(errno.ESTALE, "it is shorter than it was", str(self._path))
+        return np.frombuffer(content, self.dtype)
+
+
+Shard = Tokens | UnmappedShard
+
+
+def open_token_shard(path: Path, dtype: str, n_tokens: int) -> Shard:
+    """Memory-map the tokens of a shard: (n_tokens,). Where that is refused, warn once, and read them when they are needed.
+
+    Raises ValueError where the file is not what is expected, and OSError where it cannot be read.
+    """
+    tokens: Shard
     try:
         try:
-            tokens: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except OSError:  # some network drives cannot map a file into memory
-            tokens = np.load(path, allow_pickle=False)
+            tokens = _map(path)
+        except OSError as error:
+            tokens = UnmappedShard(path)  # raises it again where not the mapping was refused
+            warn_once(
+                "map",
+                f"the file system of {path.parent} cannot map files into memory ({error.strerror}): tokens are read from"
+                " it again and again, which may slow training down; copy the folder to a local disk and name it with"
+                " --pretokenized_dir",
+            )
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        raise ValueError(f"{path}: not a token shard ({error})")
     except Exception as error:  # NumPy's reader of headers raises many kinds for a damaged one
         raise ValueError(f"{path}: not a token shard ({error})")
-    if (
-        not isinstance(tokens, np.ndarray)
-        or tokens.shape != (n_tokens,)
-        or tokens.dtype != np.dtype(dtype).newbyteorder("<")
-    ):
+    is_array = isinstance(tokens, (np.ndarray, UnmappedShard))
+    if not is_array or tokens.shape != (n_tokens,) or tokens.dtype != np.dtype(dtype).newbyteorder("<"):
         raise ValueError(f"{path}: not the {n_tokens} tokens of {dtype} that its manifest names")
     return tokens
+
+
+def _map(path: Path) -> Tokens:
+    """Map a .npy file into memory. Raises OSError, and what NumPy raises for another file."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+    # What FUSE answers for a mount with direct_io, which has private mappings and no shared ones.
+    return np.load(path, mmap_mode="c", allow_pickle=False)
 
 
 class TokenStream:
     """Shards joined end to end, read as one array of len(stream) tokens."""
 
-    def __init__(self, shards: Sequence[Tokens]) -> None:
-        self._shard: Callable[[int], Tokens] = shards.__getitem__
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shard: Callable[[int], Shard] = shards.__getitem__
         self._ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64)  # where each shard ends
 
     @classmethod
-    def lazy(cls, lengths: Sequence[int], open_shard: Callable[[int], Tokens]) -> "TokenStream":
+    def lazy(cls, lengths: Sequence[int], open_shard: Callable[[int], Shard]) -> "TokenStream":
         """Return a stream of shards of known lengths, each opened by its number when it is first read."""
         stream = cls([])
         stream._ends = np.cumsum(lengths, dtype=np.int64)

@@ -52,6 +52,10 @@ class DamagedCheckpoint(Exception):
     """A checkpoint that must not be used, and why."""
 
 
+class UnreadableCheckpoint(DamagedCheckpoint):
+    """A checkpoint that the file system does not give, and why; a network drive may in a moment."""
+
+
 # Writing
 
 
@@ -167,7 +171,9 @@ def verify_checkpoint(folder: Path, training: bool = True) -> None:
         lines = path.read_bytes().decode("ascii").split("\n")
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{SUMS_FILE} is missing")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UnreadableCheckpoint(f"{SUMS_FILE} cannot be read ({error})")
+    except ValueError as error:
         raise DamagedCheckpoint(f"{SUMS_FILE} cannot be read ({error})")
     matches = [SUMS_LINE.fullmatch(line) for line in lines]
     sums = {match[2]: match[1] for match in matches if match}
@@ -182,7 +188,7 @@ def verify_checkpoint(folder: Path, training: bool = True) -> None:
         try:
             found = sha256_of(path)
         except OSError as error:
-            raise DamagedCheckpoint(f"{name} cannot be read ({error})")
+            raise UnreadableCheckpoint(f"{name} cannot be read ({error})")
         if found != sums[name]:
             raise DamagedCheckpoint(f"{name} is not what was saved")
     try:
@@ -193,18 +199,21 @@ def verify_checkpoint(folder: Path, training: bool = True) -> None:
 
 def first_valid(candidates: list[Path], training: bool = True) -> Path:
     """Return the first valid checkpoint, after a warning for each before it. Raises UserError where there is none."""
-    damage = {}
+    damage: dict[Path, DamagedCheckpoint] = {}
     for folder in candidates:
         try:
             verify_checkpoint(folder, training)
         except DamagedCheckpoint as error:
-            damage[folder] = str(error)
+            damage[folder] = error
             continue
         for passed_over, reason in damage.items():
             print(f"warning: {passed_over} is damaged ({reason}); {folder} is used instead", file=sys.stderr)
         return folder
     reasons = "; ".join(f"{folder}: {reason}" for folder, reason in damage.items())
-    raise UserError(f"no checkpoint is intact ({reasons}); restore one, or remove them to start a new run")
+    remedy = "restore one, or remove them to start a new run"
+    if any(isinstance(error, UnreadableCheckpoint) for error in damage.values()):
+        remedy = "run the same command again when the drive can read them"
+    raise UserError(f"no checkpoint is intact ({reasons}); {remedy}")
 
 
 @main_process

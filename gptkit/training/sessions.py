@@ -22,10 +22,11 @@ import torch
 
 from gptkit import __version__
 from gptkit.base import devices
-from gptkit.base.cli import UserError, first_line, utf8_text
+from gptkit.base.cli import UserError, first_line, utf8_text, warnings_given
 from gptkit.base.files import read_json, write_atomically
 from gptkit.base.locks import LOCK_FILE, file_lock
-from gptkit.base.streams import has_failed, start_log
+from gptkit.base.probe import probe_output
+from gptkit.base.streams import has_failed, log_line, start_log
 from gptkit.distributed.process_group import is_main_process, main_process
 from gptkit.training.checkpoints import STATE_FILE, find_checkpoints, read_state_or_empty
 from gptkit.training.run_log import (
@@ -72,11 +73,13 @@ def record_session(output_dir: Path, step: int, settings: Any, environment: dict
 def lock_output(output_dir: Path) -> Iterator[Locks]:
     """Make the output folder, keep other runs out of it, and log there what is printed.
 
-    Yields the locks of the main process, to which others may be added. Raises UserError where another run is there.
+    Yields the locks of the main process, to which others may be added. Raises UserError where another run is there, and
+    where the file system could not keep what a run writes.
     """
     with Locks() as locks:
         try:
             if is_main_process():
+                probe_output(output_dir)
                 locks.enter_context(file_lock(output_dir / LOCK_FILE))
                 locks.enter_context(_log_output(output_dir))
         except BlockingIOError as holder:
@@ -96,6 +99,8 @@ def _log_output(output_dir: Path) -> Iterator[None]:
     is_new = not path.exists()
     try:
         start_log(path, f"--- {_now()}  {utf8_text(shlex.join(sys.argv))}")
+        for message in warnings_given():  # of the file system, before there was a log
+            log_line(f"warning: {message}")
     except OSError as error:
         print(f"warning: {path} could not be opened ({error}); what is printed is not logged there", file=sys.stderr)
     try:
