@@ -5,6 +5,7 @@ for CUDA is pretended: the build that really is takes gigabytes.
 """
 
 import ctypes
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,7 @@ CPU = "--device cpu to use the CPU"
 
 
 def index_url(index: str) -> str:
-    return f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{index}, "
+    return f"{sys.executable} -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{index}, "
 
 
 @pytest.fixture(scope="session")
@@ -134,6 +135,18 @@ def test_without_a_driver_or_a_gpu_there_is_no_problem(this_driver: pytest.Monke
     this_driver.setattr(drivers, "_load", lambda name: None)
     assert not problem()
     this_driver.setattr(torch.version, "cuda", None)
+    assert not problem()
+
+
+def test_the_torch_that_would_be_installed_is_checked_too(this_driver: pytest.MonkeyPatch) -> None:
+    this_driver.setattr(importlib.util, "find_spec", lambda name: None)
+    expected = (
+        "the newest one needs a driver for CUDA 13.0 or newer, and the driver is 570.86.10, for CUDA 12.8; choose"
+    )
+    assert (
+        f"there is no torch here yet, and {expected} a host with a newer driver, run {index_url('cu128')}" in problem()
+    )
+    this_driver.setenv("STUB_CUDA", "13000")
     assert not problem()
 
 

@@ -138,7 +138,7 @@ def test_a_torchvision_of_another_torch_is_named(
     monkeypatch.syspath_prepend(tmp_path)
     named = (f"torchvision 0.21.0, which transformers imports, does not fit torch {torch.__version__}", "::nms")
     result = call_command("evaluate_model.py", "--hf_model", hf_folder, "--text_path", SAMPLE)
-    assert_user_error(result, f"--hf_model {hf_folder}: ", *named, "run pip uninstall torchvision")
+    assert_user_error(result, f"--hf_model {hf_folder}: ", *named, "-m pip uninstall torchvision")
     result = call_command("export_hf.py", "--exp_dir", hf_folder.with_name("exp"), "--output_dir", tmp_path / "hf")
     assert result.returncode == 0, result.stderr
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]

@@ -10,6 +10,7 @@ torch is imported in the functions that need it: exp001/command.sh asks this mod
 import contextlib
 import ctypes
 import glob
+import importlib.util
 import os
 import re
 import sys
@@ -95,10 +96,14 @@ def gpu_problem(device: str = "auto") -> str | None:
 
     None where it can, where there is none, or where `device` is another kind.
     """
+    match = re.fullmatch(r"auto|cuda(?::(\d+))?", device)
+    if not match:
+        return None
+    if importlib.util.find_spec("torch") is None:
+        return _future_problem()
     import torch
 
-    match = re.fullmatch(r"auto|cuda(?::(\d+))?", device)
-    if not match or torch.version.hip:
+    if torch.version.hip:
         return None
     if is_cuda_available():
         return _kernels_problem(int(match[1] or 0))
@@ -126,12 +131,23 @@ def gpu_problem(device: str = "auto") -> str | None:
     )
 
 
+def _future_problem() -> str | None:
+    """Return why the torch that pip would install here could not use the GPU: the newest one needs the newest CUDA."""
+    driver, needed = find_driver(), max(INDEXES)
+    if driver is None or driver.cuda is None or driver.cuda >= needed:
+        return None
+    return (
+        f"there is no torch here yet, and the newest one needs a driver for CUDA {needed[0]}.{needed[1]} or newer, and"
+        f" the driver is {driver}; choose a host with a newer driver, {_reinstall(driver.cuda)}, {OR_CPU}"
+    )
+
+
 def _reinstall(cuda: tuple[int, int]) -> str:
     """Return what installs the build of torch for this CUDA version: pip keeps another one that is there, unless forced."""
     index = wheel_index(cuda)
     if index is None:
         return "update the driver"
-    return f"run pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{index}"
+    return f"run {sys.executable} -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{index}"
 
 
 def _cuda_error() -> str:

@@ -8,6 +8,7 @@ GPTConfig's fields by name, since this module knows no model class.
 import dataclasses
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,8 @@ def torchvision_problem() -> str | None:
         installed = importlib.metadata.version("torchvision")
         return (
             f"torchvision {installed}, which transformers imports, does not fit torch {torch.__version__}"
-            f" ({first_line(error)}); run pip uninstall torchvision, which no command here needs, or install the"
-            " torchvision that belongs to this torch"
+            f" ({first_line(error)}); run {sys.executable} -m pip uninstall torchvision, which no command here needs,"
+            " or install the torchvision that belongs to this torch"
         )
     return None
 
