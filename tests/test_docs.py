@@ -16,7 +16,7 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 READMES = ("README.md", "README.en.md")
-DOCUMENTS = (*READMES, "CONTRIBUTING.md", "exp001/README.md")
+DOCUMENTS = (*READMES, "CONTRIBUTING.md", "exp001/README.md", "docs/clouds.md")
 FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")

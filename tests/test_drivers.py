@@ -216,7 +216,7 @@ def test_several_processes_report_it_too(monkeypatch: pytest.MonkeyPatch) -> Non
         devices.choose_device(process_group.device_of_rank("auto"))
 
 
-P100, V100, T4, A40, H100, RTX5090 = (6, 0), (7, 0), (7, 5), (8, 6), (9, 0), (12, 0)
+P100, V100, T4, A40, H100, B300, RTX5090 = (6, 0), (7, 0), (7, 5), (8, 6), (9, 0), (10, 3), (12, 0)
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 CU128 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 
@@ -233,17 +233,18 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], ar
     ("architectures", "runs"),
     [
         (CU126, (P100, V100, T4, A40, (8, 9), H100)),
-        (CU128, (T4, A40, (8, 9), H100, (10, 3), RTX5090, (12, 1))),
+        (CU128, (T4, A40, (8, 9), H100, B300, RTX5090, (12, 1))),
+        (("sm_80", "sm_100a"), (A40,)),
         (("sm_80", "sm_90a"), (A40, H100)),
-        (("sm_75", "compute_80"), (T4, A40, H100, RTX5090)),
-        ((), (P100, V100, T4, A40, H100, RTX5090)),  # torch does not report it
+        (("sm_75", "compute_80"), (T4, A40, H100, B300, RTX5090)),
+        ((), (P100, V100, T4, A40, H100, B300, RTX5090)),  # torch does not report it
     ],
 )
 def test_kernels_run_on_later_minor_capabilities_and_ptx_on_all_later(
     architectures: tuple[str, ...], runs: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drivers, "find_driver", lambda: drivers.Driver("570.86.10", (12, 8)))
-    for capability in {*runs, P100, V100, T4, A40, H100, RTX5090}:
+    for capability in {*runs, P100, V100, T4, A40, H100, B300, RTX5090}:
         pretend_gpu(monkeypatch, capability, architectures)
         assert (drivers.gpu_problem() is None) == (capability in runs), capability
 
