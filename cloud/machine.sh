@@ -42,17 +42,16 @@ find_python() { # set $python: the environment .venv or else another Python that
   return 2
 }
 
-in_python() { # run Python with the modules of the repository
-  run env PYTHONPATH="..${PYTHONPATH:+:$PYTHONPATH}" "$python" "$@"
-}
-
 require_gpu() { # end here where there is a GPU that torch cannot use; the settings $@ may name another device
-  in_python -c 'import argparse, sys
+  run env PYTHONPATH="..${PYTHONPATH:+:$PYTHONPATH}" "$python" -c 'import argparse, sys
 from gptkit.base.drivers import gpu_problem
 parser = argparse.ArgumentParser(allow_abbrev=False)
 parser.add_argument("--device", default="auto")
 device = parser.parse_known_args()[0].device
-problem = gpu_problem(device)
+try:
+    problem = gpu_problem(device)
+except Exception as error:
+    problem = f"torch cannot be imported by {sys.executable} ({error}); install it anew"
 if problem:
     print(f"error: --device {device}: {problem}", file=sys.stderr)
     sys.exit(2)' "$@"
@@ -61,8 +60,8 @@ if problem:
 prepare_python() { # set $python to one that has all packages, and check its torch against the GPU, for the settings $@
   find_python || return
   require_gpu "$@" || return # before anything is downloaded
-  if ! in_python ../cloud/install_packages.py --check ../requirements.txt; then
-    in_python ../cloud/install_packages.py ../requirements.txt || return
+  if ! run "$python" ../cloud/install_packages.py --check ../requirements.txt; then
+    run "$python" ../cloud/install_packages.py ../requirements.txt || return
     find_python || return # in an environment that it may have made
     require_gpu "$@" || return
   fi
