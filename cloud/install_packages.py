@@ -4,13 +4,14 @@
     python cloud/install_packages.py --check requirements.txt    # only report by the exit code whether all is there
 
 The torch of an image fits its driver; the newest one may not. Where the system manages this Python (PEP 668), the
-packages go into the environment .venv beside the requirements file, which sees the system's torch. This imports only
-the standard library, and packaging where it is there (transformers brings it).
+packages go into the environment .venv beside the requirements file, which sees the system's torch. This needs only
+the standard library, and packaging to compare versions, which transformers brings and pip has a copy of.
 """
 
 import importlib.metadata
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
         return 1 if unmet else 0
     torch = version("torch")
     too_old = [requirement for requirement in unmet if requirement.startswith("torch>")]
-    if torch and too_old and has_packaging():
+    if torch and too_old:
         print(
             f"error: torch {torch} of {sys.executable} is too old for {too_old[0]}, and it is not replaced here, since"
             f" another may not fit the driver; choose an image with a newer one, or install it by yourself",
@@ -41,13 +42,16 @@ def main(arguments: list[str]) -> int:
 
 
 def unmet_requirements(path: Path) -> list[str]:
-    """Return the lines of a requirements file that the installed packages do not meet; all where packaging is missing."""
+    """Return the lines of a requirements file that the installed packages do not meet."""
     lines = [line.partition("#")[0].strip() for line in path.read_text("utf-8").splitlines()]
     lines = [line for line in lines if line]
-    if not has_packaging():
-        return lines
-    from packaging.requirements import Requirement
-
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        try:
+            from pip._vendor.packaging.requirements import Requirement  # type: ignore[import-untyped, assignment, unused-ignore]
+        except ImportError:  # a new Python, without pip
+            return [line for line in lines if version(re.split("[<>=!~ ;[]", line)[0]) is None]
     unmet = []
     for line in lines:
         requirement = Requirement(line)
@@ -65,10 +69,6 @@ def version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def has_packaging() -> bool:
-    return importlib.util.find_spec("packaging") is not None
 
 
 def python_to_install_into(environment: Path) -> str:

@@ -43,7 +43,7 @@ find_python() { # set $python: the environment .venv or else another Python that
 }
 
 require_gpu() { # end here where there is a GPU that torch cannot use; the settings $@ may name another device
-  run env PYTHONPATH="..${PYTHONPATH:+:$PYTHONPATH}" "$python" -c 'import argparse, sys
+  run env PYTHONPATH="..${PYTHONPATH:+:$PYTHONPATH}" "$python" -W ignore -c 'import argparse, sys
 from gptkit.base.drivers import gpu_problem
 parser = argparse.ArgumentParser(allow_abbrev=False)
 parser.add_argument("--device", default="auto")

@@ -591,8 +591,8 @@ def test_a_gpu_that_torch_cannot_use_ends_the_command_before_any_download(
 ) -> None:
     """The driver reports CUDA 12.8 and torch is built for 13.0; --device cpu among the settings goes on."""
     pretend = "import sys, torch; torch.version.cuda = '13.0'; code = sys.argv[2]; del sys.argv[1:3]; exec(code)"
-    torch_of_13 = f"""case "$1 $2" in
-  -c*gpu_problem*) exec "{sys.executable}" -c "{pretend}" "$@" ;;
+    torch_of_13 = f"""case $1 in
+  -W*) shift 2; exec "{sys.executable}" -c "{pretend}" "$@" ;;
   *) exec "{sys.executable}" "$@" ;;
 esac"""
     write_program(tmp_path / "bin" / "python3", torch_of_13)
