@@ -30,6 +30,7 @@ from gptkit.base.paths import existing_path, hub_folder
 from gptkit.base.streams import has_failed
 from gptkit.evaluation.documents import read_documents
 from gptkit.evaluation.scoring import score_documents
+from gptkit.interop.huggingface import torchvision_problem
 from gptkit.text.tokenizer import HF_PATTERNS, Tokenizer, load_hf
 from gptkit.training import checkpoints
 from gptkit.training.loading import load_chosen
@@ -140,6 +141,9 @@ def load_contenders(config: EvaluationConfig, device: torch.device) -> Iterator[
 
 def load_hf_model(name: str, folder: Path, device: torch.device) -> Contender:
     """Load a model with transformers, from safetensors alone, and its tokenizer with load_hf. Raises UserError."""
+    problem = torchvision_problem()
+    if problem:
+        raise UserError(f"--hf_model {name}: {problem}")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

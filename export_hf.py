@@ -113,6 +113,9 @@ def export(config: ExportConfig, output_dir: Path) -> None:
         source = {"format": EXPORT_FORMAT, "exp_dir": config.exp_dir, "checkpoint": checkpoint.name}
         write_config(folder / EXPORT_FILE, source)
     print(f"written: {output_dir} (of {checkpoint}, {model.n_parameters():,} parameters)", file=sys.stderr)
+    problem = huggingface.torchvision_problem() if config.format == "hf" else None
+    if problem:
+        print(f"warning: transformers cannot load it as a model in this environment: {problem}", file=sys.stderr)
     if config.push_to_hub:
         upload(output_dir, config.push_to_hub, config.private)
 

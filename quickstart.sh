@@ -88,6 +88,7 @@ run python pretraining.py --data_dir dataset/sample_001 --use_pretokenized --out
   --tokenizer sentencepiece --tokenizer_path dataset/sample/tokenizer \
   --model_size micro --drop_rate 0.2 --n_epochs 4 --batch_size 8 --val_fraction 0.05 --eval_freq 20 \
   --print_sample_iter 70 --device cpu
-run python inference.py --exp_dir quickstart_run --prompt "雨の匂いが" --max_new_tokens 200 --temperature 0.8 --top_k 40
+run python inference.py --exp_dir quickstart_run --prompt "雨の匂いが" --max_new_tokens 200 --temperature 0.8 --top_k 40 \
+  --device cpu
 say
 say "The loss curve: quickstart_run/loss_curve.png"

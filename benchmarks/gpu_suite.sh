@@ -39,8 +39,14 @@ command -v timeout >/dev/null || {
   echo "error: timeout is not installed; install GNU coreutils" >&2
   exit 2
 }
-device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")') || {
-  echo "error: $python has no working torch; install requirements.txt, or name another one in PYTHON" >&2
+device=$("$python" -c 'import sys, torch
+from gptkit.base.drivers import gpu_problem, is_cuda_available
+problem = gpu_problem()
+if problem:
+    print("error:", problem, file=sys.stderr)
+    sys.exit(3)
+print("cuda" if is_cuda_available() else "cpu")') || {
+  [ $? -eq 3 ] || echo "error: $python has no working torch; install requirements.txt, or name another one in PYTHON" >&2
   exit 2
 }
 kind=$device${TINY:+_tiny}

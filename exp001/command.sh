@@ -12,15 +12,14 @@
 set -euo pipefail
 trap '' PIPE # a tee that was killed must not end this script before the pod is stopped
 cd "$(dirname "$0")"
-python=../.venv/bin/python
-[ -x "$python" ] || python=python3
+# shellcheck source=cloud/machine.sh
+source ../cloud/machine.sh # say, run, prepare_python and its $python, stop_pod
 
 tokenizer=(--tokenizer hf --hf_name rinna/japanese-gpt2-small)
+settings=(--n_epochs 1 --batch_size 16 --eval_freq 100 --print_sample_iter 100)
 
 train() { # run each step whose result does not exist yet
-  if ! "$python" -c 'import sentencepiece, tiktoken' 2>/dev/null; then # images that bring torch lack these
-    run "$python" -m pip install --quiet -r ../requirements.txt || return
-  fi
+  prepare_python "${settings[@]}" || return # a torch that is there is kept, and checked against the GPU first
   if [ ! -e ../dataset/001_pretok/manifest.json ]; then
     if [ ! -e ../dataset/001/manifest.json ]; then
       run "$python" ../dataset/download_aozora.py || return
@@ -30,59 +29,9 @@ train() { # run each step whose result does not exist yet
     run "$python" ../pretokenize.py "${tokenizer[@]}" \
       --data_dir ../dataset/001 --output_dir ../dataset/001_pretok || return
   fi
-  run "$python" ../pretraining.py "${tokenizer[@]}" \
+  run "$python" ../pretraining.py "${tokenizer[@]}" "${settings[@]}" \
     --data_dir ../dataset/001 --use_pretokenized --pretokenized_dir ../dataset/001_pretok \
-    --n_epochs 1 --batch_size 16 --eval_freq 100 --print_sample_iter 100 \
     --output_dir model_checkpoints
-}
-
-say() { # print a line; where nobody reads it any more, continue
-  printf '%s\n' "$*" 2>/dev/null || true
-}
-
-set -m # each command gets its own process group, so that a signal to this one reaches it just once, through forward
-signalled=
-
-# shellcheck disable=SC2329 # the traps call it
-forward() { # pass the signal $1 to the running command
-  signalled=$1
-  kill -"$1" "${!:-}" 2>/dev/null || true
-}
-
-run() { # run a command while this script handles signals; return the command's exit code
-  [ -z "$signalled" ] || return 75
-  "$@" &
-  while kill -0 $! 2>/dev/null; do wait $! || true; done # a signal ends wait but not the command
-  wait $!
-}
-
-is_training() { # whether a process holds the lock of model_checkpoints
-  PYTHONPATH=.. "$python" -c 'import pathlib, sys
-from gptkit.base.locks import lock_holder
-sys.exit(lock_holder(pathlib.Path("model_checkpoints/.lock")) is None)' 2>/dev/null
-}
-
-pod_problem() { # print why the pod cannot be stopped from here, or nothing
-  if [ -z "${RUNPOD_POD_ID:-}" ]; then
-    echo "RUNPOD_POD_ID is not set, so this is not a RunPod pod"
-  elif ! command -v runpodctl >/dev/null; then
-    echo "runpodctl is not installed"
-  elif is_training; then # another command.sh, or a pretraining.py started by hand: this one was refused
-    echo "another run is training in model_checkpoints"
-  fi
-}
-
-stop_pod() { # stop the pod, unless the exit code $1 shows that a signal ended the run
-  local problem
-  problem=$(pod_problem)
-  if [ "$1" -eq 75 ]; then
-    problem="a signal ended the run; run the same command to resume"
-  fi
-  if [ -n "$problem" ]; then
-    say "the pod is not stopped: $problem"
-  elif ! runpodctl stop pod "$RUNPOD_POD_ID"; then
-    say "the pod is not stopped: runpodctl failed; stop it by hand"
-  fi
 }
 
 if [[ ! ${HOURLY_USD:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]] || [[ ! ${STOP_POD:-0} =~ ^[01]$ ]]; then
@@ -92,9 +41,7 @@ fi
 if [ "${STOP_POD:-0}" = 1 ] && [ -n "$(pod_problem)" ]; then
   say "warning: STOP_POD=1 will not stop the pod: $(pod_problem)"
 fi
-trap 'forward TERM' TERM
-trap 'forward INT' INT
-trap 'forward HUP' HUP # no effect under nohup: bash keeps ignoring a signal that was ignored when it started
+pass_on_signals
 
 code=0
 train || code=$?

@@ -34,6 +34,8 @@ N_SHORT = 13  # documents of the sample that make 11,700 tokens in two shards
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network; huggingface_hub reads this when it is imported
+if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that torch cannot use would end each command (test_drivers.py)
 
 
 def command(script: str, *arguments: object) -> list[str]:

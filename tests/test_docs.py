@@ -16,7 +16,7 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 READMES = ("README.md", "README.en.md")
-DOCUMENTS = (*READMES, "CONTRIBUTING.md", "exp001/README.md")
+DOCUMENTS = (*READMES, "CONTRIBUTING.md", "exp001/README.md", "docs/clouds.md")
 FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -167,6 +167,6 @@ def test_pre_commit_runs_the_linters_of_run_tests() -> None:
 def test_shellcheck_reads_all_shell_scripts() -> None:
     (shellcheck,) = re.findall(r"^shellcheck (.*)", read("run_tests.sh"), re.MULTILINE)
     scripts: list[Path] = []
-    for pattern in ("*.sh", "exp001/*.sh", "benchmarks/**/*.sh", ".ci/*"):
+    for pattern in ("*.sh", "exp001/*.sh", "cloud/*.sh", "benchmarks/**/*.sh", ".ci/*"):
         scripts += ROOT.glob(pattern)
     assert sorted(shellcheck.split()) == sorted(str(path.relative_to(ROOT)) for path in scripts)

@@ -123,3 +123,24 @@ def test_widths_are_those_of_config_json(hf_folder: Path) -> None:
     assert (dimensions["head_width"], dimensions["ff_width"]) == (config["head_dim"], config["intermediate_size"])
     del config["head_dim"]
     assert GPTConfig(**huggingface.dimensions_from_config(config)).head_dim == 16
+
+
+def test_a_torchvision_of_another_torch_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_folder: Path
+) -> None:
+    """transformers imports it with any model, and hides the reason; the export itself does without."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        'raise RuntimeError("operator torchvision::nms does not exist")\n'
+    )
+    (tmp_path / "torchvision-0.21.0.dist-info").mkdir()
+    (tmp_path / "torchvision-0.21.0.dist-info" / "METADATA").write_text("Name: torchvision\nVersion: 0.21.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    named = (f"torchvision 0.21.0, which transformers imports, does not fit torch {torch.__version__}", "::nms")
+    result = call_command("evaluate_model.py", "--hf_model", hf_folder, "--text_path", SAMPLE)
+    assert_user_error(result, f"--hf_model {hf_folder}: ", *named, "-m pip uninstall torchvision")
+    result = call_command("export_hf.py", "--exp_dir", hf_folder.with_name("exp"), "--output_dir", tmp_path / "hf")
+    assert result.returncode == 0, result.stderr
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1, result.stderr
+    assert all(part in warnings[0] for part in named)

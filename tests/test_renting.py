@@ -3,13 +3,16 @@ runpodctl, for the mounted storage and for torch._dynamo. The model is tiny; eve
 """
 
 import gzip
+import importlib.metadata
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import pytest
 import yaml
 from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, environment, n_reported, newest, reset_signals
 from test_download import Hub, address, hub, settings  # noqa: F401  hub is a fixture
+from test_drivers import driver, with_driver  # noqa: F401  driver is a fixture
 
 from gptkit.base.locks import LOCK_FILE, file_lock
 from gptkit.training.checkpoints import verify_checkpoint
@@ -33,6 +37,25 @@ CHANGES = {
 }
 SESSION = re.compile(r"^this session took \d+\.\d\d hours, \d+\.\d\d USD at 2\.5 USD an hour$", re.MULTILINE)
 NOWHERE = "http://127.0.0.1:1"
+# Stand-ins for runpodctl 2 and 1, which record their arguments. The second reports in a table, and its `stop` ends with
+# exit code 0 where the pod keeps running (runpod/runpodctl, cmd/pod/stop.go, getPod.go, stopPod.go).
+NEW_RUNPODCTL = """echo "$@" >>"${0%/*}/calls.txt"
+status=RUNNING
+grep -q stop "${0%/*}/calls.txt" && status=${POD_STATUS:-EXITED}
+case "$1 $2" in
+  "pod stop") echo '{"id": "pod123"}' ;;
+  "pod get") printf '{\n  "id": "pod123",\n  "desiredStatus": "%s",\n  "env": {\n    "A": "RUNNING"\n  }\n}\n' $status ;;
+  *) exit 1 ;;
+esac"""
+OLD_RUNPODCTL = """case "$1 $2" in pod*) echo 'unknown command "pod" for "runpodctl"' >&2; exit 1 ;; esac
+echo "$@" >>"${0%/*}/calls.txt"
+status=RUNNING
+grep -q stop "${0%/*}/calls.txt" && status=${POD_STATUS:-EXITED}
+case "$1 $2" in
+  "stop pod") echo "pod \"pod123\" stop failed; status is $status" ;;
+  "get pod") printf 'ID\tNAME\tGPU\tIMAGE NAME\tSTATUS\npod123\tmine\t1 A40\trunpod/x\t%s\n' $status ;;
+esac"""
+STOPPED = "pod stop pod123\npod get pod123\n"
 
 
 def new_machine(folder: Path) -> Path:
@@ -41,6 +64,9 @@ def new_machine(folder: Path) -> Path:
     for name in PROGRAMS:
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "gptkit", folder / "gptkit", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "cloud").mkdir()
+    for name in ("machine.sh", "install_packages.py"):
+        shutil.copy(ROOT / "cloud" / name, folder / "cloud")
     (folder / "dataset").mkdir()
     for path in (ROOT / "dataset").glob("*.py"):
         shutil.copy(path, folder / "dataset")
@@ -76,7 +102,8 @@ def pod(tmp_path: Path) -> dict[str, str]:
     programs = tmp_path / "bin"
     programs.mkdir()
     write_program(programs / "python3", f'exec "{sys.executable}" "$@"')
-    write_program(programs / "runpodctl", f'echo "$@" >>"{programs}/calls.txt"')
+    write_program(programs / "runpodctl", NEW_RUNPODCTL)
+    write_program(programs / "sleep", ":")
     variables = environment() | settings(NOWHERE, tmp_path) | {"HF_HUB_OFFLINE": "0"}
     variables |= {"PATH": f"{programs}:{os.environ['PATH']}", "HOURLY_USD": "2.5"}
     return variables | {"STOP_POD": "1", "RUNPOD_POD_ID": "pod123"}
@@ -135,7 +162,7 @@ def test_command_runs_all_steps_and_later_only_those_whose_result_is_missing(
     assert code == 0, printed
     assert "finished 6 steps" in printed
     assert SESSION.search(printed), printed
-    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
+    assert runpodctl_calls(tmp_path) == STOPPED
     verify_checkpoint(newest(repository / "exp002" / "model_checkpoints"))
     assert len(hub.ranges) == 1
 
@@ -182,7 +209,7 @@ def test_a_signal_reaches_training_once_and_leaves_the_pod_running(
     code, printed = run(prepared, pod)
     assert code == 0, printed
     assert "resuming from" in printed
-    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
+    assert runpodctl_calls(tmp_path) == STOPPED
 
 
 def test_a_signal_during_the_download_ends_the_command(
@@ -213,14 +240,14 @@ def test_under_nohup_a_closed_terminal_is_ignored(tmp_path: Path, prepared: Path
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0, printed
     assert "finished 60 steps" in printed
-    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
+    assert runpodctl_calls(tmp_path) == STOPPED
 
 
 def test_a_crash_of_training_stops_the_pod(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
     replace_pretraining(tmp_path, "kill -9 $$")
     code, printed = run(prepared, pod)
     assert code == 128 + signal.SIGKILL, printed
-    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
+    assert runpodctl_calls(tmp_path) == STOPPED
 
 
 def test_a_killed_tee_stops_the_pod_all_the_same(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
@@ -230,7 +257,7 @@ def test_a_killed_tee_stops_the_pod_all_the_same(tmp_path: Path, prepared: Path,
     assert process.stdout
     process.stdout.close()
     assert process.wait(timeout=100) == 0
-    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
+    assert runpodctl_calls(tmp_path) == STOPPED
 
 
 def test_a_user_error_stops_the_pod(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
@@ -239,7 +266,7 @@ def test_a_user_error_stops_the_pod(tmp_path: Path, prepared: Path, pod: dict[st
     assert code == 2, printed
     assert "error: " in printed
     assert SESSION.search(printed), printed
-    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
+    assert runpodctl_calls(tmp_path) == STOPPED
 
 
 def test_a_step_that_fails_ends_the_command(tmp_path: Path, repository: Path, pod: dict[str, str]) -> None:
@@ -252,10 +279,16 @@ def test_a_step_that_fails_ends_the_command(tmp_path: Path, repository: Path, po
 
 def test_command_prints_why_a_pod_is_not_stopped(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
     replace_pretraining(tmp_path, "exit 0")
-    write_program(tmp_path / "bin" / "runpodctl", "exit 1")
+    by_hand = "stop it by hand (runpodctl printed: "
+    code, printed = run(prepared, pod | {"POD_STATUS": "RUNNING"})  # it only says that it stops
+    assert code == 0, printed
+    assert printed.endswith(f'the pod is not stopped: its status is RUNNING; {by_hand}{{"id": "pod123"}})\n')
+    assert runpodctl_calls(tmp_path).count("pod get") == 6
+    write_program(tmp_path / "bin" / "runpodctl", 'echo "error: api key not configured" >&2; exit 1')
     code, printed = run(prepared, pod)
     assert code == 0, printed
-    assert printed.endswith("the pod is not stopped: runpodctl failed; stop it by hand\n")
+    why = "error: api key not configured error: api key not configured"
+    assert printed.endswith(f"the pod is not stopped: its status is unknown; {by_hand}{why})\n")
 
     (tmp_path / "bin" / "runpodctl").unlink()
     no_pod = {name: value for name, value in pod.items() if name != "RUNPOD_POD_ID"}
@@ -265,6 +298,17 @@ def test_command_prints_why_a_pod_is_not_stopped(tmp_path: Path, prepared: Path,
         lines = printed.splitlines()
         assert lines[0].startswith(f"warning: STOP_POD=1 will not stop the pod: {problem}")  # also before the run
         assert lines[-1].startswith(f"the pod is not stopped: {problem}")
+
+
+def test_an_older_runpodctl_is_spoken_to_in_its_own_form(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+    replace_pretraining(tmp_path, "exit 0")
+    write_program(tmp_path / "bin" / "runpodctl", OLD_RUNPODCTL)
+    code, printed = run(prepared, pod)
+    assert code == 0, printed
+    assert printed.endswith("the pod is stopped\n")
+    assert runpodctl_calls(tmp_path) == "stop pod pod123\nget pod pod123\n"
+    printed = run(prepared, pod | {"POD_STATUS": "RUNNING"})[1]
+    assert "the pod is not stopped: its status is RUNNING; stop it by hand (runpodctl printed: unknown" in printed
 
 
 def test_without_variables_command_only_prints_the_duration(
@@ -286,15 +330,6 @@ def test_invalid_variables_are_user_errors(repository: Path, pod: dict[str, str]
     assert printed.startswith("error: ")
     assert f"{name}={value}" in printed
     assert len(printed.splitlines()) == 1
-
-
-def test_missing_packages_are_installed(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
-    log = tmp_path / "python.txt"
-    write_program(tmp_path / "bin" / "python3", f'case $1 in -c) exit 1 ;; *) echo "$@" >>"{log}" ;; esac')
-    assert run(prepared, pod)[0] == 0
-    installing, training = log.read_text().splitlines()
-    assert installing == "-m pip install --quiet -r ../requirements.txt"
-    assert training.startswith("../pretraining.py ")
 
 
 @pytest.mark.slow
@@ -356,4 +391,225 @@ def test_a_second_command_leaves_the_pod_to_the_first(tmp_path: Path, prepared: 
     assert runpodctl_calls(tmp_path) == ""
     code, printed = run(prepared, pod)
     assert code == 2, printed
-    assert runpodctl_calls(tmp_path) == "stop pod pod123\n"
+    assert runpodctl_calls(tmp_path) == STOPPED
+
+
+# What command.sh does with the Python of a machine. Each is a copy of this Python, with its standard library and its
+# packages as links, except for what the machine lacks or has in another version.
+
+PACKAGES = Path(sysconfig.get_path("purelib"))
+DECOY = "raise ImportError('this torch came from pip')\n"
+
+
+def make_python(folder: Path, versions: dict[str, str] | None = None, *, only: str = "") -> Path:
+    """Make a Python whose packages have other versions, or "" for none; `only` names the one package that it has.
+
+    Another version is only in the metadata, which is what pip reads.
+    """
+    library = folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    packages = library / PACKAGES.name
+    packages.mkdir(parents=True)
+    (folder / "bin").mkdir()
+    shutil.copy(os.path.realpath(sys.executable), folder / "bin" / "python")
+    for path in Path(sysconfig.get_path("stdlib")).iterdir():
+        if path.name not in ("site-packages", "dist-packages", "EXTERNALLY-MANAGED"):
+            (library / path.name).symlink_to(path)
+    versions = versions or {}
+    for path in PACKAGES.iterdir():
+        name, _, rest = path.name.partition("-")
+        name = name.partition(".")[0]  # NAME.libs has shared libraries
+        if path.suffix == ".pth" or name == "__pycache__" or (only and name != only) or versions.get(name) == "":
+            continue
+        if name in versions and rest:
+            metadata = packages / f"{name}-{versions[name]}.dist-info"
+            metadata.mkdir()
+            (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {versions[name]}\n")
+            if name != "torch":  # pip may remove it
+                (metadata / "RECORD").write_text(f"{metadata.name}/METADATA,,\n{metadata.name}/RECORD,,\n")
+        elif name in versions and name != "torch":  # in folders of its own: pip must not write through a link
+            shutil.copytree(path, packages / path.name, copy_function=os.symlink)
+        else:
+            (packages / path.name).symlink_to(path)
+    found = subprocess.run([folder / "bin" / "python", "-c", "import sys; print(sys.prefix)"], stdout=subprocess.PIPE)
+    if found.stdout.decode().strip() != str(folder):
+        pytest.skip("this Python does not run from a copy")
+    return folder / "bin" / "python"
+
+
+def write_wheel(folder: Path, name: str, version: str, files: dict[str, bytes], requires: str = "") -> None:
+    """Write a wheel for pip to find."""
+    info = f"{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}"
+    about = {
+        "METADATA": metadata,
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for path, content in (files | {f"{info}/{key}": text.encode() for key, text in about.items()}).items():
+            wheel.writestr(path, content)
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the wheels that pip finds: sentencepiece, also a later version that needs a newer torch, and that torch."""
+    folder = tmp_path_factory.mktemp("wheels")
+    distribution = importlib.metadata.distribution("sentencepiece")
+    folders = ("sentencepiece", "sentencepiece.libs")
+    package = [path for path in distribution.files or [] if path.parts[0] in folders and path.suffix != ".pyc"]
+    write_wheel(folder, "sentencepiece", distribution.version, {str(p): p.locate().read_bytes() for p in package})
+    write_wheel(folder, "sentencepiece", "99.0", {}, "Requires-Dist: torch>=98\n")
+    write_wheel(folder, "torch", "99.0", {"torch/__init__.py": DECOY.encode()})
+    return folder
+
+
+@pytest.fixture
+def machine(tmp_path: Path, prepared: Path, pod: dict[str, str], wheels: Path) -> dict[str, str]:
+    """Return the variables of a machine whose programs lie in bin/, with the repository ready to train."""
+    requirements = prepared / "requirements.txt"
+    requirements.write_text(re.sub(r"(?m)^torch>=.*", "torch>=2.6", requirements.read_text("utf-8")), "utf-8")
+    (tmp_path / "bin" / "python3").unlink()
+    of_pip = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
+    variables = {name: value for name, value in pod.items() if not name.startswith(("PIP_", "VIRTUAL_ENV", "PYTHON"))}
+    return variables | of_pip | {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "STOP_POD": "0"}
+
+
+def name_python(tmp_path: Path, name: str, python: Path) -> None:
+    (tmp_path / "bin" / name).symlink_to(python)
+
+
+def version_of(python: Path, name: str) -> str:
+    """Return the version of a package that a Python has by its metadata; "" for none."""
+    code = f"import importlib.metadata as m; print(m.version({name!r}))"
+    result = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def has_trained(code: int, printed: str) -> bool:
+    return code == 0 and "finished 6 steps" in printed and "came from pip" not in printed
+
+
+@pytest.mark.slow
+def test_an_image_with_torch_gets_what_it_lacks_and_keeps_its_torch(
+    tmp_path: Path, prepared: Path, machine: dict[str, str]
+) -> None:
+    """As RunPod's: torch 2.8.0+cu128, no sentencepiece. pip would take a newer torch for the newest sentencepiece."""
+    python = make_python(tmp_path / "image", {"torch": "2.8.0+cu128", "sentencepiece": ""})
+    name_python(tmp_path, "python3", python)
+    code, printed = run(prepared, machine)
+    assert has_trained(code, printed), printed
+    assert f"installing packages with {tmp_path}/bin/python3: sentencepiece>=" in printed
+    assert version_of(python, "torch") == "2.8.0+cu128"
+    assert version_of(python, "sentencepiece") == importlib.metadata.version("sentencepiece")
+    assert not (prepared / ".venv").exists()
+
+
+@pytest.mark.slow
+def test_where_nothing_is_missing_nothing_is_installed(tmp_path: Path, prepared: Path, machine: dict[str, str]) -> None:
+    """As in Colab's list of August 2026; where a version is too old, the package counts as missing."""
+    colab = {"torch": "2.11.0+cu128", "transformers": "5.15.0", "tokenizers": "0.22.2", "sentencepiece": "0.2.2"}
+    name_python(tmp_path, "python3", make_python(tmp_path / "colab", colab))
+    code, printed = run(prepared, machine | {"PIP_FIND_LINKS": "/nonexistent"})
+    assert has_trained(code, printed), printed
+    assert "installing" not in printed
+
+    old = make_python(tmp_path / "old", colab | {"sentencepiece": "0.1.99"})
+    (tmp_path / "bin" / "python3").unlink()
+    name_python(tmp_path, "python3", old)
+    code, printed = run(prepared, machine)
+    assert code == 0, printed
+    assert re.search(r"installing packages with \S+/bin/python3: sentencepiece>=[\d.]+\n", printed), printed
+    assert version_of(old, "torch") == "2.11.0+cu128"
+
+
+def manage_externally(python: Path) -> None:
+    (library,) = (python.parent.parent / "lib").iterdir()
+    (library / "EXTERNALLY-MANAGED").write_text("[externally-managed]\nError=use apt\n")
+
+
+@pytest.mark.slow
+def test_an_externally_managed_python_is_left_alone(tmp_path: Path, prepared: Path, machine: dict[str, str]) -> None:
+    """As Debian's and Ubuntu's: the packages go into .venv, which sees the system's torch."""
+    python = make_python(tmp_path / "debian", {"torch": "2.8.0+cu128", "sentencepiece": ""})
+    manage_externally(python)
+    name_python(tmp_path, "python3", python)
+    code, printed = run(prepared, machine)
+    assert has_trained(code, printed), printed
+    environment = prepared / ".venv" / "bin" / "python"
+    assert version_of(python, "sentencepiece") == ""
+    assert version_of(environment, "sentencepiece") != ""
+    assert version_of(environment, "torch") == version_of(python, "torch") == "2.8.0+cu128"
+    assert not [*(prepared / ".venv").rglob("site-packages/torch")]
+    change_script(prepared, "--max_steps 6", "--max_steps 7")
+    code, printed = run(prepared, machine)
+    assert code == 0, printed
+    assert "installing" not in printed
+
+
+def test_without_venv_the_package_to_install_is_named(tmp_path: Path, prepared: Path, machine: dict[str, str]) -> None:
+    python = make_python(tmp_path / "debian", {"torch": "2.8.0+cu128", "sentencepiece": ""})
+    manage_externally(python)
+    next((tmp_path / "debian" / "lib").iterdir()).joinpath("ensurepip").unlink()
+    name_python(tmp_path, "python3", python)
+    code, printed = run(prepared, machine)
+    assert code == 2, printed
+    errors = [line for line in printed.splitlines() if "error: " in line]
+    assert len(errors) == 1, printed
+    assert f"error: {python} cannot make the environment ../.venv; on Debian or Ubuntu, run apt install" in errors[0]
+
+
+@pytest.mark.slow
+def test_the_python_that_has_torch_is_found(tmp_path: Path, prepared: Path, machine: dict[str, str]) -> None:
+    """As in RunPod's images of Ubuntu 22.04: `python` has torch and `python3` is another, with or without pip."""
+    name_python(tmp_path, "python3", make_python(tmp_path / "system", only="pip"))
+    python = make_python(tmp_path / "image", {"torch": "2.8.0+cu128"})
+    name_python(tmp_path, "python", python)
+    code, printed = run(prepared, machine)
+    assert has_trained(code, printed), printed
+    assert "installing" not in printed
+    assert version_of(python, "torch") == "2.8.0+cu128"
+
+
+def test_a_torch_that_is_too_old_is_not_replaced(tmp_path: Path, prepared: Path, machine: dict[str, str]) -> None:
+    python = make_python(tmp_path / "image", {"torch": "2.5.1+cu124"})
+    name_python(tmp_path, "python3", python)
+    code, printed = run(prepared, machine)
+    assert code == 2, printed
+    assert (
+        f"error: torch 2.5.1+cu124 of {tmp_path}/bin/python3 is too old for torch>=2.6, and it is not replaced"
+        in printed
+    )
+    assert "came from pip" not in printed
+    assert version_of(python, "torch") == "2.5.1+cu124"
+
+
+def test_a_gpu_that_torch_cannot_use_ends_the_command_before_any_download(
+    tmp_path: Path,
+    repository: Path,
+    pod: dict[str, str],
+    driver: Path,  # noqa: F811
+) -> None:
+    """The driver reports CUDA 12.8 and torch is built for 13.0; --device cpu among the settings goes on."""
+    pretend = "import sys, torch; torch.version.cuda = '13.0'; code = sys.argv[2]; del sys.argv[1:3]; exec(code)"
+    torch_of_13 = f"""case $1 in
+  -W*) shift 2; exec "{sys.executable}" -c "{pretend}" "$@" ;;
+  *) exec "{sys.executable}" "$@" ;;
+esac"""
+    write_program(tmp_path / "bin" / "python3", torch_of_13)
+    variables = with_driver(driver) | pod | {"LD_LIBRARY_PATH": str(driver)}
+    variables.pop("CUDA_VISIBLE_DEVICES", None)
+    change_script(repository, "--device cpu ", "")
+    (repository / "requirements.txt").write_text("a-package-that-is-missing\n")
+    code, printed = run(repository, variables)
+    assert code == 2, printed
+    errors = [line for line in printed.splitlines() if not SESSION.search(line)]
+    assert len(errors) == 2, printed
+    assert errors[0].startswith("error: --device auto: torch ")
+    assert "the driver is 570.86.10, for CUDA 12.8; choose a host with a newer driver" in errors[0]
+    assert errors[1] == "the pod is stopped"
+    assert not [*(repository / "dataset").rglob("*.gz*")]
+
+    change_script(repository, "--eval_freq 2", "--device cpu --eval_freq 2")
+    code, printed = run(repository, variables)
+    assert "installing packages" in printed
+    assert "error: --device" not in printed

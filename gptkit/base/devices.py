@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from gptkit.base import drivers
 from gptkit.base.cli import UserError
 
 # Dense products of 16-bit numbers on tensor cores, in 1e12 operations a second, from the vendors' data sheets, by a word
@@ -41,8 +42,14 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" is CUDA, then MPS, then the CPU. Raises UserError where it is missing."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """Return the device called `name`; "auto" is CUDA, then MPS, then the CPU.
+
+    Raises UserError where it is missing, and where there is an NVIDIA GPU that torch cannot use.
+    """
+    problem = drivers.gpu_problem(name)
+    if problem:
+        raise UserError(f"--device {name}: {problem}")
+    available = {"cuda": drivers.is_cuda_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, is_available in available.items() if is_available)
     try:

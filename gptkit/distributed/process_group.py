@@ -26,6 +26,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import distributed, nn
 
+from gptkit.base import drivers
 from gptkit.base.cli import SHARED_MEMORY_REMEDY, UserError, first_line
 from gptkit.base.streams import without_failures
 
@@ -92,7 +93,7 @@ def process_group(kind: Parallelism, timeout_s: float) -> Iterator[None]:
     else:
         store, own_rank, _ = next(rendezvous("env://"))
         store = PrefixStore(_name_of_start(store, own_rank, n_processes), store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if drivers.is_cuda_available() else "gloo"
     timeout = timedelta(seconds=timeout_s)
     distributed.init_process_group(backend, store=store, rank=own_rank, world_size=n_processes, timeout=timeout)
     _store, _timeout_s = PrefixStore("gptkit", store), timeout_s
@@ -164,10 +165,10 @@ def device_of_rank(name: str) -> str:
         return name
     if ":" in name or name == "mps":
         raise UserError(f"--device {name} is one device for {world_size()} processes; give auto, cuda or cpu")
-    has_cuda = torch.cuda.is_available()
-    if name == "auto":
-        name = "cuda" if has_cuda else "cpu"
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and has_cuda else name
+    has_cuda = drivers.is_cuda_available()
+    if name == "auto" and not has_cuda and not drivers.gpu_problem():  # a problem is for choose_device to report
+        name = "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if has_cuda and name in ("auto", "cuda") else name
 
 
 # Control: what one process decides and all must know

@@ -6,6 +6,9 @@ GPTConfig's fields by name, since this module knows no model class.
 """
 
 import dataclasses
+import importlib.metadata
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from gptkit.base.cli import UserError, one_line
+from gptkit.base.cli import UserError, first_line, one_line
 from gptkit.base.files import load_tensors, read_json
 from gptkit.base.paths import hub_folder
 
@@ -41,6 +44,25 @@ QWEN3_BLOCK = {
 }
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+
+def torchvision_problem() -> str | None:
+    """Return in one line why transformers cannot import its models and pipelines; None where it can.
+
+    It imports torchvision with them where that is installed, and a torchvision that was built for another torch fails.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # RuntimeError (operator torchvision::nms does not exist), ImportError, OSError
+        installed = importlib.metadata.version("torchvision")
+        return (
+            f"torchvision {installed}, which transformers imports, does not fit torch {torch.__version__}"
+            f" ({first_line(error)}); run {sys.executable} -m pip uninstall torchvision, which no command here needs,"
+            " or install the torchvision that belongs to this torch"
+        )
+    return None
 
 
 def to_hf(
