@@ -214,9 +214,13 @@ def test_what_the_scripts_repeat_is_equal() -> None:
     """The scripts in dataset/ stand alone, so they have their own copy of some things."""
     copies: list[tuple[Any, Any]] = [
         (_startup.prepare_process, startup.prepare_process),
-        *((getattr(_locks, name), getattr(locks, name)) for name in ("_open", "_warn_of_no_lock", "_is_still_there")),
+        *(
+            (getattr(_locks, name), getattr(locks, name))
+            for name in ("_open", "_lock", "_read", "_warn_of_no_lock", "_is_still_there")
+        ),
     ]
     for ours, theirs in copies:
         assert inspect.getsource(ours) == inspect.getsource(theirs)
+    assert (_locks.FIRST_LOCKED, _locks.N_LOCKED) == (locks.FIRST_LOCKED, locks.N_LOCKED)
     assert (_script.NO_SYNC, _locks.NO_OPEN, _locks.LOCK_FILE) == (files.NO_SYNC, locks.NO_OPEN, locks.LOCK_FILE)
     assert STEPS_PER_UNIT == SCORE_STEPS_PER_UNIT

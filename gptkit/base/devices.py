@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import re
-import resource
 import sys
 from collections.abc import Mapping
 
@@ -32,6 +31,7 @@ BFLOAT16_TFLOPS = {
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's, from glibc's malloc.h
 LARGEST_FROM_HEAP = 32 << 20  # the most that every glibc takes as M_MMAP_THRESHOLD on 64 bits (mallopt(3))
 NEVER = 2**31 - 1
+NO_MEMORY = ("can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -127,6 +127,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory so far: of tensors on a CUDA device, elsewhere of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -140,10 +146,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that device or host memory ran out (the CPU allocator raises a RuntimeError)."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    """Return whether an error means that device or host memory ran out.
+
+    The allocators of the CPU (its Windows form says "not enough memory") and of MPS raise a RuntimeError.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def get_rng_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from gptkit.base import devices
 from gptkit.base.cli import UserError, first_line, utf8_text
 from gptkit.base.files import read_json, write_atomically
 from gptkit.base.locks import LOCK_FILE, file_lock
-from gptkit.base.streams import has_failed, start_log
+from gptkit.base.streams import has_failed, start_log, stop_log
 from gptkit.distributed.process_group import is_main_process, main_process
 from gptkit.training.checkpoints import STATE_FILE, find_checkpoints, read_state_or_empty
 from gptkit.training.run_log import (
@@ -104,6 +104,7 @@ def _log_output(output_dir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             is_seen = not (has_failed(sys.stdout) or has_failed(sys.stderr))
             if is_new and is_seen and set(os.listdir(output_dir)) <= {LOCK_FILE, LOG_FILE}:
+                stop_log()
                 path.unlink()
 
 

@@ -10,7 +10,7 @@ import sys
 from types import FrameType
 
 EXIT_STOPPED = 75  # the exit code, sysexits.h's EX_TEMPFAIL: run the same command to resume
-NAMES = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")  # Windows has no SIGHUP, but SIGBREAK, of Ctrl-Break
 
 
 class StopSignals:
