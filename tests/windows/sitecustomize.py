@@ -28,36 +28,22 @@ import types
 import warnings
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-POSIX_MODULES = {
-    "crypt",
-    "fcntl",
-    "grp",
-    "nis",
-    "posix",
-    "pty",
-    "pwd",
-    "readline",
-    "resource",
-    "spwd",
-    "syslog",
-    "termios",
-    "tty",
-}
-MISSING = {
-    "os": (
-        "chown chroot confstr ctermid fchdir fchown fork forkpty getegid geteuid getgid getgroups getloadavg getpgid"
-        " getpgrp getpriority getresuid getsid getuid initgroups killpg lchown lockf major mkfifo mknod nice openpty"
-        " pathconf pipe2 posix_fadvise posix_fallocate posix_spawn pread preadv pwrite pwritev readv register_at_fork"
-        " sched_getaffinity sched_yield sendfile setpgid setpriority setsid setuid statvfs sync sysconf tcgetpgrp"
-        " ttyname uname wait wait3 wait4 waitid writev O_CLOEXEC O_DIRECTORY O_NOFOLLOW O_NONBLOCK O_SYNC WNOHANG"
-        " WIFEXITED EX_USAGE"
-    ).split(),
-    "signal": (
-        "SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGTSTP SIGUSR1 SIGUSR2 SIG_BLOCK SIG_SETMASK"
-        " alarm pause pthread_kill pthread_sigmask setitimer siginterrupt sigpending sigwait"
-    ).split(),
-    "select": ["poll", "epoll"],
-}  # fmt: skip
+NO_MODULES = """
+    crypt fcntl grp nis posix pty pwd readline resource spwd syslog termios tty
+"""
+NOT_IN_OS = """
+    chown chroot confstr ctermid fchdir fchown fork forkpty getegid geteuid getgid getgroups getloadavg
+    getpgid getpgrp getpriority getresuid getsid getuid initgroups killpg lchown lockf major mkfifo mknod nice
+    openpty pathconf pipe2 posix_fadvise posix_fallocate posix_spawn pread preadv pwrite pwritev readv
+    register_at_fork sched_getaffinity sched_yield sendfile setpgid setpriority setsid setuid statvfs sync
+    sysconf tcgetpgrp ttyname uname wait wait3 wait4 waitid writev O_CLOEXEC O_DIRECTORY O_NOFOLLOW O_NONBLOCK
+    O_SYNC WNOHANG WIFEXITED EX_USAGE
+"""
+NOT_IN_SIGNAL = """
+    SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGTSTP SIGUSR1 SIGUSR2 SIG_BLOCK
+    SIG_SETMASK alarm pause pthread_kill pthread_sigmask setitimer siginterrupt sigpending sigwait
+"""
+MISSING = {"os": NOT_IN_OS.split(), "signal": NOT_IN_SIGNAL.split(), "select": ["poll", "epoll"]}
 RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{n}" for name in ("com", "lpt") for n in range(1, 10))}
 F_OFD_SETLK = 37  # from Linux's fcntl.h: a lock of an open file, as LockFile's, and not of a process
 real = {name: getattr(os, name) for name in ("open", "rename", "replace", "unlink", "rmdir", "mkdir", "fsync")}
@@ -111,6 +97,8 @@ def open_descriptor(path, flags, mode=0o777, *, dir_fd=None):
         raise refusal(errno.EACCES, path, 5)
     if flags & os.O_CREAT:
         refuse_bad_name(path)
+    if flags & os.O_ACCMODE == os.O_RDONLY and os.fspath(path).endswith((".lock", ".readers")):
+        flags |= os.O_RDWR  # LockFile locks a file that is open for reading too, but Linux's fcntl none
     return real["open"](path, flags, mode, dir_fd=dir_fd)
 
 
@@ -143,7 +131,8 @@ def rename(path, target, **how):
 
 
 def unlink(path, *, dir_fd=None):
-    if os.path.lexists(path):
+    is_temporary = sys._getframe(1).f_code.co_filename.endswith("tempfile.py")  # on Windows it has a flag for that
+    if os.path.lexists(path) and not is_temporary:
         refuse_if_open(path)
     real["unlink"](path, dir_fd=dir_fd)
 
@@ -230,7 +219,7 @@ def is_ours(file: str) -> bool:
 
 def import_as_on_windows(name, globals=None, locals=None, fromlist=(), level=0):
     if is_ours((globals or {}).get("__file__") or "") and not level:
-        if name in POSIX_MODULES:
+        if name in NO_MODULES.split():
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         if name in VIEWS:
             return VIEWS[name]
