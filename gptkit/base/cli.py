@@ -19,8 +19,6 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from tqdm import tqdm
-
 from gptkit.base import streams
 
 EXIT_USER_ERROR = 2
@@ -246,6 +244,8 @@ def progress_bar(total: int, unit: str, what: str) -> Iterator[Callable[[int], N
 
     Yields a function to call with each number of units just done.
     """
+    from tqdm import tqdm
+
     start = printed_at = time.monotonic()
     n_done = 0
 
@@ -277,10 +277,18 @@ def warn_once(kind: str, message: str) -> None:
     """
     if kind not in _warned_of and multiprocessing.parent_process() is None:
         _warned_of.add(kind)
-        tqdm.write(f"warning: {message}", sys.stderr)
+        _write_line(f"warning: {message}", sys.stderr)
 
 
 def print_line(text: str) -> None:
     """Print a line (or several) on standard output, clear of a progress bar."""
-    tqdm.write(text, sys.stdout)
-    sys.stdout.flush()
+    _write_line(text, sys.stdout)
+
+
+def _write_line(text: str, stream: Any) -> None:
+    """Write a line clear of a progress bar; before tqdm is imported, or installed by quickstart.py, there is none."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, stream)
+    else:
+        stream.write(f"{text}\n")
+    stream.flush()

@@ -10,7 +10,7 @@ from typing import Any
 STOP_SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK") if hasattr(signal, n)]
 
 
-def run_child(arguments: Sequence[str], **how: Any) -> int:
+def run_child(arguments: Sequence[str | bytes], **how: Any) -> int:
     """Run a program and return its exit code: 128 + n where signal n ended it. `how` is for subprocess.Popen.
 
     A terminal sends Ctrl-C, and that it was closed, to all of its processes; a SIGTERM is passed on. Raises OSError
