@@ -10,6 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -40,6 +41,19 @@ POSIX_ONLY = [
     "test_platforms.py",
 ]  # fmt: skip
 collect_ignore = [] if os.name == "posix" else POSIX_ONLY
+
+
+def _has_links() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.symlink("nowhere", Path(folder) / "link")
+        except OSError:  # on Windows it takes a privilege
+            return False
+    return True
+
+
+HAS_LINKS = _has_links()
+needs_links = pytest.mark.skipif(not HAS_LINKS, reason="no symbolic links here")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network; huggingface_hub reads this when it is imported
 

@@ -204,6 +204,8 @@ def _os_remedy(error: OSError) -> str | None:
     """Return what a user can do about an error of the system, or None where it is not known to be theirs."""
     if error.errno == errno.ENOSPC and os.path.realpath(str(error.filename)).startswith("/dev/shm"):
         return SHARED_MEMORY_REMEDY
+    if getattr(error, "winerror", None) == 32:  # ERROR_SHARING_VIOLATION
+        return "another program has it open; close that and run the same command again"
     return _OS_REMEDIES.get(error.errno or 0)
 
 

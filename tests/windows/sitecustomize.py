@@ -15,6 +15,7 @@ Libraries see the real modules: they have their own ways on Windows. What differ
 """
 
 import builtins
+import contextlib
 import errno
 import io
 import os
@@ -75,6 +76,17 @@ def in_use() -> set[str]:
     return found
 
 
+@contextlib.contextmanager
+def one_call_at_a_time():
+    """Let no simulated process open a file between the look who has it open and its end, as a kernel would."""
+    descriptor = real["open"](__file__, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def refuse_if_open(path: object) -> None:
     """Raise PermissionError where a file, or one within a folder, is in use."""
     name = os.path.join(os.path.realpath(os.path.dirname(os.fspath(path)) or "."), os.path.basename(os.fspath(path)))
@@ -99,7 +111,8 @@ def open_descriptor(path, flags, mode=0o777, *, dir_fd=None):
         refuse_bad_name(path)
     if flags & os.O_ACCMODE == os.O_RDONLY and os.fspath(path).endswith((".lock", ".readers")):
         flags |= os.O_RDWR  # LockFile locks a file that is open for reading too, but Linux's fcntl none
-    return real["open"](path, flags, mode, dir_fd=dir_fd)
+    with one_call_at_a_time():
+        return real["open"](path, flags, mode, dir_fd=dir_fd)
 
 
 def open_file(file, mode="r", *arguments, **how):
@@ -132,9 +145,10 @@ def rename(path, target, **how):
 
 def unlink(path, *, dir_fd=None):
     is_temporary = sys._getframe(1).f_code.co_filename.endswith("tempfile.py")  # on Windows it has a flag for that
-    if os.path.lexists(path) and not is_temporary:
-        refuse_if_open(path)
-    real["unlink"](path, dir_fd=dir_fd)
+    with one_call_at_a_time():
+        if os.path.lexists(path) and not is_temporary:
+            refuse_if_open(path)
+        real["unlink"](path, dir_fd=dir_fd)
 
 
 def rmdir(path, *, dir_fd=None):
