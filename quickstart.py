@@ -80,12 +80,11 @@ def make_environment(requirements: str) -> None:
 
     if is_made():
         return
-    python = find_python()
     with file_lock(VENV / LOCK_FILE, f"makes the environment {VENV}"):
         if is_made():
             return
         print(f"making the environment {VENV} (this takes some minutes, once)", flush=True)
-        if not has_pip() and run_child([*python, "-m", "venv", str(VENV)]):
+        if not has_pip() and run_child([*find_python(), "-m", "venv", str(VENV)]):
             raise UserError(
                 f"{VENV} could not be made; see above, and put the repository on a disk that has symbolic links"
             )

@@ -1,6 +1,7 @@
 """quickstart.py and the script that starts it: which Python they take, one environment at a time, signals, exit codes."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -86,6 +87,17 @@ def test_a_python_without_wheels_comes_first(repository: Path, tmp_path: Path) -
     missing = subprocess.run([*command[:2], "nothing.txt"], env=variables, capture_output=True, text=True)
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: --install_only nothing.txt: no such file")
+
+
+def test_the_versions_are_the_same_everywhere() -> None:
+    minors = range(quickstart.OLDEST[1], quickstart.NEWEST[1] + 1)
+    listed = ", ".join(f'"3.{minor}"' for minor in minors)
+    assert f"python: [{listed}]" in (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    for name in ("quickstart.sh", "README.md", "README.en.md"):
+        text = (ROOT / name).read_text("utf-8")
+        assert all(f"python3.{minor}" in text for minor in minors) or re.search(
+            rf"3\.{minors[0]}(〜| to )3\.{minors[-1]}", text
+        )
 
 
 def test_no_python_at_all(repository: Path) -> None:
