@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -42,7 +41,7 @@ from gptkit.text.tokenizer import (
 )
 from gptkit.training import checkpoints
 from gptkit.training.bigram_init import initialize_from_bigrams
-from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, oom_as_user_error
+from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, oom_as_user_error, restart
 from gptkit.training.guard import Guard
 from gptkit.training.loggers import import_logger, open_logger
 from gptkit.training.optimizers import set_learning_rate
@@ -342,7 +341,7 @@ def launch(config: PretrainingConfig) -> None:
         if not config.auto_batch or not error.flags:
             raise
         print(f"warning: {error}; restarting with these", file=sys.stderr)
-        os.execv(sys.executable, [*sys.orig_argv, *error.flags])
+        restart(error)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         message = str(error)
     except OSError as error:
         remedy = _OS_REMEDIES.get(error.errno or 0)
+        if getattr(error, "winerror", None) == 32:  # ERROR_SHARING_VIOLATION, on Windows
+            remedy = "another program has it open; close that"
         if remedy is None:
             raise
         if error.errno == errno.ENOSPC and os.path.realpath(str(error.filename)).startswith("/dev/shm"):

@@ -6,11 +6,11 @@ import io
 import itertools
 import json
 import os
-import resource
 import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from gpt_model import GPTConfig, GPTModel
+from gptkit.base.processes import STOP_SIGNALS
 from gptkit.text.tokenizer import Tokenizer, load_sentencepiece
 from gptkit.training.checkpoints import save_checkpoint
 
@@ -31,7 +32,28 @@ SAMPLE_TOKENIZER = ROOT / "dataset" / "sample" / "tokenizer"
 SEPARATOR = "<|endoftext|>"
 POEM_CONTEXT = 64
 N_SHORT = 13  # documents of the sample that make 11,700 tokens in two shards
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# Files about what Windows lacks: signals, terminals, limits of a process, bash, /proc, links, modes of files.
+POSIX_ONLY = [
+    "test_bad_input.py", "test_cli.py", "test_download.py", "test_gpu_suite.py", "test_inference.py",
+    "test_parallel.py", "test_prepare.py", "test_quickstart.py", "test_refusals.py", "test_registries.py",
+    "test_renting.py", "test_resume.py", "test_run_log.py", "test_signals.py", "test_strays.py", "test_streams.py",
+    "test_platforms.py",
+]  # fmt: skip
+collect_ignore = [] if os.name == "posix" else POSIX_ONLY
+
+
+def _has_links() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.symlink("nowhere", Path(folder) / "link")
+        except OSError:  # on Windows it takes a privilege
+            return False
+    return True
+
+
+HAS_LINKS = _has_links()
+needs_links = pytest.mark.skipif(not HAS_LINKS, reason="no symbolic links here")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network; huggingface_hub reads this when it is imported
 if not torch.cuda.is_available():
@@ -114,12 +136,14 @@ def reset_signals() -> None:
 
 def start_process(arguments: list[str], **how: Any) -> subprocess.Popen:
     """Start a process that heeds the signals a test sends it, whatever shell runs the tests."""
-    return subprocess.Popen(arguments, **{"env": environment(), "preexec_fn": reset_signals} | how)
+    on_posix = {"preexec_fn": reset_signals} if os.name == "posix" else {}
+    return subprocess.Popen(arguments, **{"env": environment(), **on_posix} | how)
 
 
 @contextlib.contextmanager
 def file_size_limit(n_bytes: int) -> Iterator[None]:
     """Let the system refuse files over `n_bytes`, so that a write really fails (with an OSError), as on a full disk."""
+    resource: Any = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
     try:

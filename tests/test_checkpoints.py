@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import file_size_limit
+from conftest import HAS_LINKS, file_size_limit, needs_links
 from safetensors import SafetensorError
 from torch import nn
 
@@ -58,7 +58,7 @@ def steps(output_dir: Path) -> list[int]:
     assert sorted(found) == sorted(path for path in output_dir.iterdir() if not path.is_symlink())
     for folder in found:
         verify_checkpoint(folder)
-    if found:
+    if found and HAS_LINKS:
         assert (output_dir / "latest").resolve() == found[-1].resolve()
         assert (output_dir / "best").resolve() == sort_by_val_loss(found)[0].resolve()
     return [read_state(folder)["step"] for folder in found]
@@ -230,6 +230,7 @@ def test_generation_does_not_need_the_optimizers_state(tmp_path: Path) -> None:
         (folder / name).write_bytes(content)
 
 
+@needs_links
 def test_a_copied_link_is_not_taken_for_the_newest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A tool that follows links has made folders of `latest` and `best`, and the run went on."""
     copied = tmp_path / "copied"
@@ -258,6 +259,7 @@ def test_a_copied_link_is_not_taken_for_the_newest(tmp_path: Path, capsys: pytes
     assert choose_checkpoint(str(tmp_path / "run" / "mine"), "newest") == tmp_path / "run" / "mine"
 
 
+@needs_links
 def test_no_path_leads_out_of_a_checkpoint(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")
@@ -342,7 +344,7 @@ def fail(error: BaseException) -> Any:
     return failing
 
 
-@pytest.mark.parametrize("where", ["save_file", "write_json", "sync_file", "write_atomically", "os.replace"])
+@pytest.mark.parametrize("where", ["save_file", "write_json", "sync_file", "write_atomically", "move_folder"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=["disk full", "Ctrl-C"])
 def test_a_failed_save_leaves_the_old_checkpoint_alone(
     where: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

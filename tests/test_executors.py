@@ -107,6 +107,7 @@ def test_killed_at_random_moments_the_same_command_ends_the_same(
     assert contents(output) == contents(by_one_process)
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     """The tasks print the pids of their workers; soon after the parent's end none of them is left."""
     script = tmp_path / "parent.py"

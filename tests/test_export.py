@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from conftest import SAMPLE, SAMPLE_TOKENIZER, assert_user_error, call_command, save_experiment
+from conftest import HAS_LINKS, SAMPLE, SAMPLE_TOKENIZER, assert_user_error, call_command, save_experiment
 from random_models import CONTEXT, KINDS, random_model
 from safetensors.torch import load_file
 
@@ -213,8 +213,9 @@ def test_mistakes_are_errors_of_one_line(
     )  # it must not be taken for a part of the export
     assert_user_error(call_command(*export, tmp_path / "both"), "model_checkpoints")
     assert (tmp_path / "both" / "model_checkpoints" / "latest").exists()
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert_user_error(call_command(*export, tmp_path / "loop"), "loop")
+    if HAS_LINKS:
+        (tmp_path / "loop").symlink_to(tmp_path / "loop")
+        assert_user_error(call_command(*export, tmp_path / "loop"), "loop")
     init = ("pretraining.py", *arguments, "--output_dir", tmp_path / "next", "--init_from")
     assert_user_error(call_command(*init, folder / "hf", "--n_layers", 3), "--n_layers", "leave it out")
     assert_user_error(call_command(*init, folder / "hf", "--context_length", 64), "--context_length 64", "32")

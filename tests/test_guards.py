@@ -182,7 +182,7 @@ def test_tokens_that_change_under_a_run(tmp_path: Path, short_shards: Path) -> N
             path = sorted(tokens.glob("train_*.npy"))[0]
             content = path.read_bytes() if keep else path.read_bytes()[:-2] + b"\5\0"
             path.with_name("new").write_bytes(content)
-            path.with_name("new").rename(path)
+            path.with_name("new").replace(path)
 
     arguments = (*small_run(short_shards, output, "adamw"), "--pretokenized_dir", tokens, "--max_steps", 30)
     keep = False

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -426,7 +425,7 @@ def test_a_killed_command_resumes(tmp_path: Path) -> None:
     finally:
         process.kill()
     _, printed = process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode != 0
     finished = [path.stem for path in out.glob("combined_*.json")]
     assert 5 <= len(finished) < n_shards, printed
     assert not (out / "manifest.json").exists()

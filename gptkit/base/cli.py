@@ -19,8 +19,6 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from tqdm import tqdm
-
 from gptkit.base import streams
 
 EXIT_USER_ERROR = 2
@@ -206,6 +204,8 @@ def _os_remedy(error: OSError) -> str | None:
     """Return what a user can do about an error of the system, or None where it is not known to be theirs."""
     if error.errno == errno.ENOSPC and os.path.realpath(str(error.filename)).startswith("/dev/shm"):
         return SHARED_MEMORY_REMEDY
+    if getattr(error, "winerror", None) == 32:  # ERROR_SHARING_VIOLATION
+        return "another program has it open; close that and run the same command again"
     return _OS_REMEDIES.get(error.errno or 0)
 
 
@@ -247,6 +247,8 @@ def progress_bar(total: int, unit: str, what: str) -> Iterator[Callable[[int], N
 
     Yields a function to call with each number of units just done.
     """
+    from tqdm import tqdm
+
     start = printed_at = time.monotonic()
     n_done = 0
 
@@ -278,7 +280,7 @@ def warn_once(kind: str, message: str) -> None:
     """
     if kind not in _warned_of and multiprocessing.parent_process() is None:
         _warned_of[kind] = message
-        tqdm.write(f"warning: {message}", sys.stderr)
+        _write_line(f"warning: {message}", sys.stderr)
 
 
 def warnings_given() -> list[str]:
@@ -288,5 +290,13 @@ def warnings_given() -> list[str]:
 
 def print_line(text: str) -> None:
     """Print a line (or several) on standard output, clear of a progress bar."""
-    tqdm.write(text, sys.stdout)
-    sys.stdout.flush()
+    _write_line(text, sys.stdout)
+
+
+def _write_line(text: str, stream: Any) -> None:
+    """Write a line clear of a progress bar; before tqdm is imported, or installed by quickstart.py, there is none."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, stream)
+    else:
+        stream.write(f"{text}\n")
+    stream.flush()

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import re
-import resource
 import sys
 from collections.abc import Mapping
 from typing import Literal
@@ -37,6 +36,7 @@ HALF_TFLOPS = {
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's, from glibc's malloc.h
 LARGEST_FROM_HEAP = 32 << 20  # the most that every glibc takes as M_MMAP_THRESHOLD on 64 bits (mallopt(3))
 NEVER = 2**31 - 1
+NO_MEMORY = ("can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -151,6 +151,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory so far: of tensors on a CUDA device, elsewhere of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -164,10 +170,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that device or host memory ran out (the CPU allocator raises a RuntimeError)."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    """Return whether an error means that device or host memory ran out.
+
+    The allocators of the CPU (its Windows form says "not enough memory") and of MPS raise a RuntimeError.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def get_rng_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ NO_RENAME = {
     errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EMFILE, errno.EIO,
     errno.EACCES,
 }  # fmt: skip
+IN_USE = {5, 32}  # Windows's error codes for what somebody has open: ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION
+PATIENCE_S = 2.0
 # In lower case: what file browsers leave in a folder, and folders that systems keep at the root of a disk.
 SYSTEM_FILES = {".ds_store", ".localized", ".directory", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 SYSTEM_FOLDERS = {"lost+found", "@eadir", "__macosx", "$recycle.bin", "system volume information"}
@@ -60,13 +63,28 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()  # else Python may still hold the content, and an empty file would be synced
             sync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # an error of write() does not name the file
         raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def replace(path: Path, target: Path) -> None:
+    """Rename a file onto `target`, or a folder to `target`, which is then missing. Raises OSError.
+
+    Windows refuses that while anybody has it open, as scanners of new files do for a moment: that long it is retried.
+    """
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return os.replace(path, target)
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in IN_USE or time.monotonic() > until:
+                raise
+        time.sleep(0.05)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -107,7 +125,7 @@ def move_folder(folder: Path, target: Path) -> None:
     A copy that fails leaves nothing of `target`. Raises OSError.
     """
     try:
-        os.replace(folder, target)
+        replace(folder, target)
         return
     except OSError as error:
         if error.errno not in NO_RENAME:
@@ -150,7 +168,7 @@ def sync(descriptor: int) -> None:
 
 def sync_file(path: Path) -> None:
     """Make what was written to `path` survive a power cut, as `sync` does."""
-    with open(path, "rb") as file:
+    with open(path, "rb" if os.name == "posix" else "r+b") as file:  # Windows syncs only a file open for writing
         sync(file.fileno())
 
 

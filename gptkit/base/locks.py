@@ -2,15 +2,15 @@
 
     with file_lock(folder / LOCK_FILE, "writes to it"): …     # a second command waits, after a line that names the first
 
-The lock is flock's, which the system releases however the holder ends, by SIGKILL too. The package filelock does not
-fit: where flock is missing (ENOSYS) it takes the mere existence of a file for a lock, which a killed process would
-leave behind; other refusals (ENOLCK, ENOTSUP) it raises; and its older versions empty the file that names the holder.
-Here a file system that refuses locks costs one warning. dataset/_script.py has the same for scripts that stand alone.
+The lock is flock's, on Windows that of msvcrt, which the system releases however the holder ends, by SIGKILL too. The
+package filelock does not fit: where flock is missing (ENOSYS) it takes the mere existence of a file for a lock, which a
+killed process would leave behind; other refusals (ENOLCK, ENOTSUP) it raises; on Windows nobody can read the name in a
+file that it locks, and nothing can be shared. Here a file system that refuses locks costs one warning.
+dataset/_locks.py has the same for scripts that stand alone.
 """
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import sys
@@ -20,12 +20,22 @@ from pathlib import Path
 
 from gptkit.base.cli import warn_once
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    import msvcrt
+
+    fcntl = None  # type: ignore[assignment]
+
 LOCK_FILE = ".lock"
 POLL_S = 0.1
 PATIENCE_S = 0.5  # before a lock counts as held: one who only asks about it holds it for a moment
 # What those answer that open no file for reading and writing at once, as mounted buckets do.
 NO_OPEN = {errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 MAX_REOPENED = 50  # some mounts give a file a new inode number each time
+# The bytes that are locked on Windows: far past the end, for nobody else can read a locked byte. Who shares the lock
+# locks one of them, and who holds it alone all of them.
+FIRST_LOCKED, N_LOCKED = 1 << 30, 64
 
 
 @contextlib.contextmanager
@@ -55,7 +65,7 @@ def lock_holder(path: Path) -> str | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _lock(descriptor, shared=True)
     except OSError as error:
         return _read_holder(descriptor) if _is_held(error, descriptor) else None
     finally:
@@ -82,7 +92,7 @@ def _acquire(path: Path, wait_for: str | None, shared: bool) -> int | None:
             _warn_of_no_lock(path, error)
             return None
         try:
-            _flock(descriptor, shared)
+            _lock_and_sign(descriptor, shared)
         except OSError as error:
             holder = _read_holder(descriptor) if _is_held(error, descriptor) else None
             os.close(descriptor)
@@ -123,18 +133,36 @@ def _warn_of_no_lock(path: Path, error: OSError) -> None:
     )
 
 
-def _flock(descriptor: int, shared: bool) -> None:
+def _lock(descriptor: int, shared: bool) -> None:
+    """Lock an open file, or change its lock. Raises BlockingIOError where another process holds it, and OSError."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return
+
+    def call(how: str, number: int, n_bytes: int) -> None:
+        os.lseek(descriptor, FIRST_LOCKED + number, os.SEEK_SET)
+        msvcrt.locking(descriptor, getattr(msvcrt, how), n_bytes)  # type: ignore[attr-defined]
+
+    with contextlib.suppress(OSError):  # it holds nothing yet
+        call("LK_UNLCK", 0, N_LOCKED)
+    for number in range(N_LOCKED if shared else 1):
+        with contextlib.suppress(PermissionError):
+            return call("LK_NBLCK", number, 1 if shared else N_LOCKED)
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def _lock_and_sign(descriptor: int, shared: bool) -> None:
     """Lock, and write the name of this process. Raises OSError."""
     name = f"process {os.getpid()} on {socket.gethostname()}\n".encode()
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, shared=False)
         with contextlib.suppress(OSError):  # a full disk; the lock holds without a name too
             os.ftruncate(descriptor, 0)  # the names of holders that were killed
     except (BlockingIOError, PermissionError):
         if not shared:
             raise
     if shared:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _lock(descriptor, shared=True)
     with contextlib.suppress(OSError):
         os.lseek(descriptor, 0, os.SEEK_END)
         os.write(descriptor, name)
@@ -142,8 +170,13 @@ def _flock(descriptor: int, shared: bool) -> None:
 
 def _release(path: Path, descriptor: int) -> None:
     """Remove the lock file, unless others share it, and end the lock."""
+    if fcntl is None:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # Windows removes no file that somebody has open
+            path.unlink()
+        return
     with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, shared=False)
         if _is_still_there(path, descriptor):
             path.unlink()
     os.close(descriptor)
@@ -161,7 +194,7 @@ def _is_held(error: OSError, descriptor: int) -> bool:
     """Return whether flock failed since another process holds the lock, and not since there are no locks here."""
     if error.errno == errno.EACCES:  # so CIFS answers for both; a file that was never locked names nobody
         try:
-            return bool(os.pread(descriptor, 1, 0))
+            return bool(_read(descriptor, 1))
         except OSError:
             return True
     return isinstance(error, BlockingIOError)
@@ -170,7 +203,13 @@ def _is_held(error: OSError, descriptor: int) -> bool:
 def _read_holder(descriptor: int) -> str:
     """Return the names that the holders of a lock wrote into its file."""
     try:
-        names = os.pread(descriptor, 1000, 0).decode(errors="replace").split("\n")
+        names = _read(descriptor, 1000).decode(errors="replace").splitlines()
     except OSError:  # CIFS lets nobody read a locked file
         names = []
     return ", ".join(filter(None, names)) or "another process"
+
+
+def _read(descriptor: int, n_bytes: int) -> bytes:
+    """Return the beginning of an open file."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return os.read(descriptor, n_bytes)

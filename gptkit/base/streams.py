@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 STALLED_S = 5  # how long a write waits for the reader of a full stream: a stopped terminal must not stop training
-PIPE_BUF = 4096  # bytes that a pipe with room takes at once
+# Bytes that are written at once: what a pipe with room takes (PIPE_BUF). A console of Windows takes whole characters.
+PIECE = 4096 if os.name == "posix" else 1 << 20
 MAX_UNWRITTEN = 1 << 20  # bytes of a log that wait for a full disk to have room
 
 
@@ -33,7 +34,7 @@ class _LossyFile(io.RawIOBase):
                 if not self._has_room():
                     self.has_failed = True
                     break
-                n_written = self._file.write(rest[:PIPE_BUF])
+                n_written = self._file.write(rest[:PIECE])
             except (OSError, ValueError):  # ValueError: it was closed
                 self.has_failed = True
                 break
@@ -102,7 +103,8 @@ class LogFile:
     """A text file in UTF-8 that lines are appended to at once; those that a full disk refused are retried."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        binary = getattr(os, "O_BINARY", 0)  # on Windows; else each newline would be written as two characters
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | binary, 0o666)
         weakref.finalize(self, os.close, self._descriptor)
         self._unwritten = b""
 
@@ -157,6 +159,13 @@ def start_log(path: Path, title: str) -> None:
         log.append(f"{title}\n")
         for stream in streams:
             stream.log = log
+
+
+def stop_log() -> None:
+    """Close the log file: from here on, what is printed is not logged. (Windows removes no file that is open.)"""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, OutputStream):
+            stream.log = None
 
 
 def log_line(text: str) -> None:

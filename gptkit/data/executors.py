@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -65,15 +64,16 @@ def _without_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _init_worker(parent: int) -> None:
+def _init_worker() -> None:
     """Exit when the parent does: one that is killed cannot stop its workers. What cannot be printed ends no worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     streams.replace_streams()
 
     def end_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
+        parent = multiprocessing.parent_process()
+        if parent:
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -99,7 +99,7 @@ def _run_bounded(
 def _process_pool(num_workers: int) -> Iterator[RunTasks]:
     spawn = multiprocessing.get_context("spawn")  # a fork would copy locks held by the parent's threads
     try:
-        pool = ProcessPoolExecutor(num_workers, spawn, _init_worker, (os.getpid(),))
+        pool = ProcessPoolExecutor(num_workers, spawn, _init_worker)
     except (OSError, ImportError) as error:  # its locks are semaphores, which Linux keeps in /dev/shm
         remedy = SHARED_MEMORY_REMEDY if getattr(error, "errno", None) == errno.ENOSPC else "make /dev/shm writable"
         raise ExecutorError(f"no shared memory for worker processes ({error}); {remedy}, or give --num_workers 1")

@@ -13,7 +13,6 @@ with the lowest validation loss are kept. Nothing here is a pickle, so a strange
 
 import functools
 import math
-import os
 import re
 import shutil
 import sys
@@ -30,6 +29,7 @@ from gptkit.base.files import (
     load_tensors,
     move_folder,
     read_json,
+    replace,
     sha256_of,
     sync_file,
     sync_folder,
@@ -132,7 +132,7 @@ def _link(link: Path, folder: Path) -> None:
     try:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name, target_is_directory=True)
-        os.replace(temporary, link)
+        replace(temporary, link)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         warn_once("link", f"{link} cannot be made ({error.strerror}); name the folder {folder.name} itself")
@@ -141,8 +141,8 @@ def _link(link: Path, folder: Path) -> None:
 def _remove(folder: Path) -> None:
     doomed = folder.with_name(f".{folder.name}.old.partial")  # a half-deleted folder must not have a checkpoint's name
     try:
-        os.replace(folder, doomed)
-    except OSError:  # some file systems cannot rename a folder
+        replace(folder, doomed)
+    except OSError:  # some file systems cannot rename a folder, and Windows none of which a file is open
         (folder / SUMS_FILE).unlink(missing_ok=True)  # without it, no reader trusts what is left
         doomed = folder
     # On a mounted bucket a folder that was just renamed sometimes cannot be removed; the next save removes it.

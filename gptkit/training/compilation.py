@@ -5,10 +5,13 @@ Shapes: B batch, T time, C channels.
 
 import contextlib
 import functools
+import gc
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptkit.base import devices
 from gptkit.base.cli import UserError, first_line
+from gptkit.base.processes import run_child
 from gptkit.distributed import fsdp
 from gptkit.distributed.process_group import main_process
 from gptkit.training.loss import linear_cross_entropy
@@ -38,6 +42,23 @@ class BatchTooLarge(UserError):
                 f" tokens per step (--auto_batch does that by itself); or {remedy}"
             )
         super().__init__(f"out of memory with --batch_size {batch_size}: {remedy}")
+
+
+def restart(error: BatchTooLarge) -> NoReturn:
+    """Run this command again with the flags of the error in place of this process, or, on Windows, until it has ended.
+
+    Windows has no exec: its own starts another process, and the shell takes the end of this one for that of the run.
+    """
+    command = [sys.executable, *sys.orig_argv[1:], *error.flags]
+    if os.name == "posix":
+        os.execv(sys.executable, command)
+    seen: BaseException | None = error
+    while seen:  # the frames of the errors hold the model, and the other process needs its memory
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
+    gc.collect()
+    torch.cuda.empty_cache()
+    raise SystemExit(run_child(command))
 
 
 def next_smaller_batch(batch_size: int) -> int | None:

@@ -325,7 +325,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
     for name, (parameter, group) in _named_parameters(model, optimizer).items():
         state = {}
         for key in spec.state_keys(group):
-            tensor = tensors[f"{key}.{name}"].to(parameter.device)
+            # A copy: the state is kept, and what is read is mapped into memory, which keeps the file open.
+            tensor = tensors[f"{key}.{name}"].to(parameter.device, copy=True)
             tensor = shard_like(tensor, like=parameter) if tensor.shape == parameter.shape else tensor
             state[key] = spec.from_tensor(key, tensor, group)
         optimizer.state[parameter] = state

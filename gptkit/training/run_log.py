@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gptkit.base.cli import QUIET_S, format_duration, print_line
-from gptkit.base.files import as_dict, read_json, sync
+from gptkit.base.files import as_dict, read_json, replace, sync
 from gptkit.base.streams import log_line
 
 RUN_FILE, RUN_FORMAT = "config.json", "gptkit-run"  # what a run is, and how that file is recognized
@@ -210,7 +210,7 @@ def truncate_jsonl(path: Path, step: int) -> None:
         partial = path.with_name(f".{path.name}.partial")
         try:
             partial.write_bytes(kept)
-            os.replace(partial, path)
+            replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -245,7 +245,7 @@ def _draw_loss_curve(metrics: list[dict[str, Any]], path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         figure.savefig(partial, format="png", dpi=120, bbox_inches="tight")
-        os.replace(partial, path)
+        replace(partial, path)
     finally:
         pyplot.close(figure)
         partial.unlink(missing_ok=True)

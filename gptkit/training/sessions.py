@@ -26,7 +26,7 @@ from gptkit.base.cli import UserError, first_line, utf8_text, warnings_given
 from gptkit.base.files import read_json, write_atomically
 from gptkit.base.locks import LOCK_FILE, file_lock
 from gptkit.base.probe import probe_output
-from gptkit.base.streams import has_failed, log_line, start_log
+from gptkit.base.streams import has_failed, log_line, start_log, stop_log
 from gptkit.distributed.process_group import is_main_process, main_process
 from gptkit.training.checkpoints import STATE_FILE, find_checkpoints, read_state_or_empty
 from gptkit.training.run_log import (
@@ -109,6 +109,7 @@ def _log_output(output_dir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             is_seen = not (has_failed(sys.stdout) or has_failed(sys.stderr))
             if is_new and is_seen and set(os.listdir(output_dir)) <= {LOCK_FILE, LOG_FILE}:
+                stop_log()
                 path.unlink()
 
 

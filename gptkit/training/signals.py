@@ -9,8 +9,9 @@ import signal
 import sys
 from types import FrameType
 
+from gptkit.base.processes import STOP_SIGNALS
+
 EXIT_STOPPED = 75  # the exit code, sysexits.h's EX_TEMPFAIL: run the same command to resume
-NAMES = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
 
 
 class StopSignals:
@@ -19,8 +20,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: str | None = None  # the signal's name
         self.exits_at_once = True  # while there is nothing to finish
-        numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-        self._numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        self._numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         for number in self._numbers:
             signal.signal(number, self._handle)
         atexit.register(self._ignore)
