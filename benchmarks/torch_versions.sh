@@ -131,7 +131,7 @@ PROGRAM
 }
 
 installed_versions() { # print a JSON object
-  "$python" - <<'PROGRAM' || echo '{}'
+  "$python" - 2>/dev/null <<'PROGRAM' || echo '{}'
 import importlib.metadata, json, platform
 import torch
 
