@@ -240,15 +240,20 @@ def generate_samples(model: GPTModel, tokenizer: Tokenizer) -> list[str]:
 
 def upload(folder: Path, repository: str, private: bool) -> None:
     """Upload the folder to a repository of the hub, which is made if it is missing. Raises UserError."""
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,  # of its HTTP client, which is httpx in older versions and httpx2 in newer ones
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     api = HfApi()
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=[EXPORT_FILE])
-    except (LocalTokenNotFoundError, HFValidationError, HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+    except (LocalTokenNotFoundError, HFValidationError, HfHubHTTPError, OfflineModeIsEnabled, HTTPError) as error:
         raise UserError(
             f"--push_to_hub {repository}: the folder {folder} is written, but could not be uploaded"
             f" ({one_line(error, max_chars=200)}); log in with `hf auth login` and a token that may write, then run the"

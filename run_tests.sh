@@ -11,5 +11,5 @@ export OMP_NUM_THREADS=1 # two test processes share two cores
 ruff check .
 ruff format --check .
 mypy
-shellcheck quickstart.sh run_tests.sh exp001/command.sh cloud/machine.sh benchmarks/gpu_suite.sh .ci/run
+shellcheck quickstart.sh run_tests.sh exp001/command.sh cloud/machine.sh benchmarks/gpu_suite.sh benchmarks/torch_versions.sh .ci/run
 python -m pytest -n 2 --dist worksteal "$@"

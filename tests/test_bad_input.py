@@ -4,6 +4,7 @@ The mistakes that concern dataset/prepare_aozora_jsonl.py stand in test_prepare.
 """
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -26,7 +27,10 @@ from conftest import (
     file_size_limit,
 )
 
+from gptkit.base.cli import UserError, parse
 from gptkit.base.locks import LOCK_FILE, file_lock
+from gptkit.distributed import fsdp
+from gptkit.training.settings import TrainingSettings, check_training_settings
 
 TWO_STEPS = (*SAMPLE_TOKENS, *TINY_MODEL, "--max_steps", 2)
 
@@ -206,3 +210,18 @@ def test_checkpoint_that_is_a_pickle_is_not_opened(tmp_path: Path, trained: Path
     path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
     assert_user_error(infer(copy, "雨"), "model.safetensors")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("version", ["2.6.0", "2.8.0+cu128", "2.8.1", "2.9.0a0+git1a2b3c4"])
+def test_sharding_by_a_torch_that_does_it_wrongly(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """test_parallel.py has the whole command, for such a torch; here a process group would outlive the test."""
+    monkeypatch.setattr(torch, "__version__", version)
+    settings = parse(TrainingSettings, ["--data_dir", "001", "--parallel", "fsdp"])
+    with pytest.raises(UserError, match=rf"torch 2\.9 or newer: {re.escape(version)} .* --parallel ddp"):
+        check_training_settings(settings, 1)
+
+
+@pytest.mark.parametrize("version", ["2.9.0+cu128", "2.10.0", "2.15.0+cu132", "3.0.0a0"])
+def test_sharding_by_a_newer_torch(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    assert fsdp.is_correct()

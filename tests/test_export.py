@@ -1,5 +1,6 @@
 """export_hf.py and --init_from: the exported folder against transformers, and the way from a run to it and back."""
 
+import importlib
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import export_hf
 from gpt_model import GPTConfig, GPTModel
+from gptkit.base.cli import UserError
 from gptkit.base.files import replace_folder
 from gptkit.generation.generate import generate
 from gptkit.generation.sampling import SamplingSettings
@@ -310,6 +312,19 @@ def test_the_card_of_an_odd_run_folder(tmp_path: Path, tokenizer: Tokenizer) -> 
         assert card.count("\n---\n") == 1
         assert "a path" not in card
     assert "base_model: rinna/gpt" in card
+
+
+def test_upload_without_a_network_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = next(base for base in huggingface_hub.errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    client = importlib.import_module(base.__module__.partition(".")[0])  # httpx or httpx2, as the hub's library has it
+
+    class Api:
+        def create_repo(self, *args: Any, **settings: Any) -> str:
+            raise client.ConnectError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(UserError, match=r"--push_to_hub me/model: .* \(no route to host\); log in"):
+        export_hf.upload(tmp_path, "me/model", private=True)
 
 
 def test_upload_makes_the_repository_and_leaves_out_our_own_file(

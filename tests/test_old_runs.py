@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 OLD_RUN = ROOT / "tests" / "data" / "run_before_layers"
 EXPECTED = ROOT / "tests" / "data" / "expected_step_00000020.safetensors"
+DROPPED = [20, 21, 27, 33, 34, 36]  # the first of 1,000 by seed 1 and a rate of 0.1, with torch 2.8 to 2.15; not 2.6
 FLAGS = (
     *("--n_layers", 1, "--emb_dim", 4, "--n_heads", 2, "--n_kv_heads", 1, "--context_length", 16, "--drop_rate", 0.1),
     *("--batch_size", 4, "--grad_accum_steps", 2, "--val_fraction", 0.3, "--max_steps", 20, "--bigram_steps", 2),
@@ -46,6 +47,10 @@ def test_it_resumes_to_the_weights_of_its_own_version(tmp_path: Path, old_run: P
     assert (state["n_rollbacks"], state["n_skipped"]) == (1, 5)
     weights, expected = load_file(old_run / "step_00000020" / "model.safetensors"), load_file(EXPECTED)
     assert weights.keys() == expected.keys()
+    torch.manual_seed(1)
+    dropped = torch.nn.functional.dropout(torch.ones(1000), 0.1).eq(0).nonzero().flatten().tolist()
+    if dropped[: len(DROPPED)] != DROPPED:
+        pytest.skip("this torch draws other random numbers for dropout than the run of version 0.1 had")
     for name, tensor in expected.items():  # another CPU rounds otherwise
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 

@@ -20,10 +20,12 @@ from conftest import ROOT, SAMPLE_TOKENIZER, assert_user_error, curve, environme
 from safetensors.torch import load_file
 
 from gpt_model import GPTModel
+from gptkit.distributed import fsdp
 from gptkit.training.checkpoints import verify_checkpoint
 from gptkit.training.loading import load_checkpoint
 
 pytestmark = pytest.mark.slow  # each starts several processes
+needs_fsdp = pytest.mark.skipif(not fsdp.is_correct(), reason="this torch shards wrongly: --parallel fsdp is refused")
 STEPS = 40
 RUN = (
     *("--tokenizer", "sentencepiece", "--tokenizer_path", SAMPLE_TOKENIZER, "--use_pretokenized"),
@@ -124,6 +126,7 @@ def test_two_processes_are_one_run(pair: Path, alone: Path) -> None:
     assert_same_run(pair, alone)
 
 
+@needs_fsdp
 def test_sharded_in_two_is_one_run(tmp_path: Path, shards: Path, alone: Path) -> None:
     """The checkpoint has the plain form, which a model reads as any other."""
     output = tmp_path / "out"
@@ -149,6 +152,7 @@ pretraining.run_command(pretraining.PretrainingConfig, pretraining.launch)
 """
 
 
+@needs_fsdp
 def test_processes_on_unlike_machines_round_alike(tmp_path: Path, shards: Path, alone: Path) -> None:
     """The main process's machine multiplies bfloat16, the other's does not: sharded, a weight has one type for both."""
     script, output = tmp_path / "unlike.py", tmp_path / "out"
@@ -161,6 +165,7 @@ def test_processes_on_unlike_machines_round_alike(tmp_path: Path, shards: Path, 
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=0.02)
 
 
+@needs_fsdp
 def test_a_run_resumes_with_another_number_of_processes(tmp_path: Path, shards: Path) -> None:
     """Two, stopped by a signal to torchrun; four, sharded, stopped by the clock; then one alone: by one command line."""
     output, alone = tmp_path / "out", tmp_path / "alone"
@@ -326,3 +331,16 @@ def test_an_error_is_reported_once(tmp_path: Path, shards: Path) -> None:
         assert len(errors) == 1, result.stderr
         assert named in errors[0]
     assert not output.exists()
+
+
+@pytest.mark.skipif(fsdp.is_correct(), reason="this torch shards rightly")
+def test_sharding_by_a_torch_that_does_it_wrongly_is_refused_once(tmp_path: Path, shards: Path) -> None:
+    before = sorted(shards.parent.iterdir())
+    output = tmp_path / "out"
+    result = finish(start(torchrun(2, *arguments(shards, output, 2, "--parallel", "fsdp"))))
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert f"--parallel fsdp needs torch 2.9 or newer: {torch.__version__} " in errors[0]
+    assert not output.exists()
+    assert sorted(shards.parent.iterdir()) == before

@@ -353,6 +353,54 @@ def test_a_second_machine_resumes_from_the_storage(
     assert "resuming from" in result.stdout
 
 
+CU126 = "https://download.pytorch.org/whl/cu126"
+
+
+@pytest.mark.parametrize(
+    ("default", "cu126"), [("0", "0"), ("1", "0"), ("1", "1")], ids=["new driver", "old driver", "no driver"]
+)
+def test_skypilot_falls_back_to_wheels_for_older_drivers(tmp_path: Path, default: str, cu126: str) -> None:
+    """Execute the setup section with a Python whose torch uses the GPU as `default` says, and as `cu126` after pip."""
+    write_program(tmp_path / "quickstart.sh", "exit 0")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    script = f'[ -e fallen_back ] && code={cu126} || code={default}; echo "$@" >>calls.txt'
+    script += '; case $* in *torch.zeros*) exit $code ;; *"pip install"*) touch fallen_back ;; esac'
+    write_program(tmp_path / ".venv" / "bin" / "python", script)
+    setup = yaml.safe_load((ROOT / TASKS[0]).read_text("utf-8"))["setup"]
+    result = subprocess.run(["bash", "-c", setup], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == int(cu126), result.stderr
+    checked, *rest = (tmp_path / "calls.txt").read_text().splitlines()
+    assert checked.startswith("-c import torch")
+    pip = ["-m pip uninstall --quiet --yes torch", f"-m pip install --quiet --index-url {CU126} torch", checked]
+    assert rest == (pip if default == "1" else [])
+
+
+def test_the_docker_image_can_have_wheels_for_older_drivers(tmp_path: Path) -> None:
+    """Execute what the image installs, with a pip that only records its arguments and its constraints."""
+    text = (ROOT / "cloud" / "Dockerfile").read_text("utf-8")
+    assert f"--build-arg TORCH_INDEX={CU126} " in text
+    install = re.search(r"^RUN (if \[ -n .*?[^\\])$", text, re.MULTILINE | re.DOTALL)
+    assert install
+    write_program(
+        tmp_path / "pip", f'echo "$@ / $(grep ^torch== "{tmp_path}/constraints.txt")" >>"{tmp_path}/calls.txt"'
+    )
+    for index, calls in (
+        ("", ["install --no-cache-dir -r requirements.txt -c constraints.txt / torch==9.9"]),
+        (
+            CU126,
+            [
+                f"install --no-cache-dir --index-url {CU126} torch / ",
+                "install --no-cache-dir -r requirements.txt -c constraints.txt / ",
+            ],
+        ),
+    ):
+        (tmp_path / "constraints.txt").write_text("numpy==1\ntorch==9.9\n")
+        (tmp_path / "calls.txt").unlink(missing_ok=True)
+        variables = os.environ | {"TORCH_INDEX": index, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        subprocess.run(["sh", "-ec", install[1].replace("\\\n", "")], cwd=tmp_path, env=variables, check=True)
+        assert (tmp_path / "calls.txt").read_text().splitlines() == calls
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_skypilot_tasks_request_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Check the tasks, also by SkyPilot's own parser where it is installed: tests/requirements.txt does without it."""

@@ -11,6 +11,11 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.torch_version import TorchVersion
+
+# Before it gloo, the CPUs' backend, adds the gradients of the processes up where FSDP2 asks for their mean
+# (pytorch/pytorch#162338). NCCL should not, but sharding on GPUs was not tried with an earlier torch.
+FIRST_CORRECT_TORCH = "2.9"
 
 
 def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
@@ -29,6 +34,11 @@ def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.dev
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def is_correct() -> bool:
+    """Return whether this torch averages the gradients of a sharded run; only its version shows that."""
+    return TorchVersion(torch.__version__) >= FIRST_CORRECT_TORCH  # 2.8.0+cu128 is not, nor is 2.9.0a0, before 2.9
 
 
 def is_sharded(model: nn.Module) -> bool:

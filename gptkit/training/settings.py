@@ -14,6 +14,7 @@ from torch import nn
 from gptkit.base.cli import UserError, setting
 from gptkit.base.devices import DtypeName
 from gptkit.data.batches import TrainingBatches
+from gptkit.distributed import fsdp
 from gptkit.distributed.process_group import Parallelism
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, build_optimizer
 
@@ -219,6 +220,11 @@ def check_training_settings(settings: TrainingSettings, n_processes: int) -> Non
         )
     if spec.needs_full_matrices and settings.parallel == "fsdp":
         raise UserError(f"--optimizer {settings.optimizer} needs full matrices; give --parallel ddp, or muon or adamw")
+    if settings.parallel == "fsdp" and not fsdp.is_correct():
+        raise UserError(
+            f"--parallel fsdp needs torch {fsdp.FIRST_CORRECT_TORCH} or newer: {torch.__version__} may add gradients"
+            " up instead of averaging them; give --parallel ddp, or install a newer torch"
+        )
     if settings.auto_batch and n_processes > 1:
         raise UserError("--auto_batch is for one process; give --batch_size and --grad_accum_steps that fit")
     if settings.max_minutes and settings.budget_minutes:
