@@ -9,7 +9,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +105,20 @@ def test_the_simulation_refuses_what_windows_refuses(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{REFUSED}")
     result = on_windows(tmp_path / "script.py", tmp_path)
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
+RESTARTED = """
+import sys
+if "--batch_size" in sys.argv:
+    raise SystemExit(75)
+from gptkit.training.compilation import BatchTooLarge, restart
+restart(BatchTooLarge(2, 1, 1))
+"""
+
+
+@pytest.mark.parametrize("run_there", [on_windows, lambda *line: subprocess.run([sys.executable, *line], cwd=ROOT)])
+def test_a_restart_ends_with_the_code_of_the_new_run(run_there: Callable[..., Any]) -> None:
+    assert run_there("-c", RESTARTED).returncode == 75
 
 
 LIMITED = """

@@ -7,6 +7,7 @@ With this folder in PYTHONPATH, Python imports this module first, in the child p
 - Their `os` has the name "nt" and lacks what Windows lacks; so does their `signal`, and `select` takes sockets only.
 - A file that a process has open or mapped is neither renamed, replaced nor removed (WinError 32), nor is a folder that
   holds one (WinError 5). Links need a privilege (WinError 1314). Nothing is renamed onto a folder.
+- exec starts another process and ends this one.
 - A folder cannot be opened, nor a name made that Windows refuses, and a file open for reading alone not synced.
 - A text file that they open without naming its encoding is an error; libraries get cp932, Japan's.
 
@@ -172,6 +173,11 @@ def symlink(source, target, *arguments, **how):
     raise refusal(errno.EINVAL, target, 1314)
 
 
+def execv(path, arguments):
+    os.posix_spawn(path, arguments, os.environ)  # and who waits for this process waits no longer
+    os._exit(0)
+
+
 # The modules that the repository sees
 
 
@@ -251,7 +257,7 @@ VIEWS = {
         memory_info=lambda: types.SimpleNamespace(peak_wset=123 << 20))),
 }  # fmt: skip
 
-for replacement in (replace, rename, unlink, rmdir, mkdir, fsync, symlink):
+for replacement in (replace, rename, unlink, rmdir, mkdir, fsync, symlink, execv):
     setattr(os, replacement.__name__, replacement)
 os.remove, os.open = unlink, open_descriptor
 builtins.open = io.open = open_file
