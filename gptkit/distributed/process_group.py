@@ -313,7 +313,7 @@ def wrap_ddp(model: nn.Module, loss: Callable[..., torch.Tensor], device: torch.
     device_ids = [device] if device.type == "cuda" else None
     module = _LossModule(model, loss)
     with warnings.catch_warnings():
-        # torch 2.13 renames broadcast_buffers; 2.11 does not have the new name.
+        # torch 2.13 renames broadcast_buffers; older ones do not have the new name.
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
