@@ -198,6 +198,17 @@ def test_a_shard_that_cannot_be_mapped_reads_alike(
         open_token_shard(path, dtype, 1000)
 
 
+def test_a_limit_of_the_process_is_not_blamed_on_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "train_a.npy"
+    path.write_bytes(token_shard_bytes(np.arange(9, dtype=np.uint16)))
+    cli._warned_of.clear()
+    refuse(monkeypatch, np, "load", errno.ENOMEM)
+    assert open_token_shard(path, "uint16", 9)[:].tolist() == [*range(9)]
+    assert "may map no more files into memory (Cannot allocate memory)" in capsys.readouterr().err
+
+
 def test_what_cannot_be_read_is_not_called_a_bad_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or pretokenize.py would make it again."""
     path = tmp_path / "train_a.npy"

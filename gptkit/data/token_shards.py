@@ -79,11 +79,16 @@ def open_token_shard(path: Path, dtype: str, n_tokens: int) -> Shard:
             tokens = _map(path)
         except OSError as error:
             tokens = UnmappedShard(path)  # raises it again where not the mapping was refused
+            what, remedy = (
+                f"the file system of {path.parent} cannot map files into memory",
+                "copy the folder to a local disk and name it with --pretokenized_dir",
+            )
+            if error.errno == errno.ENOMEM:
+                what, remedy = "this process may map no more files into memory", "raise its limit (ulimit -v)"
             warn_once(
                 "map",
-                f"the file system of {path.parent} cannot map files into memory ({error.strerror}): tokens are read from"
-                " it again and again, which may slow training down; copy the folder to a local disk and name it with"
-                " --pretokenized_dir",
+                f"{what} ({error.strerror}): tokens are read from the files again and again, which may slow training down;"
+                f" {remedy}",
             )
     except OSError as error:
         if error.errno != errno.ENOENT:
