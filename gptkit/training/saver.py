@@ -83,7 +83,7 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until all is written. Raises UserError where the last checkpoint could not be written."""
-        self._writer.wait()
+        self._writer.close()
         if self._writer.failure:
             raise UserError(f"{self._writer.failure}; make room and run the same command to resume from the newest")
 
@@ -156,3 +156,8 @@ class BackgroundWriter:
         if self._future:
             self._future.result()
             self._future = None
+
+    def close(self) -> None:
+        """Wait likewise, and end the thread that writes."""
+        self.wait()
+        self._pool.shutdown()
