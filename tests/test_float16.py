@@ -115,6 +115,10 @@ def test_overflows_are_survived_and_are_no_bad_steps(tmp_path: Path, short_shard
     assert "warning" not in printed
     assert (state_of(output)["n_skipped"], state_of(output)["n_skipped_in_a_row"]) == (0, 0)
     assert state_of(output)["scaler"]["scale"] == 2.0 ** (40 - n_overflows)
+    assert "grad_norm" not in curve(output)[0]  # of step 10, which was skipped; JSON has no NaN
+    assert "grad_norm" in curve(output)[-1]
+    page = ("--exp_dir", output, "--output", tmp_path / "report.html")
+    assert call_command("report.py", *page).returncode == 0
     assert curve(output)[-1]["val_loss"] < curve(output)[0]["val_loss"] - 0.03
 
 
@@ -146,17 +150,47 @@ def test_a_run_changes_its_precision_on_the_way(tmp_path: Path, short_shards: Pa
         assert ("scaler" in state_of(output)) == has_scaler
 
 
-@pytest.mark.parametrize("damage", [None, {}, {"scale": 0.0}, {"scale": -1.0}, {"_growth_tracker": -1}], ids=str)
-def test_a_damaged_scale_is_refused(tmp_path: Path, short_shards: Path, damage: Any) -> None:
+DAMAGE = [
+    None, {}, {"scale": 0.0}, {"scale": -1.0}, {"scale": 1e-300}, {"scale": 1e300}, {"scale": 10**400},
+    {"_growth_tracker": -1}, {"_growth_tracker": 2**40},
+]  # fmt: skip
+
+
+def test_a_damaged_scale_is_refused(tmp_path: Path, short_shards: Path) -> None:
     output = tmp_path / "out"
     train(short_shards, output, *HALF, "--max_steps", 1)
-    state = state_of(output)
-    state["scaler"] = state["scaler"] | damage if damage else damage
-    checkpoint = newest(output)
-    (checkpoint / "state.json").write_text(json.dumps(state), "utf-8")
-    checkpoints.write_checksums(checkpoint, [path for path in checkpoint.rglob("*.*") if path.is_file()])
-    result = call_command("pretraining.py", *small_run(short_shards, output, "muon"), *HALF, "--max_steps", 2)
-    assert_user_error(result, "is damaged")
+    checkpoint, state = newest(output), state_of(output)
+    for damage in DAMAGE:
+        damaged = state["scaler"] | damage if damage else damage
+        (checkpoint / "state.json").write_text(json.dumps(state | {"scaler": damaged}), "utf-8")
+        checkpoints.write_checksums(checkpoint, [path for path in checkpoint.rglob("*.*") if path.is_file()])
+        result = call_command("pretraining.py", *small_run(short_shards, output, "muon"), *HALF, "--max_steps", 2)
+        assert_user_error(result, "is damaged")
+
+
+def test_a_rollback_to_another_precision_begins_with_the_first_scale(tmp_path: Path, short_shards: Path) -> None:
+    """Gradients that were infinite at any scale had brought it far down."""
+    output = tmp_path / "out"
+    train(short_shards, output, "--dtype", "float32", "--max_steps", 3)
+
+    class Infinite(torch.amp.GradScaler):
+        n_steps = 0
+
+        def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+            Infinite.n_steps += 1
+            if Infinite.n_steps <= 5:
+                optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
+            super().unscale_(optimizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.amp, "GradScaler", partial(Infinite, init_scale=4.0))
+        result = call_command(
+            "pretraining.py", *small_run(short_shards, output, "muon"), *HALF, "--max_bad_steps", 3, "--max_steps", 9
+        )
+    assert result.returncode == 0, result.stderr
+    assert "going back to" in result.stdout
+    assert state_of(output)["scaler"]["scale"] == 4.0
+    assert state_of(output)["n_skipped"] == 3
 
 
 def test_a_gradient_that_no_scale_can_save_is_a_divergence(tmp_path: Path, short_shards: Path) -> None:

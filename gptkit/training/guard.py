@@ -85,10 +85,10 @@ def as_count(value: Any) -> int:
 
 def as_scaler_state(value: Any) -> dict[str, float]:
     """Return what changes in the state of a GradScaler, from a checkpoint. Raises KeyError and ValueError."""
-    scale = as_sum(value["scale"])
-    if scale <= 0:
-        raise ValueError(f"{scale} is not a loss scale")
-    return {"scale": scale, "_growth_tracker": as_count(value["_growth_tracker"])}
+    scale, n_steps = as_sum(value["scale"]), as_count(value["_growth_tracker"])
+    if not 2.0**-100 < scale < 2.0**100 or n_steps >= 2**31:  # they become a float32 and an int32
+        raise ValueError(f"{value} is no state of a loss scale")
+    return {"scale": float(scale), "_growth_tracker": n_steps}
 
 
 def as_sum(value: Any) -> float:

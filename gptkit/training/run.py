@@ -175,8 +175,9 @@ class Run:
     def load_progress(self, state: Mapping[str, Any]) -> None:
         """Load what `progress` returned. Raises KeyError where something is missing, ValueError where it is invalid."""
         step, best, elapsed_s = as_count(state["step"]), state["best_val_loss"], as_sum(state["elapsed_s"])
-        if self.scaler.is_enabled() and "scaler" in state:  # it is missing where the run was in another precision
-            self.scaler.load_state_dict(self.scaler.state_dict() | as_scaler_state(state["scaler"]))
+        if self.scaler.is_enabled():  # a checkpoint in another precision has no scale: begin with the first one
+            saved = as_scaler_state(state["scaler"]) if "scaler" in state else {}
+            self.scaler.load_state_dict(torch.amp.GradScaler(self.device.type).state_dict() | saved)
             self.loss_scale = self.scaler.get_scale()
         self.best_val_loss = None if best is None else as_sum(best)
         self.step, self.elapsed_s = step, elapsed_s

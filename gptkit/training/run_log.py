@@ -5,6 +5,7 @@ What is reported, and when, is decided elsewhere. A Logger (training/loggers.py)
 
 import errno
 import json
+import math
 import os
 import sys
 import time
@@ -130,12 +131,16 @@ class RunLog:
                 log_line(line)
 
     def report(self, n_done: int, epoch: int, **values: float) -> None:
-        """Print a line and append to metrics.jsonl: train_loss, val_loss (nats per token), lr, grad_norm."""
+        """Print a line and append to metrics.jsonl: train_loss, val_loss (nats per token), lr, grad_norm.
+
+        What is not finite, as the norm of a step that was skipped, is left out there: JSON has no word for it.
+        """
         reported_step, reported_at = self._reported
         now = time.monotonic()
         rate = (n_done - reported_step) * self.tokens_per_step / max(now - reported_at, 1e-9)
         self._reported = (n_done, now)
-        record: dict[str, Any] = {"step": n_done, "epoch": epoch, "tokens": n_done * self.tokens_per_step, **values}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        record: dict[str, Any] = {"step": n_done, "epoch": epoch, "tokens": n_done * self.tokens_per_step, **finite}
         record |= {"tokens_per_s": round(rate, 1), "elapsed_s": round(self.elapsed_s, 2)}
         self._metrics.append(record)
         self.print_line(
