@@ -2,7 +2,7 @@
 # Run the commands and their tests on several versions of torch: those of rented images and free notebooks, and the
 # newest. Each gets an environment of its own, which is removed when its results are written.
 #
-#     benchmarks/torch_versions.sh                  lowest 2.6.0 2.8.0 2.10.0 2.13.0 newest
+#     benchmarks/torch_versions.sh                  lowest 2.6.0 2.8.0 2.9.0 2.10.0 2.13.0 newest
 #     benchmarks/torch_versions.sh 2.9.1            only this one; the result file keeps the rows of the others
 #     PYTHON=python3.12 WORK_DIR=/tmp/versions benchmarks/torch_versions.sh
 #
@@ -26,7 +26,7 @@ PYTHON=${PYTHON:-python3}
   echo "error: $PYTHON is no Python 3.10 or newer with venv; name another one in PYTHON" >&2
   exit 2
 }
-[ $# -gt 0 ] || set -- lowest 2.6.0 2.8.0 2.10.0 2.13.0 newest
+[ $# -gt 0 ] || set -- lowest 2.6.0 2.8.0 2.9.0 2.10.0 2.13.0 newest
 readonly ENVIRONMENT=$WORK_DIR/environment ROAD=$WORK_DIR/road SAMPLE=dataset/sample
 readonly python=$ENVIRONMENT/bin/python
 # Of tests/requirements.txt what the tests below need.
