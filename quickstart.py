@@ -14,6 +14,7 @@ if __name__ == "__main__":
     prepare_process()
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from gptkit.base.processes import run_child
 OLDEST, NEWEST = (3, 10), (3, 14)  # the versions for which every package in constraints.txt has wheels
 VENV = Path(".venv")
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 PROBE = "import ensurepip, sys, venv; print(*sys.version_info[:2], int(sys.maxsize > 2**32))"
 TOKENIZER = "--tokenizer sentencepiece --tokenizer_path dataset/sample/tokenizer"
 ROAD = (
@@ -67,40 +69,76 @@ def main(config: QuickstartConfig) -> int:
 def arguments_of(line: str) -> list[str | bytes]:
     """Return the command line that runs a script in the environment; in UTF-8 whatever the locale, as a shell would."""
     script = line.split(" ")
-    return [str(BIN / "python"), *(script if os.name == "nt" else map(str.encode, script))]
+    return [str(PYTHON), *(script if os.name == "nt" else map(str.encode, script))]
 
 
 def make_environment(requirements: str) -> None:
     """Install the packages of a requirements file into .venv, unless they are those installed last. Raises UserError."""
+    require_usable_environment()
     files = ("requirements.txt", existing_path(requirements, "--install_only"), "constraints.txt")
     wanted = b"".join(Path(file).read_bytes() for file in files)
-    stamp = VENV / f"installed_from_{requirements.replace('/', '_')}"
+    stamp = VENV / f"installed_from_{re.sub(r'[/:]', '_', Path(requirements).as_posix())}"
 
     def is_made() -> bool:
         return stamp.is_file() and stamp.read_bytes() == wanted
 
     if is_made():
         return
-    with file_lock(VENV / LOCK_FILE, f"makes the environment {VENV}"):
+    with file_lock(VENV / LOCK_FILE, f"makes the environment {VENV}") as lock:
         if is_made():
             return
         print(f"making the environment {VENV} (this takes some minutes, once)", flush=True)
-        if not has_pip() and run_child([*find_python(), "-m", "venv", str(VENV)]):
-            raise UserError(
-                f"{VENV} could not be made; see above, and put the repository on a disk that has symbolic links"
+        if not has_pip():
+            run_step(
+                [*find_python(), "-m", "venv", str(VENV)],
+                lock,
+                f"{VENV} could not be made; see above, and put the repository on a disk that has symbolic links",
             )
         install = "-m pip install --quiet --disable-pip-version-check -c constraints.txt -r"
-        if run_child([str(BIN / "python"), *install.split(" "), requirements]):
-            raise UserError(
-                f"the packages of {requirements} could not be installed; see pip's messages above, then run this again"
-            )
+        run_step(
+            [str(PYTHON), *install.split(" "), requirements],
+            lock,
+            f"the packages of {requirements} could not be installed; see pip's messages above, then run this again",
+        )
         write_atomically(stamp, wanted)
+
+
+def run_step(command: list[str], lock: int | None, if_it_fails: str) -> None:
+    """Run a program that holds the lock for as long as it lives, even where this process is killed.
+
+    Raises UserError where it fails, and exits with its code where a signal ended it.
+    """
+    inherited = () if lock is None or os.name == "nt" else (lock,)
+    code = run_child(command, with_its_own=True, pass_fds=inherited)
+    if code >= 128:
+        sys.exit(code)
+    if code:
+        raise UserError(if_it_fails)
+
+
+def require_usable_environment() -> None:
+    """Raise UserError where there is a .venv that nothing can be installed into, and that venv would not repair."""
+    problem = None
+    if os.path.lexists(VENV) and not VENV.is_dir():
+        problem = "is not a folder"
+    elif os.path.lexists(PYTHON):
+        try:
+            question = [str(PYTHON), "-c", "import sys; print(*sys.version_info[:2])"]
+            version = tuple(map(int, subprocess.run(question, capture_output=True).stdout.split()))
+        except OSError:  # the system's Python was replaced by another
+            version = ()
+        if not version:
+            problem = "has lost its Python"
+        elif not OLDEST <= version <= NEWEST:
+            problem = f"was made by Python {'.'.join(map(str, version))}, for which packages are missing"
+    if problem:
+        raise UserError(f"{VENV} {problem}; remove it and run this again")
 
 
 def has_pip() -> bool:
     """Return whether .venv is an environment that packages can be installed into; not one that was killed halfway."""
     try:
-        return not subprocess.run([str(BIN / "python"), "-c", "import pip"], capture_output=True).returncode
+        return not subprocess.run([str(PYTHON), "-c", "import pip"], capture_output=True).returncode
     except OSError:
         return False
 

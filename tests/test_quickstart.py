@@ -15,6 +15,7 @@ from conftest import ROOT, environment, start_process
 
 import quickstart
 from gptkit.base.cli import UserError
+from gptkit.base.processes import run_child
 
 HERE = sys.version_info[:2]
 
@@ -169,3 +170,82 @@ def test_a_child_ends_in_its_own_time(number: int, to_all: bool) -> None:
 def test_a_child_that_a_signal_ends(capfd: pytest.CaptureFixture[str]) -> None:
     code = "import os; os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", PARENT, code], cwd=ROOT).returncode == 128 + 9
+
+
+def make_environment_of(repository: Path, pip: str) -> None:
+    """Make an environment whose Python answers its version, has pip, and runs a line of shell as pip."""
+    answers = f'case "$*" in *version_info*) echo 3 {HERE[1]};; *"import pip") ;; *) {pip};; esac'
+    (repository / ".venv" / "bin").mkdir(parents=True)
+    program = repository / ".venv" / "bin" / "python"
+    program.write_text(f"#!/bin/sh\n{answers}\n")
+    program.chmod(0o755)
+
+
+def start_quickstart(repository: Path) -> subprocess.Popen[str]:
+    arguments = [sys.executable, str(repository / "quickstart.py"), "--install_only", "none.txt"]
+    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return start_process(arguments, cwd=repository, start_new_session=True, **how)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_pip_that_outlives_quickstart_keeps_others_out(repository: Path) -> None:
+    """Two in one environment would leave a mixture."""
+    make_environment_of(repository, "touch begun; sleep 3; touch ended")
+    first = start_quickstart(repository)
+    wait_for(repository / "begun")
+    first.kill()
+    second = start_quickstart(repository)
+    assert second.stdout
+    assert second.stdout.readline().startswith(f"waiting for process {first.pid} on ")
+    wait_for(repository / "ended")
+    assert second.stdout.readline().startswith("making the environment")
+    assert second.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_what_makes_the_environment(repository: Path, number: int, code: int) -> None:
+    """All of it, also what it had started, as venv starts ensurepip; and nothing is blamed."""
+    make_environment_of(repository, "touch begun; sleep 60")
+    process = start_quickstart(repository)
+    wait_for(repository / "begun")
+    os.kill(process.pid, number)
+    printed = process.communicate(timeout=30)[0]  # until nobody has its output open
+    assert process.returncode == code
+    assert "error" not in printed
+
+
+@pytest.mark.parametrize("what", ["3.9", "lost", "file", "nowhere"])
+def test_an_environment_that_cannot_be_used(repository: Path, what: str) -> None:
+    program = repository / ".venv" / "bin" / "python"
+    if what == "3.9":
+        make_environment_of(repository, "exit 1")
+        program.write_text("#!/bin/sh\necho 3 9\n")
+    elif what == "lost":
+        program.parent.mkdir(parents=True)
+        program.symlink_to(repository / "gone")
+    elif what == "file":
+        (repository / ".venv").write_text("")
+    else:
+        (repository / ".venv").symlink_to(repository / "gone")
+    process = start_quickstart(repository)
+    problem = {"3.9": "was made by Python 3.9, for which packages are missing", "lost": "has lost its Python"}
+    line = f"error: .venv {problem.get(what, 'is not a folder')}; remove it and run this again\n"
+    assert process.communicate(timeout=30)[0] == line
+    assert process.returncode == 2
+
+
+def test_a_signal_that_comes_before_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = subprocess.Popen
+
+    def late(*args: Any, **how: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return popen(*args, **how)
+
+    monkeypatch.setattr(subprocess, "Popen", late)
+    assert run_child([sys.executable, "-c", "import time; time.sleep(60)"]) == 128 + signal.SIGTERM

@@ -39,8 +39,10 @@ FIRST_LOCKED, N_LOCKED = 1 << 30, 64
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, wait_for: str | None = None, *, shared: bool = False) -> Iterator[None]:
+def file_lock(path: Path, wait_for: str | None = None, *, shared: bool = False) -> Iterator[int | None]:
     """Hold the lock file `path` against other processes; with `shared`, only against those who want it alone.
+
+    Yields the descriptor that holds it, which a child process may inherit, to hold it to its own end; None without locks.
 
     Its folder is made if it is missing. At the end the file is removed, and the folder if it was made here and stayed
     empty. Where another process holds the lock, a line says so ("waiting for process 12 on HOST, which {wait_for}") and
@@ -49,7 +51,7 @@ def file_lock(path: Path, wait_for: str | None = None, *, shared: bool = False) 
     made = [folder for folder in path.parents if not folder.exists()]
     descriptor = _acquire(path, wait_for, shared)
     try:
-        yield
+        yield descriptor
     finally:
         if descriptor is not None:
             _release(path, descriptor)

@@ -16,14 +16,14 @@ from gptkit.base.locks import LOCK_FILE, file_lock
 READERS_FILE = ".readers"
 
 
-def lock_making(folder: Path, is_part: bool = False) -> AbstractContextManager[None]:
+def lock_making(folder: Path, is_part: bool = False) -> AbstractContextManager[object]:
     """Keep others from making tokens in `folder` within the block; the parts of a job array only keep out the rest."""
     if not _is_writable(folder):
         return contextlib.nullcontext()
     return file_lock(folder / LOCK_FILE, f"makes the token shards in {folder}", shared=is_part)
 
 
-def lock_reading(folder: Path) -> AbstractContextManager[None]:
+def lock_reading(folder: Path) -> AbstractContextManager[object]:
     """Keep the token shards in `folder` as they are within the block. To be entered within lock_making."""
     if not _is_writable(folder):
         return contextlib.nullcontext()
