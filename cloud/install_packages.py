@@ -12,12 +12,15 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 75, 130
+TRUE = ("y", "yes", "t", "true", "on", "1")  # as pip reads its variables
 
 
 def main(arguments: list[str]) -> int:
@@ -82,21 +85,59 @@ def python_to_install_into(environment: Path) -> str:
             make([sys.executable, "-m", "ensurepip"], "pip")
         return sys.executable
     is_managed = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists()
-    if has_pip and (not is_managed or os.environ.get("PIP_BREAK_SYSTEM_PACKAGES")):
+    if has_pip and (not is_managed or os.environ.get("PIP_BREAK_SYSTEM_PACKAGES", "").lower() in TRUE):
         return sys.executable
     # An environment looks for the packages of its Python beside the program itself, not beside a link to it.
     python = os.path.realpath(sys.executable)
-    make([python, "-m", "venv", "--system-site-packages", str(environment)], f"the environment {environment}")
+    is_there = os.path.lexists(environment)
+    if is_there and not is_made_here(environment, python):
+        print(f"error: {environment} is there and has no torch; remove it, and it is made anew", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    print(f"making the environment {environment}", flush=True)
+    try:
+        make([python, "-m", "venv", "--system-site-packages", str(environment)], f"the environment {environment}")
+    except SystemExit:
+        if not is_there:
+            shutil.rmtree(environment, ignore_errors=True)
+        raise
     return str(environment.absolute() / "bin" / "python")
 
 
+def is_made_here(environment: Path, python: str) -> bool:
+    """Return whether an environment is as this program makes it: of this Python, whose packages it sees."""
+    try:
+        lines = (environment / "pyvenv.cfg").read_text("utf-8").splitlines()
+    except OSError:
+        return False
+    found = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
+    wanted = {
+        "home": os.path.dirname(python),
+        "version": ".".join(map(str, sys.version_info[:3])),
+        "include-system-site-packages": "true",
+    }
+    return wanted.items() <= found.items()
+
+
 def make(command: list[str], what: str) -> None:
-    """Run a command that makes something. Exits with one line where it fails."""
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
+    """Run a command that makes something. Exits with one line where it fails, and at a signal, which ends the command."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+            signal.signal(number, lambda *_: sys.exit(EXIT_STOPPED))
+    # In a group of its own, since venv starts a process, too.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        printed = process.communicate()[0]
+    except (SystemExit, KeyboardInterrupt) as stop:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+        sys.exit(getattr(stop, "code", EXIT_INTERRUPTED))
+    if process.returncode:
         print(
             f"error: {command[0]} cannot make {what}; on Debian or Ubuntu, run apt install python3-venv"
-            f" ({' '.join((result.stdout + result.stderr).split())[:200]})",
+            f" ({' '.join(printed.split())[:200]})",
             file=sys.stderr,
         )
         sys.exit(EXIT_USER_ERROR)

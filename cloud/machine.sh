@@ -50,6 +50,8 @@ parser.add_argument("--device", default="auto")
 device = parser.parse_known_args()[0].device
 try:
     problem = gpu_problem(device)
+    if problem:
+        problem += " (write --device cpu into settings of command.sh)"
 except Exception as error:
     problem = f"torch cannot be imported by {sys.executable} ({error}); install it anew"
 if problem:
@@ -100,9 +102,9 @@ stop_pod() { # stop the pod, unless the exit code $1 shows that a signal ended t
     say "the pod is not stopped: $problem"
     return
   fi
-  printed=$(runpodctl pod stop "$RUNPOD_POD_ID" 2>&1) || printed+=$'\n'$(runpodctl stop pod "$RUNPOD_POD_ID" 2>&1) || true
-  # What it prints does not count: earlier versions end with exit code 0 where the pod keeps running.
-  for _ in 1 2 3 4 5 6; do
+  for _ in 1 2 3 4 5 6; do # the network may fail
+    printed=$(runpodctl pod stop "$RUNPOD_POD_ID" 2>&1) || printed+=$'\n'$(runpodctl stop pod "$RUNPOD_POD_ID" 2>&1) || true
+    # What it prints does not count: earlier versions end with exit code 0 where the pod keeps running.
     status=$(pod_status) || true
     case $status in
       EXITED | STOPPED | TERMINATED)

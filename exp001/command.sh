@@ -19,7 +19,7 @@ tokenizer=(--tokenizer hf --hf_name rinna/japanese-gpt2-small)
 settings=(--n_epochs 1 --batch_size 16 --eval_freq 100 --print_sample_iter 100)
 
 train() { # run each step whose result does not exist yet
-  prepare_python "${settings[@]}" || return # a torch that is there is kept, and checked against the GPU first
+  prepare_python ${settings[@]+"${settings[@]}"} || return # a torch that is there is kept, and checked against the GPU first
   if [ ! -e ../dataset/001_pretok/manifest.json ]; then
     if [ ! -e ../dataset/001/manifest.json ]; then
       run "$python" ../dataset/download_aozora.py || return
@@ -29,7 +29,7 @@ train() { # run each step whose result does not exist yet
     run "$python" ../pretokenize.py "${tokenizer[@]}" \
       --data_dir ../dataset/001 --output_dir ../dataset/001_pretok || return
   fi
-  run "$python" ../pretraining.py "${tokenizer[@]}" "${settings[@]}" \
+  run "$python" ../pretraining.py "${tokenizer[@]}" ${settings[@]+"${settings[@]}"} \
     --data_dir ../dataset/001 --use_pretokenized --pretokenized_dir ../dataset/001_pretok \
     --output_dir model_checkpoints
 }

@@ -9,6 +9,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -41,8 +42,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 CPU = "--device cpu to use the CPU"
 
 
-def index_url(index: str) -> str:
-    return f"{sys.executable} -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{index}, "
+def index_url(index: str, python: str = sys.executable, force: str = "--force-reinstall ") -> str:
+    return f"{python} -m pip install {force}torch --index-url https://download.pytorch.org/whl/{index}, "
 
 
 @pytest.fixture(scope="session")
@@ -139,15 +140,35 @@ def test_without_a_driver_or_a_gpu_there_is_no_problem(this_driver: pytest.Monke
 
 
 def test_the_torch_that_would_be_installed_is_checked_too(this_driver: pytest.MonkeyPatch) -> None:
-    this_driver.setattr(importlib.util, "find_spec", lambda name: None)
+    this_driver.setattr(importlib.util, "find_spec", lambda name: name == "pip" or None)
     expected = (
         "the newest one needs a driver for CUDA 13.0 or newer, and the driver is 570.86.10, for CUDA 12.8; choose"
     )
-    assert (
-        f"there is no torch here yet, and {expected} a host with a newer driver, run {index_url('cu128')}" in problem()
-    )
+    command = index_url("cu128", force="")
+    assert f"there is no torch here yet, and {expected} a host with a newer driver, run {command}" in problem()
     this_driver.setenv("STUB_CUDA", "13000")
     assert not problem()
+    this_driver.setattr(drivers, "find_driver", lambda: drivers.Driver("580.95.05", None))
+    expected = "none could use the NVIDIA GPU of this machine: the library of its driver (580.95.05) cannot be loaded;"
+    assert f"there is no torch here yet, and {expected} install that" in problem()
+
+
+def test_where_the_system_manages_python_the_command_is_one_that_pip_accepts(
+    this_driver: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    this_driver.setattr(sys, "base_prefix", sys.prefix)
+    this_driver.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert f"run {index_url('cu128')}" in problem()
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    first = f"{sys.executable} -m venv --system-site-packages .venv in the root of the repository"
+    assert f"run {first}, then {index_url('cu128', '.venv/bin/python')}" in problem()
+    this_driver.setattr(sys, "base_prefix", "/usr")
+    assert f"run {index_url('cu128')}" in problem()
+
+
+def test_an_environment_without_pip_gets_it_first(this_driver: pytest.MonkeyPatch) -> None:
+    this_driver.setattr(importlib.util, "find_spec", lambda name: name == "torch" or None)
+    assert f"run {sys.executable} -m ensurepip, then {index_url('cu128')}" in problem()
 
 
 def test_a_torch_for_amd_is_left_alone(this_driver: pytest.MonkeyPatch) -> None:
@@ -158,6 +179,7 @@ def test_a_torch_for_amd_is_left_alone(this_driver: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("cuda", "index"), [(11040, "cu118"), (12000, "cu126"), (12070, "cu126"), (12090, "cu128")])
 def test_the_index_is_one_that_the_driver_can_run(this_driver: pytest.MonkeyPatch, cuda: int, index: str) -> None:
+    this_driver.setattr(sys, "version_info", (3, 13, 0))
     this_driver.setenv("STUB_CUDA", str(cuda))
     assert index_url(index) in problem()
 
@@ -165,6 +187,9 @@ def test_the_index_is_one_that_the_driver_can_run(this_driver: pytest.MonkeyPatc
 def test_a_driver_that_no_build_supports_has_to_be_updated(this_driver: pytest.MonkeyPatch) -> None:
     this_driver.setenv("STUB_CUDA", "10020")
     assert "for CUDA 10.2; choose a host with a newer driver, update the driver, or give --device cpu" in problem()
+    this_driver.setenv("STUB_CUDA", "11080")
+    this_driver.setattr(sys, "version_info", (3, 14, 0))
+    assert "for CUDA 11.8; choose a host with a newer driver, update the driver, or give --device cpu" in problem()
 
 
 def test_a_torch_without_cuda_leaves_a_gpu_idle(this_driver: pytest.MonkeyPatch) -> None:
@@ -188,6 +213,17 @@ def test_a_driver_that_is_new_enough_and_fails_has_torch_explain(this_driver: py
     this_driver.setattr(torch.cuda, "init", init)
     expected = "whose driver (570.86.10, for CUDA 12.0) is new enough: Error 802: system not yet initialized; restart"
     assert expected in problem()
+    this_driver.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert expected in problem()
+
+
+@pytest.mark.parametrize("visible", ["7", "none", "void"])
+def test_an_invalid_choice_of_gpus_is_named(this_driver: pytest.MonkeyPatch, visible: str) -> None:
+    this_driver.setenv("STUB_CUDA", "13000")
+    this_driver.setattr(drivers, "_cuda_error", lambda: "No CUDA GPUs are available")
+    assert "is new enough: No CUDA GPUs are available; restart the machine" in problem()
+    this_driver.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert f"No CUDA GPUs are available; check CUDA_VISIBLE_DEVICES={visible}, or give {CPU}" in problem()
 
 
 def test_a_gpu_without_the_drivers_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +303,7 @@ def test_a_gpu_without_kernels_is_named_with_the_build_that_has_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(drivers, "find_driver", lambda: drivers.Driver("570.86.10", cuda))
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
     pretend_gpu(monkeypatch, capability, architectures)
     for name in ("auto", "cuda", "cuda:0"):
         with pytest.raises(UserError) as caught:

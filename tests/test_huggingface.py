@@ -1,5 +1,6 @@
 """huggingface.py: models that transformers made, and damaged or hostile configurations and weights."""
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -144,3 +145,7 @@ def test_a_torchvision_of_another_torch_is_named(
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1, result.stderr
     assert all(part in warnings[0] for part in named)
+    (tmp_path / "torchvision-0.21.0.dist-info" / "METADATA").unlink()  # built from source
+    (tmp_path / "torchvision-0.21.0.dist-info").rmdir()
+    importlib.invalidate_caches()
+    assert (huggingface.torchvision_problem() or "").startswith("torchvision, which transformers imports, does not fit")

@@ -283,7 +283,7 @@ def test_command_prints_why_a_pod_is_not_stopped(tmp_path: Path, prepared: Path,
     code, printed = run(prepared, pod | {"POD_STATUS": "RUNNING"})  # it only says that it stops
     assert code == 0, printed
     assert printed.endswith(f'the pod is not stopped: its status is RUNNING; {by_hand}{{"id": "pod123"}})\n')
-    assert runpodctl_calls(tmp_path).count("pod get") == 6
+    assert runpodctl_calls(tmp_path).count("pod get") == runpodctl_calls(tmp_path).count("pod stop") == 6
     write_program(tmp_path / "bin" / "runpodctl", 'echo "error: api key not configured" >&2; exit 1')
     code, printed = run(prepared, pod)
     assert code == 0, printed
@@ -298,6 +298,18 @@ def test_command_prints_why_a_pod_is_not_stopped(tmp_path: Path, prepared: Path,
         lines = printed.splitlines()
         assert lines[0].startswith(f"warning: STOP_POD=1 will not stop the pod: {problem}")  # also before the run
         assert lines[-1].startswith(f"the pod is not stopped: {problem}")
+
+
+def test_a_request_that_the_network_loses_is_repeated(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
+    replace_pretraining(tmp_path, "exit 0")
+    lost = f"""first="${{0%/*}}/first.txt"
+case "$1 $2" in *stop*) [ -e "$first" ] || {{ echo "no route to host" >&2; [ "$1" = pod ] || : >"$first"; exit 1; }} ;; esac
+{NEW_RUNPODCTL}"""
+    write_program(tmp_path / "bin" / "runpodctl", lost)
+    code, printed = run(prepared, pod)
+    assert code == 0, printed
+    assert printed.endswith("the pod is stopped\n")
+    assert runpodctl_calls(tmp_path) == "pod get pod123\n" + STOPPED
 
 
 def test_an_older_runpodctl_is_spoken_to_in_its_own_form(tmp_path: Path, prepared: Path, pod: dict[str, str]) -> None:
@@ -604,6 +616,59 @@ def test_without_venv_the_package_to_install_is_named(tmp_path: Path, prepared: 
     errors = [line for line in printed.splitlines() if "error: " in line]
     assert len(errors) == 1, printed
     assert f"error: {python} cannot make the environment ../.venv; on Debian or Ubuntu, run apt install" in errors[0]
+    assert not (prepared / ".venv").exists()
+
+
+@pytest.mark.parametrize("target", ["/nonexistent/python", ""])
+def test_an_environment_without_torch_is_left_alone(
+    tmp_path: Path, prepared: Path, machine: dict[str, str], target: str
+) -> None:
+    """Its Python may also be a link to one that is gone."""
+    python = make_python(tmp_path / "debian", {"torch": "2.8.0+cu128", "sentencepiece": ""})
+    manage_externally(python)
+    name_python(tmp_path, "python3", python)
+    (prepared / ".venv" / "bin").mkdir(parents=True)
+    (prepared / ".venv" / "bin" / "python").symlink_to(target or make_python(tmp_path / "other", only="pip"))
+    settings = f"home = {tmp_path}/other/bin\ninclude-system-site-packages = false\nversion = 3.10.1\n"
+    (prepared / ".venv" / "pyvenv.cfg").write_text(settings)
+    code, printed = run(prepared, machine | {"PIP_BREAK_SYSTEM_PACKAGES": "0"})
+    assert code == 2, printed
+    errors = [line for line in printed.splitlines() if not SESSION.search(line)]
+    assert errors == ["error: ../.venv is there and has no torch; remove it, and it is made anew"], printed
+    assert (prepared / ".venv" / "pyvenv.cfg").read_text() == settings
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until a process that is not a child of this one has ended."""
+    deadline = time.monotonic() + 20
+    status = Path(f"/proc/{pid}/status")
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_signal_ends_the_making_of_an_environment(tmp_path: Path, prepared: Path, machine: dict[str, str]) -> None:
+    python = make_python(tmp_path / "debian", {"torch": "2.8.0+cu128", "sentencepiece": ""})
+    manage_externally(python)
+    (venv,) = (tmp_path / "debian" / "lib").glob("*/venv")
+    venv.unlink()
+    module = "import pathlib, subprocess, sys\npathlib.Path(sys.argv[2]).mkdir()\nsubprocess.run(['sleep', '100'])\n"
+    venv.with_suffix(".py").write_text(module)
+    started = tmp_path / "started"
+    write_program(
+        tmp_path / "bin" / "sleep", f"echo $$ >{started}.new; mv {started}.new {started}; exec /bin/sleep 100"
+    )
+    name_python(tmp_path, "python3", python)
+    process = start(prepared, machine)
+    while not started.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == EXIT_STOPPED, printed
+    assert "making the environment ../.venv\n" in printed
+    assert not (prepared / ".venv").exists()
+    wait_for_end(int(started.read_text()))
 
 
 @pytest.mark.slow
@@ -654,6 +719,7 @@ esac"""
     assert len(errors) == 2, printed
     assert errors[0].startswith("error: --device auto: torch ")
     assert "the driver is 570.86.10, for CUDA 12.8; choose a host with a newer driver" in errors[0]
+    assert errors[0].endswith("use the CPU (write --device cpu into settings of command.sh)")
     assert errors[1] == "the pod is stopped"
     assert not [*(repository / "dataset").rglob("*.gz*")]
 

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import sys
+import sysconfig
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}  # by CUDA's major version, as abov
 # issues 172352, 178665 and 190385).
 INDEXES = {(13, 0): "cu130", (12, 8): "cu128", (12, 0): "cu126", (11, 0): "cu118"}
 LAST_FOR_OLD_GPUS, OLD_GPUS, TOO_OLD_GPUS = (12, 6), (7, 5), (5, 0)
+LAST_PYTHONS = {"cu118": (3, 13)}  # of indexes that get no newer torch: the newest Python that they have wheels for
 OR_CPU = "or give --device cpu to use the CPU"
 
 
@@ -112,42 +114,59 @@ def gpu_problem(device: str = "auto") -> str | None:
         return None
     cannot = f"torch {torch.__version__} cannot use the NVIDIA GPU of this machine"
     if driver.cuda is None:
-        return (
-            f"{cannot}: the library of its driver ({driver}) cannot be loaded; install that"
-            f" (start a container with docker run --gpus all), {OR_CPU}"
-        )
+        return f"{cannot}: {_library_problem(driver)}"
     if torch.version.cuda is None:
-        return f"{cannot}: it is built without CUDA, and the driver is {driver}; {_reinstall(driver.cuda)}, {OR_CPU}"
+        return f"{cannot}: it is built without CUDA, and the driver is {driver}; {_installation(driver.cuda)}, {OR_CPU}"
     needed = int(torch.version.cuda.partition(".")[0])
     if driver.cuda >= (needed, 0):
-        return (
-            f"{cannot}, whose driver ({driver}) is new enough: {_cuda_error()};"
-            f" restart the machine, choose another host, {OR_CPU}"
-        )
+        error, visible = _cuda_error(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        remedy = "restart the machine, choose another host"
+        if visible is not None and re.match("Error 10[01]:|No CUDA GPUs", error):  # no device, an invalid device
+            remedy = f"check CUDA_VISIBLE_DEVICES={visible}"
+        return f"{cannot}, whose driver ({driver}) is new enough: {error}; {remedy}, {OR_CPU}"
     oldest = f" ({OLDEST_DRIVERS[needed]} or newer)" if needed in OLDEST_DRIVERS else ""
     return (
         f"{cannot}: it is built for CUDA {torch.version.cuda} and needs a driver for CUDA {needed}.0 or newer{oldest},"
-        f" and the driver is {driver}; choose a host with a newer driver, {_reinstall(driver.cuda)}, {OR_CPU}"
+        f" and the driver is {driver}; choose a host with a newer driver, {_installation(driver.cuda)}, {OR_CPU}"
+    )
+
+
+def _library_problem(driver: Driver) -> str:
+    return (
+        f"the library of its driver ({driver}) cannot be loaded; install that"
+        f" (start a container with docker run --gpus all), {OR_CPU}"
     )
 
 
 def _future_problem() -> str | None:
     """Return why the torch that pip would install here could not use the GPU: the newest one needs the newest CUDA."""
     driver, needed = find_driver(), max(INDEXES)
-    if driver is None or driver.cuda is None or driver.cuda >= needed:
+    if driver is None or (driver.cuda and driver.cuda >= needed):
         return None
+    if driver.cuda is None:
+        return (
+            f"there is no torch here yet, and none could use the NVIDIA GPU of this machine: {_library_problem(driver)}"
+        )
     return (
         f"there is no torch here yet, and the newest one needs a driver for CUDA {needed[0]}.{needed[1]} or newer, and"
-        f" the driver is {driver}; choose a host with a newer driver, {_reinstall(driver.cuda)}, {OR_CPU}"
+        f" the driver is {driver}; choose a host with a newer driver, {_installation(driver.cuda)}, {OR_CPU}"
     )
 
 
-def _reinstall(cuda: tuple[int, int]) -> str:
-    """Return what installs the build of torch for this CUDA version: pip keeps another one that is there, unless forced."""
+def _installation(cuda: tuple[int, int]) -> str:
+    """Return what installs the build of torch for this CUDA version, or updates the driver where there is none."""
     index = wheel_index(cuda)
-    if index is None:
+    if index is None or sys.version_info[:2] > LAST_PYTHONS.get(index, sys.version_info[:2]):
         return "update the driver"
-    return f"run {sys.executable} -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{index}"
+    python, first = sys.executable, ""
+    if sys.prefix == sys.base_prefix and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists():  # PEP 668
+        first = f"{python} -m venv --system-site-packages .venv in the root of the repository, then "
+        python = os.path.join(".venv", "Scripts" if os.name == "nt" else "bin", "python")
+    elif importlib.util.find_spec("pip") is None:  # an environment that uv made
+        first = f"{python} -m ensurepip, then "
+    # pip keeps a torch that is there, also one that an environment sees of the system, unless it is forced.
+    force = "--force-reinstall " if importlib.util.find_spec("torch") else ""
+    return f"run {first}{python} -m pip install {force}torch --index-url https://download.pytorch.org/whl/{index}"
 
 
 def _cuda_error() -> str:
@@ -178,7 +197,7 @@ def _kernels_problem(index: int) -> str | None:
         return None
     driver = find_driver()
     cuda = driver.cuda if driver and driver.cuda else (12, 8)
-    remedy = _reinstall(min(cuda, LAST_FOR_OLD_GPUS) if capability < OLD_GPUS else cuda)
+    remedy = _installation(min(cuda, LAST_FOR_OLD_GPUS) if capability < OLD_GPUS else cuda)
     return (
         f"torch {torch.__version__} has no kernels for {name}, of compute capability {capability[0]}.{capability[1]}"
         f" (it has {', '.join(architectures)}); choose another GPU, "

@@ -5,6 +5,7 @@ are left out there, and added again here. Weights are read from safetensors only
 GPTConfig's fields by name, since this module knows no model class.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -56,9 +57,11 @@ def torchvision_problem() -> str | None:
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # RuntimeError (operator torchvision::nms does not exist), ImportError, OSError
-        installed = importlib.metadata.version("torchvision")
+        installed = "torchvision"
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # built from source, it may have no metadata
+            installed += f" {importlib.metadata.version('torchvision')}"
         return (
-            f"torchvision {installed}, which transformers imports, does not fit torch {torch.__version__}"
+            f"{installed}, which transformers imports, does not fit torch {torch.__version__}"
             f" ({first_line(error)}); run {sys.executable} -m pip uninstall torchvision, which no command here needs,"
             " or install the torchvision that belongs to this torch"
         )
