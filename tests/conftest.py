@@ -54,6 +54,7 @@ def _has_links() -> bool:
 
 HAS_LINKS = _has_links()
 needs_links = pytest.mark.skipif(not HAS_LINKS, reason="no symbolic links here")
+LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc or /dev/full, which only Linux has")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network; huggingface_hub reads this when it is imported
 if not torch.cuda.is_available():
@@ -152,6 +153,23 @@ def file_size_limit(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def refuse(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, only: Any = lambda *_, **__: True) -> None:
+    """Let a function of the system answer an error, where `only` holds for its arguments."""
+    real = getattr(owner, name)
+
+    def refused(*arguments: Any, **more: Any) -> Any:
+        if only(*arguments, **more):
+            raise OSError(number, os.strerror(number))
+        return real(*arguments, **more)
+
+    patch.setattr(owner, name, refused)
+
+
+def is_folder(path: Any, *_: Any) -> bool:
+    """Return whether a path, or the number of an open file, is that of a folder; for `only` of refuse."""
+    return os.path.isdir(path) and (isinstance(path, int) or not os.path.islink(path))
+
+
 def assert_user_error(result: subprocess.CompletedProcess, *parts: str) -> None:
     """Assert that a user's mistake ended with exit code 2 and one line, no traceback, that names `parts`."""
     assert result.returncode == 2, result
@@ -228,6 +246,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory, sample_shards: Path, sampl
     result = call_command("pretraining.py", *SAMPLE_TOKENS, *tokens, *TINY_MODEL, *output)
     assert result.returncode == 0, result.stderr
     return folder
+
+
+def run_of(tmp_path: Path, shards: Path, *flags: object) -> subprocess.CompletedProcess:
+    """Train for two steps."""
+    output = ("--output_dir", tmp_path / "exp", "--max_steps", 2)
+    return call_command(
+        "pretraining.py", *SAMPLE_TOKENS, "--data_dir", shards, "--use_pretokenized", "--device", "cpu", *TINY_MODEL,
+        *output, *flags,
+    )  # fmt: skip
 
 
 SMALL_RUN = (

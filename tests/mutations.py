@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,7 +81,11 @@ def count_outcomes(mutate: Callable[[], object], read: Callable[[], object], n: 
 
 
 def peak_bytes() -> int:
-    """Return the most memory that this process has held."""
+    """Return the most memory that this process has held; 0 on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

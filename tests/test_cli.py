@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from conftest import ROOT, assert_user_error, call_command, environment, reset_signals
+from conftest import LINUX_ONLY, ROOT, assert_user_error, call_command, environment, reset_signals
 
 from gptkit.base.cli import UserError, parse, setting
 from gptkit.base.paths import existing_path, hub_folder, likely_path
@@ -237,6 +237,7 @@ def test_an_unexpected_error_keeps_its_traceback(body: str, tmp_path: Path) -> N
 PRINTS = pytest.mark.parametrize("body", ["print('x')", "print('x' * 100_000)", "print('x', flush=True)"])
 
 
+@LINUX_ONLY
 @PRINTS
 def test_standard_output_on_a_full_disk(body: str, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:

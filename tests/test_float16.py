@@ -4,6 +4,7 @@ The CPU multiplies float16 slowly but rightly. float32 is the reference.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -245,6 +246,7 @@ pretraining.run_command(pretraining.PretrainingConfig, pretraining.launch)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="several processes, as torchrun starts them, need POSIX here")
 def test_two_processes_overflow_together(tmp_path: Path, short_shards: Path) -> None:
     """Sharded, only one of them has the infinite part; the run is that of one process in float32, less a step."""
     alone = call_command("pretraining.py", *arguments(short_shards, tmp_path / "alone", 4, "--dtype", "float32"))

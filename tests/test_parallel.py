@@ -16,7 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE_TOKENIZER, assert_user_error, curve, environment, newest, run_command
+from conftest import (
+    LINUX_ONLY,
+    ROOT,
+    SAMPLE_TOKENIZER,
+    assert_user_error,
+    curve,
+    environment,
+    newest,
+    run_command,
+)
 from safetensors.torch import load_file
 
 from gpt_model import GPTModel
@@ -45,7 +54,7 @@ def torchrun(
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:
-    variables = environment() | {"GLOO_SOCKET_IFNAME": "lo"}
+    variables = environment() | {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
 
@@ -196,6 +205,7 @@ def test_a_run_resumes_with_another_number_of_processes(tmp_path: Path, shards: 
     assert_user_error(refused, "number of sequences per step", "16, now 12")
 
 
+@LINUX_ONLY
 def test_a_killed_process_is_started_again_and_nothing_is_lost(tmp_path: Path, shards: Path, pair: Path) -> None:
     output = tmp_path / "out"
     agent = start(torchrun(2, *arguments(shards, output, 2), flags=("--standalone", "--max-restarts=1")))
@@ -210,6 +220,7 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(tmp_path: Path, s
         assert (newest(output) / name).read_bytes() == (newest(pair) / name).read_bytes()
 
 
+@LINUX_ONLY
 def test_two_machines(tmp_path: Path, shards: Path, pair: Path) -> None:
     """Two agents that know of each other by a rendezvous; a process of the second is killed."""
     output = tmp_path / "out"

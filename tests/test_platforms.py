@@ -3,7 +3,6 @@
 What it cannot show is left to .github/workflows/test.yml, which runs the tests on real Windows and macOS.
 """
 
-import ast
 import errno
 import json
 import os
@@ -32,7 +31,6 @@ from gptkit.base.files import replace
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the simulation reads /proc")
 WINDOWS = ROOT / "tests" / "windows"
-NOT_ON_WINDOWS = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}
 
 
 def on_windows(*arguments: object, input: str = "") -> subprocess.CompletedProcess[str]:
@@ -201,7 +199,7 @@ def test_what_is_refused_on_windows(tmp_path: Path, sample_shards: Path, sample_
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "files",
-    [("test_locks.py",), ("test_checkpoints.py", "test_files.py", "test_saver.py"), ("test_pairs.py",)],
+    [("test_locks.py",), ("test_checkpoints.py", "test_files.py", "test_saver.py"), ("test_pairs.py", "test_probe.py")],
     ids=str,
 )
 def test_tests_pass_on_windows(files: tuple[str, ...], tmp_path: Path) -> None:
@@ -212,12 +210,21 @@ def test_tests_pass_on_windows(files: tuple[str, ...], tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
-def test_files_that_need_posix_are_left_out_on_windows() -> None:
-    """Else a missing module would end the tests there, when they are collected."""
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        nodes = ast.parse(path.read_text("utf-8")).body
-        modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        assert not modules & NOT_ON_WINDOWS or path.name in POSIX_ONLY, path.name
+COLLECT = """
+import sys, pytest, sitecustomize
+root = sitecustomize.ROOT
+sitecustomize.is_ours = lambda file: file.startswith(f"{root}/") and not file.startswith(f"{root}/.venv/")  # tests too
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_the_tests_are_collected_on_windows() -> None:
+    """A file that needs POSIX and is not in POSIX_ONLY would end them all."""
+    plugins = ("-p", "no:cacheprovider", "-p", "no:xdist")
+    result = on_windows("-c", COLLECT, "--collect-only", "-qq", *plugins, ROOT / "tests")
+    assert result.returncode == 0, result.stdout
+    collected = {Path(line.partition(":")[0]).name for line in result.stdout.splitlines() if line}
+    assert collected == {path.name for path in (ROOT / "tests").glob("test_*.py")} - set(POSIX_ONLY)
     assert all((ROOT / "tests" / name).is_file() for name in POSIX_ONLY)
 
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +23,10 @@ from conftest import (
     command,
     curve,
     environment,
+    is_folder,
     newest,
+    refuse,
+    run_of,
 )
 from torch import distributed
 
@@ -35,23 +37,6 @@ from gptkit.training import checkpoints
 from gptkit.training.checkpoints import find_checkpoints
 
 LOCKS, SYNC, LINKS, COPIES = "has no locks", "cannot sync", "cannot be made", "refused to rename a folder"
-
-
-def refuse(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, only: Any = lambda *_, **__: True) -> None:
-    """Let a function of the system answer an error, where `only` holds for its arguments."""
-    real = getattr(owner, name)
-
-    def refused(*arguments: Any, **more: Any) -> Any:
-        if only(*arguments, **more):
-            raise OSError(number, os.strerror(number))
-        return real(*arguments, **more)
-
-    patch.setattr(owner, name, refused)
-
-
-def is_folder(path: Any, *_: Any) -> bool:
-    found = Path(f"/proc/self/fd/{path}").resolve() if isinstance(path, int) else Path(path)
-    return found.is_dir() and not found.is_symlink()
 
 
 def all_commands(folder: Path, shards: Path) -> Iterator[subprocess.CompletedProcess]:
@@ -85,15 +70,6 @@ def test_without_locks_sync_and_links_every_command_works(
         assert result.stderr.count(LINKS) == ("pretraining.py" in result.args[0]), result.args
     assert [path.name for path in find_checkpoints(tmp_path / "exp")] == ["step_00000002", "step_00000004"]
     assert [report["step"] for report in curve(tmp_path / "exp")] == [1, 2, 3, 4]
-
-
-def run_of(tmp_path: Path, shards: Path, *flags: object) -> subprocess.CompletedProcess:
-    """Train for two steps."""
-    output = ("--output_dir", tmp_path / "exp", "--max_steps", 2)
-    return call_command(
-        "pretraining.py", *SAMPLE_TOKENS, "--data_dir", shards, "--use_pretokenized", "--device", "cpu", *TINY_MODEL,
-        *output, *flags,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import (
+    LINUX_ONLY,
     ROOT,
     SAMPLE,
     SAMPLE_TOKENS,
@@ -260,7 +261,7 @@ def test_a_closed_terminal_saves_the_run(tmp_path: Path, short_shards: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("closed", ["1", "2", "1 2", "0 1 2", "full"])
+@pytest.mark.parametrize("closed", ["1", "2", "1 2", "0 1 2", pytest.param("full", marks=LINUX_ONLY)])
 def test_a_run_without_standard_streams_ends_well(tmp_path: Path, short_shards: Path, closed: str) -> None:
     output = tmp_path / "out"
 
@@ -365,6 +366,7 @@ def test_ctrl_c_during_the_imports_prints_nothing(script: str) -> None:
 
 
 @pytest.mark.slow
+@LINUX_ONLY
 @pytest.mark.parametrize("seconds", [0.05, 0.1, 0.15, 0.2])
 def test_ctrl_c_while_the_workers_start_prints_no_traceback(
     tmp_path: Path, sample_shards: Path, seconds: float
