@@ -58,8 +58,8 @@ def in_append_mode(_: Any, mode: str = "r", *__: Any, **___: Any) -> bool:
     return mode == "ab"
 
 
-def in_a_trial(path: Any, *_: Any, dir_fd: int | None = None) -> bool:
-    return dir_fd is not None or ".probe-" in str(path)
+def of_the_trial(path: Any, *_: Any, **__: Any) -> bool:
+    return Path(path).name == "file"
 
 
 Refuse = Callable[[pytest.MonkeyPatch], None]
@@ -68,7 +68,7 @@ REFUSALS: dict[str, Refuse] = {
     "replace a file by another (Operation not permitted)": lambda patch: refuse(patch, os, "replace", errno.EPERM),
     "append to a file (Invalid argument)": lambda patch: refuse(patch, builtins, "open", errno.EINVAL, in_append_mode),
     "remove what it holds (Operation not permitted)": lambda patch: refuse(
-        patch, os, "unlink", errno.EPERM, in_a_trial
+        patch, os, "unlink", errno.EPERM, of_the_trial
     ),
 }
 
