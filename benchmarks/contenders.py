@@ -90,7 +90,7 @@ def dtype_as(name: str, choice: str, device: torch.device) -> torch.dtype:
     """Return the type of a contender's matrix products; "auto" is the type that its project trains with on a CPU.
 
     There ours uses bfloat16 where the CPU multiplies it. nanoGPT's train.py uses autocast on CUDA only, transformers'
-    Trainer with bf16=True only, and the book's loops never: they stay in float32. On CUDA all get bfloat16 alike,
+    Trainer with bf16=True only, and the book's loops never: they stay in float32. On CUDA all get the same 16 bits,
     although nanoGPT is the only peer that chooses it by itself.
     """
     return devices.choose_dtype(choice, device, training=name in (OURS, MODERN))

@@ -151,13 +151,13 @@ def test_each_contender_gets_the_precision_of_its_project(multiplies: bool, monk
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": multiplies}, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if multiplies else (7, 5))
-    best = torch.bfloat16 if multiplies else torch.float32
+    on_cpu, on_cuda = (torch.bfloat16, torch.bfloat16) if multiplies else (torch.float32, torch.float16)
     for name in ("ours", "ours_modern_muon"):
-        assert contenders.dtype_as(name, "auto", torch.device("cpu")) == best
-        assert contenders.dtype_as(name, "auto", torch.device("cuda")) == best
+        assert contenders.dtype_as(name, "auto", torch.device("cpu")) == on_cpu
+        assert contenders.dtype_as(name, "auto", torch.device("cuda")) == on_cuda
     for name in ("transformers", "nanogpt", "llms_from_scratch"):
         assert contenders.dtype_as(name, "auto", torch.device("cpu")) == torch.float32
-        assert contenders.dtype_as(name, "auto", torch.device("cuda")) == best
+        assert contenders.dtype_as(name, "auto", torch.device("cuda")) == on_cuda
         assert contenders.dtype_as(name, "bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
