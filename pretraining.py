@@ -43,10 +43,11 @@ from gptkit.training import checkpoints
 from gptkit.training.bigram_init import initialize_from_bigrams
 from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, oom_as_user_error, restart
 from gptkit.training.guard import Guard
+from gptkit.training.identity import require_same_run, run_identity, warn_changed_settings
 from gptkit.training.loggers import import_logger, open_logger
 from gptkit.training.optimizers import set_learning_rate
 from gptkit.training.pace import Pace, is_finished
-from gptkit.training.planning import Plan, choose_plan, require_same_run, run_identity, warn_changed_settings
+from gptkit.training.planning import Plan, choose_plan
 from gptkit.training.run import Run, announce, closing_message, finished_message, require_disk_space
 from gptkit.training.run_log import RunLog
 from gptkit.training.saver import Saver
@@ -83,7 +84,6 @@ class PretrainingConfig(TokenizerSettings, TrainingSettings):
     n_kv_heads: int | None = setting(
         None, "modern: heads of keys and values, each for some heads (default: --n_heads)", at_least=1, group="model"
     )
-    drop_rate: float = setting(0.0, "dropout", at_least=0, group="model")
     qkv_bias: bool | None = setting(
         None, "gpt2: biases in the attention's input projections (default: yes)", group="model"
     )
@@ -109,7 +109,7 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> Non
         batches, validation = make_batches(config, plan, streams)
         with oom_as_user_error(plan.batch_size, plan.grad_accum_steps):
             model = build_model(config, plan, batches, checkpoint is None, device, dtype)
-            optimizer = configure_optimizer(config, model, dtype)
+            optimizer = configure_optimizer(config, plan.recipe, model, dtype)
             run = Run(config, tokenizer, tokens, plan, identity, batches, validation, model, optimizer, device, dtype)
             guard = Guard(config.max_bad_steps)
             saver = Saver(run, guard)
@@ -295,7 +295,7 @@ def model_config(config: PretrainingConfig, size: str, vocab_size: int, state: M
     else:
         dimensions = {"arch": "modern", **PRESETS[size]}
     try:
-        return GPTConfig(**dimensions | given | {"vocab_size": vocab_size, "drop_rate": config.drop_rate})
+        return GPTConfig(**dimensions | given | {"vocab_size": vocab_size})
     except (ValueError, TypeError) as error:
         raise UserError(str(error))
 

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from conftest import Clock
 
+from gpt_model import GPTConfig
 from gptkit.base.cli import UserError
 from gptkit.training import planning
 from gptkit.training.planning import Plan, resume_plan, sequences_per_step, steps_within
+from gptkit.training.settings import TrainingSettings
 
-MODEL = object()
+MODEL = GPTConfig(vocab_size=8, context_length=4, emb_dim=4, n_layers=1, n_heads=1)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def test_what_cannot_be_shared_equally_is_refused() -> None:
 
 
 def test_the_same_command_keeps_the_sequences_of_a_step_and_another_one_is_taken_at_its_word() -> None:
-    config = SimpleNamespace(batch_size=8, grad_accum_steps=None)
+    config = TrainingSettings(data_dir="text", batch_size=8)
     settings = {"batch_size": 8, "grad_accum_steps": None}
     state: dict[str, Any] = {"plan": {"batch_size": 8, "grad_accum_steps": 1, "n_processes": 4}, "settings": settings}
     now = Plan(MODEL, 8, 1, 2)

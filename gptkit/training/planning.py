@@ -4,11 +4,9 @@ A model is known here by its dimensions (a dataclass) and by a factory that buil
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +16,8 @@ from gptkit.base import devices
 from gptkit.base.cli import UserError, format_duration
 from gptkit.base.files import as_dict
 from gptkit.distributed.process_group import main_process, world_size
-from gptkit.text.tokenizer import Tokenizer
 from gptkit.training.compilation import compile_and_time, time_optimizer_step
+from gptkit.training.recipe import Recipe, choose_recipe, saved_recipe
 from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, configure_optimizer
 
 # Of the models tried on one core of a CPU for 2.5 minutes, the best ones saw 1.5 to 2.7 tokens for each parameter of
@@ -32,31 +30,17 @@ STEPS, STEPS_TOKENS, STEPS_POWER = 1000, 1e6, 1 / 3
 CLOSING_S = 3.0  # of a budget: the last evaluation, sample, checkpoint and curve
 MIN_TRAINING_S = 5.0  # of a budget that must be left when training begins
 MICRO_STEP_TOKENS = {"cpu": 4096, "cuda": 32_768}  # with a budget: the most tokens in one pass through the model
-# What a checkpoint's run must share with the one that resumes it, and what a message calls it.
-IDENTITY = {
-    "model": "model (--model_size and the dimensions)",
-    "tokenizer": "tokenizer (--tokenizer and its name or path)",
-    "tokens": "text (--data_dir)",
-    "sequences_per_step": "number of sequences per step (--batch_size times --grad_accum_steps times processes)",
-    "optimizer": "--optimizer",
-    "seed": "--seed",
-    "val_fraction": "--val_fraction",
-    "init_from": "--init_from",
-}
-NOT_PRINTED = ("model", "tokenizer", "tokens")  # too long to print
-# What may change within a run, and changes its result.
-RECIPE = ("lr", "adam_lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "dtype")
-LENGTH = ("n_epochs", "max_tokens", "max_steps", "budget_minutes")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The model of a run, by its dimensions (a dataclass), and its batch."""
+    """The model of a run, by its dimensions (a dataclass), its batch and its recipe."""
 
     model: Any
     batch_size: int  # sequences per process per micro-step
     grad_accum_steps: int
     n_processes: int = 1
+    recipe: Recipe = Recipe()
 
     def __post_init__(self) -> None:
         if not all(type(n) is int and n >= 1 for n in self.batch.values()):
@@ -89,7 +73,18 @@ class Plan:
                 " equally; start a number of processes that divides it"
             )
         batch_size = next(n for n in range(min(self.batch_size, per_process), 0, -1) if per_process % n == 0)
-        return Plan(self.model, batch_size, per_process // batch_size, n_processes)
+        return replace(self, batch_size=batch_size, grad_accum_steps=per_process // batch_size, n_processes=n_processes)
+
+    def with_recipe(self, recipe: Recipe) -> "Plan":
+        """Return the plan with a recipe, whose dropout is the model's. Raises UserError where it is out of bounds."""
+        try:
+            return replace(self, model=replace(self.model, drop_rate=recipe.drop_rate), recipe=recipe)
+        except ValueError as error:
+            raise UserError(str(error))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the plan beside the model."""
+        return self.batch | {"recipe": asdict(self.recipe)}
 
 
 # Choosing
@@ -112,25 +107,24 @@ def choose_plan(
     dimensions. A run that resumes, whose `state` is given, keeps what it chose at its start. Raises UserError.
     """
     n_processes = world_size()
+    if state and settings.budget_minutes is not None:
+        (model,) = sizes.values()
+        before = saved_plan(model, settings, state)
+        batch = settings.batch_size or before.batch_size, settings.grad_accum_steps or before.grad_accum_steps
+        return resume_plan(Plan(model, *batch, n_processes), settings, state)
     if settings.budget_minutes is None:
         (model,) = sizes.values()
         plan = Plan(model, settings.batch_size or BATCH_SIZE, settings.grad_accum_steps or 1, n_processes)
-        return resume_plan(plan, settings, state)
-    if state:
-        (model,) = sizes.values()
-        try:
-            before = Plan(model, **state["plan"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the newest checkpoint is damaged ({error!r}); remove it to resume from an older one")
-        batch = settings.batch_size or before.batch_size, settings.grad_accum_steps or before.grad_accum_steps
-        return resume_plan(Plan(model, *batch, n_processes), settings, state)
+        if state:
+            return resume_plan(plan, settings, state)
+        return plan.with_recipe(choose_recipe(settings, planned_epochs(settings, plan, n_training_tokens)))
     left_s = budget_s(settings) - (time.monotonic() - started_at)
     if left_s < MIN_TRAINING_S:
         raise UserError(
             f"--budget_minutes {settings.budget_minutes} are over before training begins; give more, or tokenize the"
             " text first (pretokenize.py)"
         )
-    return plan_for_budget(
+    plan = plan_for_budget(
         left_s,
         sizes,
         lambda model: measure_tokens_per_s(settings, model, build, device, dtype),
@@ -140,6 +134,18 @@ def choose_plan(
         settings.grad_accum_steps,
         n_processes,
     )
+    return plan.with_recipe(choose_recipe(settings, planned_epochs(settings, plan, n_training_tokens)))
+
+
+def planned_epochs(settings: TrainingSettings, plan: Plan, n_training_tokens: int) -> float:
+    """Return how often a run without a budget reads its text."""
+    tokens_per_step = plan.sequences_per_step * plan.model.context_length
+    limits = [float(settings.n_epochs)] if settings.n_epochs else []
+    if settings.max_tokens:
+        limits.append(settings.max_tokens / n_training_tokens)
+    if settings.max_steps:
+        limits.append(settings.max_steps * tokens_per_step / n_training_tokens)
+    return min(limits, default=1.0)
 
 
 def plan_for_budget(
@@ -232,7 +238,7 @@ def measure_tokens_per_s(
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     _, parts_s = compile_and_time(model, dimensions.vocab_size, False, batch, device, dtype)
     seconds = sum(parts_s.values()) + time_optimizer_step(
-        model, lambda: configure_optimizer(settings, model, dtype), device
+        model, lambda: configure_optimizer(settings, Recipe(), model, dtype), device
     )
     devices.set_rng_states(states, device)
     return batch[0].numel() / seconds
@@ -257,57 +263,25 @@ def steps_within(seconds: float, first_step: int, step_s: float) -> Callable[[in
 
 
 def resume_plan(plan: Plan, settings: TrainingSettings, state: Mapping[str, Any]) -> Plan:
-    """Return the plan of a command line for the run whose state is given, if there is one.
+    """Return the plan of a command line for the run whose state is given.
 
     The same command keeps the sequences per step, by whatever number of processes. Raises UserError where these cannot
     share them.
     """
+    saved, names = as_dict(state.get("plan")), ("batch_size", "grad_accum_steps")
+    is_same_command = all(as_dict(state.get("settings")).get(name) == getattr(settings, name) for name in names)
+    if is_same_command and saved.keys() >= set(names):  # other runs have none, or a damaged one
+        before = saved_plan(plan.model, settings, state)
+        if before.sequences_per_step != plan.sequences_per_step:
+            plan = before.for_processes(plan.n_processes)
+    return plan.with_recipe(saved_recipe(settings, state))
+
+
+def saved_plan(model: Any, settings: TrainingSettings, state: Mapping[str, Any]) -> Plan:
+    """Return the plan that a checkpoint's state holds, with what the settings ask for now. Raises UserError."""
     try:
-        before = Plan(plan.model, **state["plan"])
-        is_same_command = all(
-            state["settings"][name] == getattr(settings, name) for name in ("batch_size", "grad_accum_steps")
-        )
-        if before.sequences_per_step == plan.sequences_per_step or not is_same_command:
-            return plan
-        return before.for_processes(plan.n_processes)
-    except (KeyError, TypeError, ValueError):  # no run before, or a state that is damaged
-        return plan
-
-
-def run_identity(settings: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what must stay the same within a run; the caller adds the plan's and the tokens' fingerprint."""
-    named = ("optimizer", "seed", "val_fraction", "init_from")
-    return {"tokenizer": tokenizer.fingerprint} | {name: getattr(settings, name) for name in named}
-
-
-def require_same_run(
-    checkpoint: Path | None, state: Mapping[str, Any], identity: Mapping[str, Any], plan: Plan | None = None
-) -> None:
-    """Raise UserError where the checkpoint to resume from belongs to a run of another identity."""
-    known = as_dict(state.get("identity"))
-    if plan and isinstance(known.get("model"), dict):  # an older version had fewer dimensions
-        defaults = {field.name: field.default for field in fields(plan.model) if field.default is not MISSING}
-        known = known | {"model": defaults | known["model"]}
-    difference = find_difference(known, identity) if checkpoint else None
-    if difference:
-        raise UserError(
-            f"{checkpoint} is from a run with another {difference}; give the settings of that run, or another --output_dir"
-        )
-
-
-def find_difference(before: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
-    """Describe the first thing in which a run's identity differs from a checkpoint's; None where all is equal."""
-    for name, value in identity.items():
-        known = before.get(name)
-        if known != value:
-            return IDENTITY[name] + ("" if name in NOT_PRINTED else f" ({known}, now {value})")
-    return None
-
-
-def warn_changed_settings(before: Any, settings: Mapping[str, Any], step: int) -> None:
-    """Print a note on standard error for each setting that has changed since a checkpoint, and what that means."""
-    before = as_dict(before)
-    changed = [name for name in (*RECIPE, *LENGTH) if name in before and before[name] != settings[name]]
-    for name in changed:
-        means = "the schedule stretches to the new length" if name in LENGTH else f"it holds from step {step} on"
-        print(f"note: --{name} was {before[name]} and is {settings[name]}: {means}", file=sys.stderr)
+        saved = state["plan"]
+        plan = Plan(model, saved["batch_size"], saved["grad_accum_steps"], saved.get("n_processes", 1))
+        return plan.with_recipe(saved_recipe(settings, state))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the newest checkpoint is damaged ({error!r}); remove it to resume from an older one")

@@ -110,7 +110,9 @@ class Run:
         step_s = {name: self.grad_accum_steps * seconds for name, seconds in parts_s.items()}
         if self.step == 0 and not OPTIMIZERS[self.settings.optimizer].is_slow_to_start:
             step_s["optimizer"] = time_optimizer_step(
-                self.model, lambda: configure_optimizer(self.settings, self.model, self.dtype), self.device
+                self.model,
+                lambda: configure_optimizer(self.settings, self.plan.recipe, self.model, self.dtype),
+                self.device,
             )
         return step_s
 
@@ -164,8 +166,9 @@ class Run:
     # Checkpoints
 
     def settings_dict(self) -> dict[str, Any]:
-        """Return the settings that a later session compares with its own, with the precision that was chosen."""
-        return dataclasses.asdict(self.settings) | {"dtype": devices.dtype_name(self.dtype)}
+        """Return the settings that a later session compares with its own, with the recipe and the precision chosen."""
+        chosen = dataclasses.asdict(self.plan.recipe) | {"dtype": devices.dtype_name(self.dtype)}
+        return dataclasses.asdict(self.settings) | chosen
 
     def progress(self) -> dict[str, Any]:
         """Return how far the run has come, for a checkpoint's state."""
@@ -245,6 +248,7 @@ def announce(run: Run, n_steps: int, step_s: Mapping[str, float]) -> None:
     about = {
         "format": RUN_FORMAT,
         "settings": dataclasses.asdict(run.settings),
+        "recipe": dataclasses.asdict(plan.recipe),
         "model": dataclasses.asdict(run.model.config),
         "text": source_name(Path(run.settings.data_dir)),
         "tokens": describe_tokens(run.tokens.manifest),

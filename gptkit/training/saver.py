@@ -37,7 +37,7 @@ class Saver:
         if val_loss is not None:
             run.best_val_loss = min(val_loss, run.best_val_loss or math.inf)
         state = run.progress() | self.guard.state_dict() | {"val_loss": val_loss, "identity": run.identity}
-        state |= {"plan": run.plan.batch, "settings": run.settings_dict()}
+        state |= {"plan": run.plan.state_dict(), "settings": run.settings_dict()}
         weights, training = run.full_tensors(keep=is_main_process())
         if is_main_process():
             draw = functools.partial(draw_loss_curve, run.output_dir / METRICS_FILE, run.output_dir / CURVE_FILE)

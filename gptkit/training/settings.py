@@ -17,6 +17,7 @@ from gptkit.data.batches import TrainingBatches
 from gptkit.distributed import fsdp
 from gptkit.distributed.process_group import Parallelism
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, build_optimizer
+from gptkit.training.recipe import Recipe, RecipeSettings
 
 MAX_ROLLBACKS = 3  # to a checkpoint, when a run diverges; each halves the rate
 BATCH_SIZE = 16  # where neither a flag nor a budget says otherwise
@@ -28,7 +29,7 @@ def _by_optimizer(name: str, form: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class TrainingSettings(RecipeSettings):
     """Everything about a run but its tokenizer and its model."""
 
     data_dir: str = setting(help="folder of text shards (dataset/prepare_aozora_jsonl.py makes it)", group="data")
@@ -115,12 +116,6 @@ class TrainingSettings:
     warmup_steps: int | None = setting(
         None,
         "steps of linear warmup (default: of the run " + _by_optimizer("warmup_share", ".0%") + "; at most 1000)",
-        at_least=0,
-        group="optimizer",
-    )
-    weight_decay: float = setting(
-        0.1,
-        "decay of matrices (with muon those of the blocks; galore_adamw has none)",
         at_least=0,
         group="optimizer",
     )
@@ -242,9 +237,9 @@ def peak_lr(settings: TrainingSettings) -> float:
     return settings.lr or OPTIMIZERS[settings.optimizer].default_lr
 
 
-def configure_optimizer(settings: TrainingSettings, model: nn.Module, dtype: torch.dtype) -> Optimizer:
+def configure_optimizer(settings: TrainingSettings, recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> Optimizer:
     """Build the optimizer of a run for a model; dtype is that of the run's matrix products."""
-    return build_optimizer(model, settings.optimizer, peak_lr(settings), settings.adam_lr, settings.weight_decay, dtype)
+    return build_optimizer(model, settings.optimizer, peak_lr(settings), settings.adam_lr, recipe.weight_decay, dtype)
 
 
 def max_total_steps(settings: TrainingSettings, batches: TrainingBatches) -> int:
