@@ -53,6 +53,7 @@ class GPTConfig:
     head_width: int = 0  # modern only: channels of a head (0: emb_dim / n_heads)
     ff_width: int = 0  # modern only: inner channels of the feed-forward (0: 8/3 of emb_dim, up to a multiple of 32)
     tied_head: bool = False  # modern only: the embedding is also the output head, as it always is in gpt2
+    drop_attention: bool = True  # whether dropout also leaves out attention weights
 
     def __post_init__(self) -> None:
         for name in (*DIMENSION_BOUNDS, "n_kv_heads"):
@@ -93,9 +94,8 @@ class GPTConfig:
     @property
     def hidden_dim(self) -> int:
         """Return the inner channels of the feed-forward: 4 times emb_dim, or 8/3 times with three matrices, not two."""
-        if self.arch == "gpt2":
-            return 4 * self.emb_dim
-        return self.ff_width or math.ceil(self.emb_dim * 8 / 3 / 32) * 32
+        swiglu_dim = self.ff_width or math.ceil(self.emb_dim * 8 / 3 / 32) * 32
+        return 4 * self.emb_dim if self.arch == "gpt2" else swiglu_dim
 
     @property
     def is_tied(self) -> bool:
@@ -185,7 +185,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        modern = config.arch == "modern"
+        modern, self.drop_rate = config.arch == "modern", config.drop_rate if config.drop_attention else 0.0
         self.qkv_widths = [n_heads * config.head_dim for n_heads in (config.n_heads, config.kv_heads, config.kv_heads)]
         self.qkv = nn.Linear(config.emb_dim, sum(self.qkv_widths), bias=config.qkv_bias and not modern)
         self.out_proj = nn.Linear(self.qkv_widths[0], config.emb_dim, bias=not modern)
@@ -200,7 +200,7 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache_view is not None:
             (k, v), mask = cache_view.update_cache(k, v), cache_view.mask  # (B, G, n_slots, D)
-        dropout, grouped = self.config.drop_rate if self.training else 0.0, self.config.kv_heads < self.config.n_heads
+        dropout, grouped = self.drop_rate if self.training else 0.0, self.config.kv_heads < self.config.n_heads
         causal = T > 1 and mask is None
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)  # (B, H, T, D)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)

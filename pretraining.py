@@ -283,8 +283,9 @@ def model_config(config: PretrainingConfig, size: str, vocab_size: int, state: M
     A run that resumes has the dimensions of --init_from in its state.
     """
     given = {name: getattr(config, name) for name in DIMENSIONS if getattr(config, name) is not None}
+    known = as_dict(as_dict(state.get("identity")).get("model"))
+    drops_attention = bool(known) and known.get("drop_attention", True)  # before 0.2.0 all did
     if config.init_from:
-        known = as_dict(as_dict(state.get("identity")).get("model"))
         dimensions = known or main_process(huggingface.read_dimensions)(config.init_from)
         if given.get("context_length", 0) > dimensions["context_length"]:
             raise UserError(
@@ -295,7 +296,7 @@ def model_config(config: PretrainingConfig, size: str, vocab_size: int, state: M
     else:
         dimensions = {"arch": "modern", **PRESETS[size]}
     try:
-        return GPTConfig(**dimensions | given | {"vocab_size": vocab_size})
+        return GPTConfig(**dimensions | given | {"vocab_size": vocab_size, "drop_attention": drops_attention})
     except (ValueError, TypeError) as error:
         raise UserError(str(error))
 

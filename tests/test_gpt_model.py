@@ -3,6 +3,7 @@
 Tests of what only arch modern has are in test_modern_model.py.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -217,6 +218,8 @@ def test_dropout_reaches_embeddings_attention_and_residuals(arch: str) -> None:
     assert not torch.allclose(attention(x, rotary), attention(x, rotary))
     attention.eval()
     assert torch.equal(attention(x, rotary), attention(x, rotary))
+    without = CausalSelfAttention(dataclasses.replace(model.config, drop_attention=False)).train()
+    assert torch.equal(without(x, rotary), without(x, rotary))
 
 
 @both_archs

@@ -86,6 +86,20 @@ def test_each_parameter_is_in_one_group_of_its_settings(name: str, arch: str) ->
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_embedding_and_head_shrink_equally_by_the_decay_of_embeddings(arch: str) -> None:
+    model = tiny_model(arch)
+    optimizer = build_optimizer(model, "muon", LR, ADAM_LR, DECAY, embedding_decay=0.5)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kinds = kinds_of(model)
+    shares = {"block": 1 - LR * DECAY, "head": 1 - ADAM_LR * 0.5, "embedding": 1 - ADAM_LR * 0.5, "vector": 1.0}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, shares[kinds[name]] * before[name])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_the_model_counts_as_block_parameters_what_muon_takes(arch: str) -> None:
     model = tiny_model(arch)
     blocks = build_optimizer(model, "muon", LR, ADAM_LR, DECAY).param_groups[0]["params"]

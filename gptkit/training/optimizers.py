@@ -89,6 +89,7 @@ class Hyperparameters:
     lr: float  # peak
     adam_lr: float  # peak of the embedding, for an optimizer of matrices alone
     weight_decay: float
+    embedding_decay: float = 0.0  # of embedding and head, for an optimizer of matrices alone
 
 
 def build_optimizer(
@@ -98,13 +99,16 @@ def build_optimizer(
     adam_lr: float,
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
+    embedding_decay: float = 0.0,
 ) -> Optimizer:
     """Build the optimizer called `name` for a model; each of its groups has a "peak_lr".
 
     lr and adam_lr are peak rates. Raises UserError where its package is not installed.
     """
     spec = OPTIMIZERS[name]
-    optimizer = spec.build(ParameterGroups.of(model), Hyperparameters(lr, adam_lr, weight_decay), dtype)
+    optimizer = spec.build(
+        ParameterGroups.of(model), Hyperparameters(lr, adam_lr, weight_decay, embedding_decay), dtype
+    )
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
     cast(Any, optimizer).spec = spec
@@ -137,16 +141,21 @@ def _build_adamw(parameters: ParameterGroups, settings: Hyperparameters, dtype: 
 
 
 def _build_muon(parameters: ParameterGroups, settings: Hyperparameters, dtype: torch.dtype) -> Optimizer:
-    """Build Muon for the block matrices, which decay, beside AdamW for the rest, which does not.
+    """Build Muon for the block matrices beside AdamW for the rest; biases and norms do not decay.
 
-    Embeddings have the peak rate adam_lr; head, biases and norms have shares of it.
+    Embeddings have the peak rate adam_lr; head, biases and norms have shares of it. Embedding and head shrink equally: the
+    decay of each is divided by its share.
     """
     groups: list[Group] = [
         {"params": parameters.blocks, "weight_decay": settings.weight_decay, "peak_lr": settings.lr, "muon": True}
     ]
     embeddings = [p for p in parameters.embeddings if p is not parameters.head]
-    for share, members in ((HEAD_SHARE, [parameters.head]), (1.0, embeddings), (VECTOR_SHARE, parameters.vectors)):
-        groups += [{"params": members, "weight_decay": 0.0, "peak_lr": share * settings.adam_lr, "muon": False}]
+    for share, decay, members in (
+        (HEAD_SHARE, settings.embedding_decay / HEAD_SHARE, [parameters.head]),
+        (1.0, settings.embedding_decay, embeddings),
+        (VECTOR_SHARE, 0.0, parameters.vectors),
+    ):
+        groups += [{"params": members, "weight_decay": decay, "peak_lr": share * settings.adam_lr, "muon": False}]
     return MuonAdamW(groups, dtype, lr=settings.lr, betas=BETAS, eps=EPS, fused=parameters.can_fuse)
 
 

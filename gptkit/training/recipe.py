@@ -28,6 +28,12 @@ class RecipeSettings:
         at_least=0,
         group="regularization",
     )
+    embedding_decay: float | None = setting(
+        None,
+        "with muon: decay of the embedding; the head shrinks as fast (default: by how often the text is read)",
+        at_least=0,
+        group="regularization",
+    )
     shuffle: Shuffle | None = setting(
         None,
         "each epoch, take the windows of the text in a new order, or the documents, from which windows are cut anew"
@@ -42,6 +48,7 @@ class Recipe:
 
     drop_rate: float = 0.0
     weight_decay: float = 0.1
+    embedding_decay: float = 0.0
     shuffle: Shuffle = "windows"
 
 

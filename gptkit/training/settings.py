@@ -239,7 +239,8 @@ def peak_lr(settings: TrainingSettings) -> float:
 
 def configure_optimizer(settings: TrainingSettings, recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> Optimizer:
     """Build the optimizer of a run for a model; dtype is that of the run's matrix products."""
-    return build_optimizer(model, settings.optimizer, peak_lr(settings), settings.adam_lr, recipe.weight_decay, dtype)
+    rates = peak_lr(settings), settings.adam_lr
+    return build_optimizer(model, settings.optimizer, *rates, recipe.weight_decay, dtype, recipe.embedding_decay)
 
 
 def max_total_steps(settings: TrainingSettings, batches: TrainingBatches) -> int:
