@@ -89,6 +89,7 @@ def test_each_parameter_is_in_one_group_of_its_settings(name: str, arch: str) ->
 def test_embedding_and_head_shrink_equally_by_the_decay_of_embeddings(arch: str) -> None:
     model = tiny_model(arch)
     optimizer = build_optimizer(model, "muon", LR, ADAM_LR, DECAY, embedding_decay=0.5)
+    set_learning_rate(optimizer, 1.0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
