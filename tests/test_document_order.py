@@ -188,10 +188,21 @@ def test_tokens_are_replaced_at_the_rate_asked_for_by_tokens_as_frequent_as_in_t
     assert abs(np.corrcoef(changed[:, 1:].ravel(), changed[:, :-1].ravel())[0, 1]) < 0.01
     by_epoch = changed.reshape(2, -1)
     assert abs(np.corrcoef(*by_epoch)[0, 1]) < 0.02  # other ones in each epoch
-    other_seed = rows_of_epoch(batches(tokens, **how, replace_rate=rate, seed=2), 0)[:, :-1]
-    assert (other_seed != rows_of_epoch(batches(tokens, **how, seed=2), 0)[:, :-1]).mean() == pytest.approx(
-        changed.mean(), abs=0.01
-    )
+    plain, replaced = (batches(tokens, **how, replace_rate=each, seed=2) for each in (0.0, rate))
+    of_other_seed = (rows_of_epoch(plain, 0) != rows_of_epoch(replaced, 0))[:, :-1]
+    assert of_other_seed.mean() == pytest.approx(changed.mean(), abs=0.01)
+    assert abs(np.corrcoef(of_other_seed.ravel(), by_epoch[0])[0, 1]) < 0.02
+
+
+def test_tokens_from_all_of_the_text_replace_others() -> None:
+    tokens = np.arange(1, 100_002, dtype=np.uint32)
+    plain, replaced = (batches(tokens, 1000, context_length=99, replace_rate=rate) for rate in (0.0, 0.1))
+    before, after = (rows_of_epoch(each, 0)[:, :-1] for each in (plain, replaced))
+    drawn = after[before != after]
+    assert len(drawn) == pytest.approx(0.1 * before.size, rel=0.05)
+    counts, _ = np.histogram(drawn, 10, (1, 100_001))
+    assert counts == pytest.approx(len(drawn) / 10, rel=0.15)
+    assert abs(np.corrcoef(drawn, before[before != after])[0, 1]) < 0.05
 
 
 def test_a_run_reads_as_its_recipe_says() -> None:

@@ -188,15 +188,15 @@ def replace_tokens(
     So the replacing tokens are as frequent as in the text. End-of-text is not replaced, and replaces nothing, since that
     would cut documents. The inputs are the windows at `position` of an epoch and after it. The random numbers are those
     of Philox (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"), a counter with four numbers for each
-    count: a window takes the same ones whatever was read before.
+    count: a window takes the same ones whatever was read before. Whether a number is below rate * 2**64 says whether its
+    token is replaced; its remainder, then still as good as uniform, says by which.
     """
     n_rows, length = inputs.shape
-    n_counts = (length + 1) // 2  # of a window: one number says whether a token is replaced, one by which
+    n_counts = -(-length // 4)  # of a window
     rng = np.random.Philox(np.random.SeedSequence([seed, epoch, REPLACEMENT])).advance(position * n_counts)
-    numbers = rng.random_raw((n_rows, 4 * n_counts))
-    is_replaced = (numbers[:, :length] < np.uint64(rate * 2**64)) & (inputs != end_of_text_id)
-    places = numbers[:, length : 2 * length][is_replaced] % np.uint64(len(tokens))
-    drawn = tokens.read_at(places.astype(np.int64))
+    numbers = rng.random_raw((n_rows, 4 * n_counts))[:, :length]
+    is_replaced = (numbers < np.uint64(rate * 2**64)) & (inputs != end_of_text_id)
+    drawn = tokens.read_at((numbers[is_replaced] % np.uint64(len(tokens))).astype(np.int64))
     found = inputs.copy()
     found[is_replaced] = np.where(drawn == end_of_text_id, found[is_replaced], drawn)
     return found
