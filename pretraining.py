@@ -26,9 +26,8 @@ from gpt_model import BUDGET_PRESETS, PRESETS, Arch, GPTConfig, GPTModel
 from gptkit.base import devices
 from gptkit.base.cli import UserError, run_command, setting
 from gptkit.base.files import as_dict
-from gptkit.data.batches import Batch, TrainingBatches, check_data_size, validation_batches
+from gptkit.data.batches import TrainingBatches
 from gptkit.data.token_folder import TokenFolder, prepare_tokens, token_folder_path
-from gptkit.data.token_shards import TokenStream
 from gptkit.distributed import fsdp, process_group
 from gptkit.distributed.process_group import is_main_process, main_process
 from gptkit.interop import huggingface
@@ -48,7 +47,7 @@ from gptkit.training.loggers import import_logger, open_logger
 from gptkit.training.optimizers import set_learning_rate
 from gptkit.training.pace import Pace, is_finished
 from gptkit.training.planning import Plan, choose_plan
-from gptkit.training.run import Run, announce, closing_message, finished_message, require_disk_space
+from gptkit.training.run import Run, announce, closing_message, finished_message, make_batches, require_disk_space
 from gptkit.training.run_log import RunLog
 from gptkit.training.saver import Saver
 from gptkit.training.sessions import Locks, check_output_dir, describe_environment, lock_output, record_session
@@ -106,7 +105,7 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> Non
         plan = choose_plan(config, sizes, GPTModel, state, len(streams["train"]), started_at, device, dtype)
         identity |= plan.identity() | {"tokens": tokens.fingerprint}
         require_same_run(checkpoint, state, identity, plan)
-        batches, validation = make_batches(config, plan, streams)
+        batches, validation = make_batches(config, plan, streams, tokenizer.end_of_text_id)
         with oom_as_user_error(plan.batch_size, plan.grad_accum_steps):
             model = build_model(config, plan, batches, checkpoint is None, device, dtype)
             optimizer = configure_optimizer(config, plan.recipe, model, dtype)
@@ -250,18 +249,6 @@ def open_token_folder(config: PretrainingConfig, output_dir: Path, tokenizer: To
         is_shared=config.use_pretokenized,
     )  # fmt: skip
     return TokenFolder(folder, manifest)
-
-
-def make_batches(
-    config: PretrainingConfig, plan: Plan, streams: Mapping[str, TokenStream]
-) -> tuple[TrainingBatches, list[Batch]]:
-    """Return the training and the validation batches. Raises UserError where there are too few tokens."""
-    length, rank = plan.model.context_length, process_group.rank()
-    batches = TrainingBatches(streams["train"], length, **plan.batch, seed=config.seed, rank=rank)
-    check_data_size(batches, len(streams["val"]))
-    # The validation text is the same for any number of processes.
-    size = config.batch_size or (BATCH_SIZE if config.budget_minutes is None else plan.batch_size)
-    return batches, validation_batches(streams["val"], length, size, config.eval_iter)
 
 
 def model_sizes(config: PretrainingConfig, vocab_size: int, state: Mapping[str, Any]) -> dict[str, GPTConfig]:

@@ -22,6 +22,7 @@ class Toy:
     steps: int = setting(10, "how many", at_least=1)
     lr: float = setting(1e-3, "how fast", more_than=0, at_most=1)
     minutes: float | None = setting(None, "how long", at_least=0)
+    share: float = setting(0.5, "how much", less_than=1)
     seed: int | None = setting(None, "which")
     mode: Literal["fast", "slow"] = setting("fast", "how")
     cached: bool = setting(False, "whether")
@@ -33,7 +34,9 @@ def toy(*flags: str) -> Toy:
 
 
 def test_defaults() -> None:
-    assert toy() == Toy(name="吾輩", steps=10, lr=1e-3, minutes=None, seed=None, mode="fast", cached=False, biased=True)
+    assert toy() == Toy(
+        name="吾輩", steps=10, lr=1e-3, minutes=None, share=0.5, seed=None, mode="fast", cached=False, biased=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,7 @@ def test_flags(flags: str, field: str, value: Any) -> None:
         ("--steps", "argument --steps: expected one argument"),
         ("--lr 0", "--lr 0.0 is too small; it must be more than 0"),
         ("--lr 1.01", "--lr 1.01 is too large; it must be at most 1"),
+        ("--share 1", "--share 1.0 is too large; it must be less than 1"),
         ("--lr nan", "--lr nan is not a finite number"),
         ("--minutes inf", "--minutes inf is not a finite number"),
         ("--minutes -inf", "--minutes: expected one argument"),

@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from gptkit.base import cli
 from gptkit.base.cli import UserError
 from gptkit.base.probe import probe_files, probe_output
+from gptkit.data import token_shards
 from gptkit.data.token_shards import TokenStream, UnmappedShard, open_token_shard, token_shard_bytes
 from gptkit.training.checkpoints import find_checkpoints, verify_checkpoint
 
@@ -192,6 +193,9 @@ def test_a_shard_that_cannot_be_mapped_reads_alike(
         found = TokenStream([unmapped]).read(start, length)
         assert found.dtype == np.int64
         assert found.tolist() == TokenStream([mapped]).read(start, length).tolist() == [*range(start, start + length)]
+    monkeypatch.setattr(token_shards, "UNMAPPED_BLOCK", 100)
+    places = np.array([[999, 0, 99], [100, 555, 501]])
+    assert TokenStream([unmapped]).read_at(places).tolist() == places.tolist()
     assert (
         f"warning: the file system of {tmp_path} cannot map files into memory (Permission denied)"
         in capsys.readouterr().err

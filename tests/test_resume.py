@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import assert_user_error, call_command, command, curve, environment, n_reported, newest, small_run
 
+ANEW = ("--shuffle", "documents", "--replace_rate", 0.1)
+
 
 def run_and_kill(arguments: tuple[object, ...], output: Path, step: int) -> None:
     """Start the run and kill it after its report at `step`."""
@@ -27,11 +29,17 @@ def run_and_kill(arguments: tuple[object, ...], output: Path, step: int) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "arch"), [("muon", "modern"), ("adamw", "gpt2"), ("galore_adamw", "modern")])
-def test_killed_twice_equals_never_stopped(tmp_path: Path, short_shards: Path, optimizer: str, arch: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "arch", "flags"),
+    [("muon", "modern", ANEW), ("muon", "modern", ()), ("adamw", "gpt2", ()), ("galore_adamw", "modern", ())],
+)
+def test_killed_twice_equals_never_stopped(
+    tmp_path: Path, short_shards: Path, optimizer: str, arch: str, flags: tuple[object, ...]
+) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run, run_stopped = (
-        (*small_run(short_shards, output, optimizer, arch), "--save_ckpt_freq", 10) for output in (whole, stopped)
+        (*small_run(short_shards, output, optimizer, arch), "--save_ckpt_freq", 10, *flags)
+        for output in (whole, stopped)
     )
     result = call_command("pretraining.py", *run)
     assert result.returncode == 0, result.stderr
@@ -53,9 +61,12 @@ def test_killed_twice_equals_never_stopped(tmp_path: Path, short_shards: Path, o
     assert "finished" in again.stdout
 
 
-def test_max_minutes_stops_and_the_same_command_resumes(tmp_path: Path, short_shards: Path) -> None:
+@pytest.mark.parametrize("flags", [(), ANEW], ids=["", "documents"])
+def test_max_minutes_stops_and_the_same_command_resumes(
+    tmp_path: Path, short_shards: Path, flags: tuple[object, ...]
+) -> None:
     output = tmp_path / "out"
-    arguments = (*small_run(short_shards, output, "adamw"), "--max_steps", 3)
+    arguments = (*small_run(short_shards, output, "adamw"), "--max_steps", 3, *flags)
     first = call_command("pretraining.py", *arguments, "--max_minutes", 0.00001)
     assert first.returncode == 0, first.stderr
     assert newest(output).name == "step_00000001"
@@ -66,7 +77,7 @@ def test_max_minutes_stops_and_the_same_command_resumes(tmp_path: Path, short_sh
     assert newest(output).name == "step_00000003"
 
     whole = tmp_path / "whole"
-    call_command("pretraining.py", *small_run(short_shards, whole, "adamw"), "--max_steps", 3)
+    call_command("pretraining.py", *small_run(short_shards, whole, "adamw"), "--max_steps", 3, *flags)
     assert (newest(whole) / "model.safetensors").read_bytes() == (newest(output) / "model.safetensors").read_bytes()
 
 

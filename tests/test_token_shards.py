@@ -66,6 +66,10 @@ def test_any_stretch_of_a_stream_equals_that_of_one_array(lengths: list[int]) ->
             found = stream.read(start, length)
             assert found.dtype == np.int64
             assert found.tolist() == row[start : start + length].tolist()
+    for places in (np.array([[9, 0, 4], [4, 3, 7]]), np.arange(10)[::-1], np.empty((2, 0), np.int64)):
+        found = stream.read_at(places)
+        assert found.dtype == np.int64
+        assert found.tolist() == row[places].tolist()
 
 
 def test_a_stretch_beyond_the_stream_is_refused() -> None:
@@ -73,6 +77,9 @@ def test_a_stretch_beyond_the_stream_is_refused() -> None:
     for start, length in [(-1, 2), (0, 6), (5, 1), (6, 0)]:
         with pytest.raises(IndexError, match="of 5"):
             stream.read(start, length)
+    for places in ([-1, 0], [3, 5]):
+        with pytest.raises(IndexError, match="of 5"):
+            stream.read_at(np.array(places))
     assert len(TokenStream([])) == 0
 
 
@@ -87,5 +94,6 @@ def test_a_shard_is_opened_when_it_is_read_and_not_again() -> None:
     assert (len(stream), opened) == (20, [])
     assert stream.read(6, 4).tolist() == [6, 7, 8, 9]
     assert stream.read(4, 6).tolist() == [4, 5, 6, 7, 8, 9]
+    assert stream.read_at(np.array([9, 4])).tolist() == [9, 4]
     assert opened == [1, 2]
     assert stream.read(19, 1, np.uint16).dtype == np.uint16

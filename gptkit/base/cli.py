@@ -49,6 +49,7 @@ def setting(
     at_least: float | None = None,
     more_than: float | None = None,
     at_most: float | None = None,
+    less_than: float | None = None,
     choices: Collection[str] | None = None,
     group: str | None = None,
     is_text: bool = False,
@@ -59,7 +60,7 @@ def setting(
     (any mapping by name) is read when a command line is parsed, not when the field is declared. --help lists the flags
     of a group together. A string that is text is read as UTF-8 in any locale; a path must stay as the system gave it.
     """
-    bounds = {"at_least": at_least, "more_than": more_than, "at_most": at_most}
+    bounds = {"at_least": at_least, "more_than": more_than, "at_most": at_most, "less_than": less_than}
     metadata = {"help": help, "choices": choices, "group": group, "is_text": is_text, **bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -158,6 +159,8 @@ def _check_bounds(field: dataclasses.Field[Any], value: Any) -> None:
         raise UserError(f"--{field.name} {value} is too small; it must be more than {bounds['more_than']}")
     if bounds["at_most"] is not None and value > bounds["at_most"]:
         raise UserError(f"--{field.name} {value} is too large; it must be at most {bounds['at_most']}")
+    if bounds["less_than"] is not None and value >= bounds["less_than"]:
+        raise UserError(f"--{field.name} {value} is too large; it must be less than {bounds['less_than']}")
 
 
 def run_command(

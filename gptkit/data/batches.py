@@ -2,26 +2,31 @@
 
 A batch is a pure function of (seed, step), and each process takes its slice of it: evaluation, sampling, resuming and
 the number of processes never disturb the order. The stream is cut into windows of context_length tokens, and each
-epoch takes them in a random order of its own. The targets of a window are its tokens shifted by one.
+epoch takes them in a random order of its own. Where documents are shuffled, the windows of each epoch are cut from another
+order of the documents. The targets of a window are its tokens shifted by one.
 
 Shapes: B sequences per batch, T time (context_length).
 """
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from gptkit.base.cli import UserError
-from gptkit.data.token_shards import TokenStream
+from gptkit.data.document_order import DocumentOrder, document_ends, document_order, read_windows
+from gptkit.data.token_shards import Tokens, TokenStream
 
 MAX_SHUFFLED = 1 << 22  # windows: 32 MiB for the order of an epoch
 N_ROUNDS = 6
+REPLACEMENT = 2  # sets these random numbers apart from others of the same seed and epoch
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T) int64
+Shuffle = Literal["windows", "documents"]
 
 
 @functools.lru_cache(maxsize=2)
@@ -82,6 +87,9 @@ class TrainingBatches:
     seed: int
     n_processes: int = 1
     rank: int = 0  # of this process
+    shuffle: Shuffle = "windows"  # what each epoch takes in a new order
+    replace_rate: float = 0.0  # share of the input tokens that others replace, from 0 to below 1
+    end_of_text_id: int = -1  # stands after each document; -1: no id does
 
     @property
     def sequences_per_step(self) -> int:
@@ -107,7 +115,22 @@ class TrainingBatches:
         positions = np.arange(first, first + self.batch_size)
         n_all = n_windows(self.tokens, self.context_length)
         windows = windows_at(n_all, self.seed, epoch, positions)
-        return _batch_of_windows(self.tokens, windows.tolist(), self.context_length)
+        if self.shuffle == "documents":
+            rows = read_windows(self.tokens, self._document_order(epoch), windows, self.context_length)
+        else:
+            rows = _read_windows_of_text(self.tokens, windows.tolist(), self.context_length)
+        inputs, targets = _inputs_and_targets(rows)
+        if self.replace_rate:
+            random = self.seed, epoch, first
+            found = replace_tokens(inputs.numpy(), self.tokens, self.replace_rate, self.end_of_text_id, *random)
+            inputs = torch.from_numpy(found)
+        return inputs, targets
+
+    @functools.cached_property
+    def _document_order(self) -> Callable[[int], DocumentOrder]:
+        """Return the order of the documents by epoch; the last two are kept in memory."""
+        ends = document_ends(self.tokens, self.end_of_text_id)
+        return functools.lru_cache(2)(functools.partial(document_order, ends, self.context_length, self.seed))
 
     def iterate_from(self, step: int, device: torch.device) -> Iterator[Batch]:
         """Yield the micro-batches on a device without end, beginning with the first one of `step`."""
@@ -146,13 +169,45 @@ def validation_batches(tokens: TokenStream, context_length: int, batch_size: int
     n_used = min(n_all, n_batches * batch_size)
     windows = [i * n_all // n_used for i in range(n_used)]
     return [
-        _batch_of_windows(tokens, windows[first : first + batch_size], context_length)
+        _inputs_and_targets(_read_windows_of_text(tokens, windows[first : first + batch_size], context_length))
         for first in range(0, n_used, batch_size)
     ]
 
 
-def _batch_of_windows(tokens: TokenStream, windows: Sequence[int], context_length: int) -> Batch:
-    """Read windows of context_length tokens, and the token after each, as inputs and targets, each (B, T)."""
-    rows = np.stack([tokens.read(window * context_length, context_length + 1) for window in windows])  # (B, T + 1)
+def replace_tokens(
+    inputs: npt.NDArray[np.int64],
+    tokens: TokenStream,
+    rate: float,
+    end_of_text_id: int,
+    seed: int,
+    epoch: int,
+    position: int,
+) -> npt.NDArray[np.int64]:  # (B, T) -> (B, T)
+    """Return the inputs with each token replaced, with probability `rate`, by the one at a random place of the stream.
+
+    So the replacing tokens are as frequent as in the text. End-of-text is not replaced, and replaces nothing, since that
+    would cut documents. The inputs are the windows at `position` of an epoch and after it. The random numbers are those
+    of Philox (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"), a counter with four numbers for each
+    count: a window takes the same ones whatever was read before. Whether a number is below rate * 2**64 says whether its
+    token is replaced; its remainder, then still as good as uniform, says by which.
+    """
+    n_rows, length = inputs.shape
+    n_counts = -(-length // 4)  # of a window
+    rng = np.random.Philox(np.random.SeedSequence([seed, epoch, REPLACEMENT])).advance(position * n_counts)
+    numbers = rng.random_raw((n_rows, 4 * n_counts))[:, :length]
+    is_replaced = (numbers < np.uint64(rate * 2**64)) & (inputs != end_of_text_id)
+    drawn = tokens.read_at((numbers[is_replaced] % np.uint64(len(tokens))).astype(np.int64))
+    found = inputs.copy()
+    found[is_replaced] = np.where(drawn == end_of_text_id, found[is_replaced], drawn)
+    return found
+
+
+def _read_windows_of_text(tokens: TokenStream, windows: Sequence[int], context_length: int) -> Tokens:
+    """Read windows of context_length tokens, and the token after each: (B, T + 1)."""
+    return np.stack([tokens.read(window * context_length, context_length + 1) for window in windows])
+
+
+def _inputs_and_targets(rows: Tokens) -> Batch:
+    """Return the inputs and the targets of windows, and of the token after each: (B, T + 1) -> two of (B, T)."""
     ids = torch.from_numpy(rows)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

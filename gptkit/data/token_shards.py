@@ -17,6 +17,7 @@ import numpy.typing as npt
 from gptkit.base.cli import warn_once
 
 Tokens = npt.NDArray[np.integer]
+UNMAPPED_BLOCK = 4096  # tokens read at a time for those at scattered places
 MAX_MAPPED = 256  # shards of a stream mapped at a time: each is one of the files that a process may have open
 
 
@@ -41,7 +42,7 @@ def has_size_of(path: Path, n_tokens: int, dtype: str) -> bool:
 
 
 class UnmappedShard:
-    """The tokens of a shard whose file cannot be mapped into memory: each slice is read from the file."""
+    """The tokens of a shard whose file cannot be mapped into memory: what is asked for is read from the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -55,7 +56,14 @@ class UnmappedShard:
     def __len__(self) -> int:
         return int(self.shape[0])
 
-    def __getitem__(self, part: slice) -> Tokens:
+    def __getitem__(self, part: slice | npt.NDArray[np.int64]) -> Tokens:
+        if isinstance(part, np.ndarray):
+            found = np.empty(len(part), self.dtype)
+            blocks = part // UNMAPPED_BLOCK
+            for block in np.unique(blocks):
+                here, first = blocks == block, int(block) * UNMAPPED_BLOCK
+                found[here] = self[first : first + UNMAPPED_BLOCK][part[here] - first]
+            return found
         start, end, _ = part.indices(len(self))
         with open(self._path, "rb") as file:  # anew each time: two threads read
             file.seek(self._start + start * self.dtype.itemsize)
@@ -143,3 +151,14 @@ class TokenStream:
             parts.append(part)
             start, length, shard = start + len(part), length - len(part), shard + 1
         return np.concatenate(parts).astype(dtype) if parts else np.empty(0, dtype)
+
+    def read_at(self, places: npt.NDArray[np.int64], dtype: npt.DTypeLike = np.int64) -> Tokens:
+        """Return the tokens at some places of the stream, as a new array of the same shape."""
+        if places.size and (places.min() < 0 or places.max() >= len(self)):
+            raise IndexError(f"tokens {places.min()} to {places.max()} of {len(self)}")
+        found = np.empty(places.shape, dtype)
+        shards = np.searchsorted(self._ends, places, side="right")
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            found[here] = self._shard(shard)[places[here] - (self._ends[shard - 1] if shard else 0)]
+        return found

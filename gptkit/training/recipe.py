@@ -6,13 +6,13 @@ find up to four epochs nearly as good as new text.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from gptkit.base.cli import setting
 from gptkit.base.files import as_dict
+from gptkit.data.batches import Shuffle
 
 MANY_EPOCHS = 4.0
-Shuffle = Literal["windows", "documents"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,13 @@ class RecipeSettings:
         " (default: by how often the text is read)",
         group="regularization",
     )
+    replace_rate: float | None = setting(
+        None,
+        "replace this share of the input tokens by random ones of the text (default: 0, none)",
+        at_least=0,
+        less_than=1,
+        group="regularization",
+    )
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Recipe:
     weight_decay: float = 0.1
     embedding_decay: float = 0.0
     shuffle: Shuffle = "windows"
+    replace_rate: float = 0.0
 
 
 def choose_recipe(settings: RecipeSettings, n_epochs: float) -> Recipe:

@@ -17,9 +17,10 @@ import torch
 from gptkit.base import devices
 from gptkit.base.cli import UserError, format_duration
 from gptkit.base.files import free_bytes, write_json
-from gptkit.data.batches import Batch, TrainingBatches
+from gptkit.data.batches import Batch, TrainingBatches, check_data_size, validation_batches
 from gptkit.data.text_shards import source_name
 from gptkit.data.token_folder import TokenFolder, describe_tokens
+from gptkit.data.token_shards import TokenStream
 from gptkit.distributed import fsdp, process_group
 from gptkit.distributed.process_group import main_process
 from gptkit.evaluation.scoring import mean_loss
@@ -37,7 +38,7 @@ from gptkit.training.guard import as_count, as_scaler_state, as_sum
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, load_optimizer_tensors, optimizer_tensors
 from gptkit.training.planning import Plan, flops_per_token
 from gptkit.training.run_log import CURVE_FILE, RUN_FILE, RUN_FORMAT
-from gptkit.training.settings import TrainingSettings, configure_optimizer
+from gptkit.training.settings import BATCH_SIZE, TrainingSettings, configure_optimizer
 
 Tensors = dict[str, torch.Tensor]
 SAMPLING, SAMPLE_TOKENS = SamplingSettings(temperature=0.8, top_k=40), 50
@@ -86,6 +87,7 @@ class Run:
 
         Raises BatchTooLarge, with a batch that was seen to fit, where memory runs out.
         """
+        self.batches.micro_batch(self.step, 0)  # the first one takes longer: it draws the order of the epoch
         start = time.monotonic()
         batch = self.batches.micro_batch(self.step, 0)
         reading_s = time.monotonic() - start
@@ -200,6 +202,27 @@ class Run:
             devices.set_rng_states(states, self.device)
         else:  # there were fewer processes
             process_group.seed_rank(self.settings.seed, self.step)
+
+
+def make_batches(
+    settings: TrainingSettings, plan: Plan, streams: Mapping[str, TokenStream], end_of_text_id: int
+) -> tuple[TrainingBatches, list[Batch]]:
+    """Return the training and the validation batches. Raises UserError where there are too few tokens."""
+    length = plan.model.context_length
+    batches = TrainingBatches(
+        streams["train"],
+        length,
+        **plan.batch,
+        seed=settings.seed,
+        rank=process_group.rank(),
+        shuffle=plan.recipe.shuffle,
+        replace_rate=plan.recipe.replace_rate,
+        end_of_text_id=end_of_text_id,
+    )
+    check_data_size(batches, len(streams["val"]))
+    # The validation text is the same for any number of processes.
+    size = settings.batch_size or (BATCH_SIZE if settings.budget_minutes is None else plan.batch_size)
+    return batches, validation_batches(streams["val"], length, size, settings.eval_iter)
 
 
 def optimizer_state_bytes(run: Run) -> int:
