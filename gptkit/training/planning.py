@@ -17,8 +17,8 @@ from gptkit.base.cli import UserError, format_duration
 from gptkit.base.files import as_dict
 from gptkit.distributed.process_group import main_process, world_size
 from gptkit.training.compilation import compile_and_time, time_optimizer_step
-from gptkit.training.recipe import Recipe, choose_recipe, saved_recipe
-from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, configure_optimizer
+from gptkit.training.recipe import Reading, Recipe, choose_recipe, describe_recipe, saved_recipe
+from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, configure_optimizer, peak_lr
 
 # Of the models tried on one core of a CPU for 2.5 minutes, the best ones saw 1.5 to 2.7 tokens for each parameter of
 # their blocks (benchmarks/README.md). Hoffmann et al. 2022 found 20 where the whole model counts and the
@@ -117,15 +117,15 @@ def choose_plan(
         plan = Plan(model, settings.batch_size or BATCH_SIZE, settings.grad_accum_steps or 1, n_processes)
         if state:
             return resume_plan(plan, settings, state)
-        return plan.with_recipe(choose_recipe(settings, planned_epochs(settings, plan, n_training_tokens)))
+        return finish_plan(plan, settings, n_training_tokens, math.inf)
     left_s = budget_s(settings) - (time.monotonic() - started_at)
     if left_s < MIN_TRAINING_S:
         raise UserError(
             f"--budget_minutes {settings.budget_minutes} are over before training begins; give more, or tokenize the"
             " text first (pretokenize.py)"
         )
-    plan = plan_for_budget(
-        left_s,
+    plan, total_tokens = plan_for_budget(
+        left_s - CLOSING_S,
         sizes,
         lambda model: measure_tokens_per_s(settings, model, build, device, dtype),
         n_training_tokens,
@@ -134,18 +134,24 @@ def choose_plan(
         settings.grad_accum_steps,
         n_processes,
     )
-    return plan.with_recipe(choose_recipe(settings, planned_epochs(settings, plan, n_training_tokens)))
+    return finish_plan(plan, settings, n_training_tokens, total_tokens)
 
 
-def planned_epochs(settings: TrainingSettings, plan: Plan, n_training_tokens: int) -> float:
-    """Return how often a run without a budget reads its text."""
+def finish_plan(plan: Plan, settings: TrainingSettings, n_training_tokens: int, total_tokens: float) -> Plan:
+    """Return the plan with a recipe that suits how often the text is read, and print both.
+
+    total_tokens is how many a budget has time for, infinite without one.
+    """
     tokens_per_step = plan.sequences_per_step * plan.model.context_length
-    limits = [float(settings.n_epochs)] if settings.n_epochs else []
-    if settings.max_tokens:
-        limits.append(settings.max_tokens / n_training_tokens)
-    if settings.max_steps:
-        limits.append(settings.max_steps * tokens_per_step / n_training_tokens)
-    return min(limits, default=1.0)
+    most = [total_tokens, settings.max_tokens or math.inf, tokens_per_step * (settings.max_steps or math.inf)]
+    if math.isinf(min(most)):
+        most.append(n_training_tokens * (settings.n_epochs or 1))
+    elif settings.n_epochs:
+        most.append(n_training_tokens * settings.n_epochs)
+    reading = Reading(n_training_tokens, tokens_per_step, min(most) / n_training_tokens)
+    recipe = choose_recipe(settings, reading, peak_lr(settings), settings.adam_lr)
+    print(describe_recipe(recipe, reading), flush=True)
+    return plan.with_recipe(recipe)
 
 
 def plan_for_budget(
@@ -157,8 +163,8 @@ def plan_for_budget(
     batch_size: int | None,
     grad_accum_steps: int | None,
     n_processes: int = 1,
-) -> Plan:
-    """Return the largest model that still sees enough tokens in left_s seconds, and a batch that suits so many tokens.
+) -> tuple[Plan, float]:
+    """Return the largest model for which left_s seconds are worth enough tokens, its batch, and the tokens that it reads.
 
     `sizes` lead from small to large by name; a single one is taken. tokens_per_s is the speed of one process; n_processes
     are taken to be as many times as fast. Prints what was measured and chosen.
@@ -167,10 +173,12 @@ def plan_for_budget(
     for size, model in sizes.items():
         speed = n_processes * tokens_per_s(model)
         total_tokens = left_s * speed
-        n_passes, per_parameter = total_tokens / n_training_tokens, total_tokens / n_block_parameters(model)
+        n_epochs = total_tokens / n_training_tokens
+        worth = Reading(n_training_tokens, 1, n_epochs).worth
+        per_parameter = worth / n_block_parameters(model)
         print(
-            f"{size}: {speed:,.0f} tokens/s, so {total_tokens:,.0f} tokens in {format_duration(left_s)}:"
-            f" {n_passes:.2f} passes over the text, {per_parameter:.1f} for each parameter of the blocks",
+            f"{size}: {speed:,.0f} tokens/s, so {total_tokens:,.0f} tokens in {format_duration(left_s)}: the text"
+            f" {n_epochs:.2f} times, worth {worth:,.0f} new tokens, {per_parameter:.1f} per parameter of the blocks",
             flush=True,
         )
         if chosen and per_parameter < TOKENS_PER_PARAMETER:
@@ -187,13 +195,13 @@ def plan_for_budget(
     processes = f" x {n_processes}" if n_processes > 1 else ""
     why = "as asked for"
     if len(sizes) > 1:
-        why = f"the largest with {TOKENS_PER_PARAMETER:g} tokens per parameter"
+        why = f"the largest with {TOKENS_PER_PARAMETER:g} such tokens per parameter"
     print(
         f"chosen: {size}, {why}; {plan.batch_size} x {plan.grad_accum_steps}{processes} sequences per step, for about"
         f" {n_steps:,.0f} steps",
         flush=True,
     )
-    return plan
+    return plan, total_tokens
 
 
 def n_block_parameters(model: Any) -> int:

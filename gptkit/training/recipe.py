@@ -4,6 +4,7 @@ A text that is read less than about MANY_EPOCHS times needs no regularization: M
 find up to four epochs nearly as good as new text.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -12,7 +13,15 @@ from gptkit.base.cli import setting
 from gptkit.base.files import as_dict
 from gptkit.data.batches import Shuffle
 
-MANY_EPOCHS = 4.0
+MANY_EPOCHS = 4.0  # of them, or more: the regularized recipe
+# How much the weights shrink per epoch at the peak rate, as an exponent: rate x decay x steps per epoch. One number fits
+# texts, batches and rates of any size; of those tried 2.5 was the best (docs/recipe.md), and the optima of Kim et al. 2025,
+# "Pre-training under infinite compute" (arXiv 2509.14786), lie at 1.9 to 5.1.
+SHRINKAGE = 2.5
+DROP_RATE = 0.1
+MAX_USEFUL_EPOCHS = 40.0
+# Reading a token again is worth less each time, by this time constant in epochs (Muennighoff et al., section 4).
+REPETITION_EPOCHS = 15.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +69,48 @@ class Recipe:
     replace_rate: float = 0.0
 
 
-def choose_recipe(settings: RecipeSettings, n_epochs: float) -> Recipe:
-    """Return the recipe for a run that reads its text n_epochs times, with what the settings ask for."""
+@dataclass(frozen=True)
+class Reading:
+    """How a run reads its text."""
+
+    n_tokens: int  # of the text
+    tokens_per_step: int
+    n_epochs: float
+
+    @property
+    def worth(self) -> float:
+        """Return how many new tokens would teach as much (Muennighoff et al. 2023, equation 5)."""
+        repeated = 1 - math.exp(-max(self.n_epochs - 1, 0) / REPETITION_EPOCHS)
+        return self.n_tokens * (min(self.n_epochs, 1) + REPETITION_EPOCHS * repeated)
+
+
+def choose_recipe(settings: RecipeSettings, reading: Reading, lr: float, adam_lr: float) -> Recipe:
+    """Return the recipe for a run, with what the settings ask for; lr and adam_lr are the peak rates."""
     recipe = Recipe()
-    if n_epochs >= MANY_EPOCHS:
-        recipe = replace(recipe, drop_rate=0.2, weight_decay=0.4, shuffle="documents")
+    if reading.n_epochs >= MANY_EPOCHS:
+        per_rate = SHRINKAGE * reading.tokens_per_step / reading.n_tokens
+        recipe = replace(
+            recipe,
+            drop_rate=DROP_RATE,
+            weight_decay=float(f"{per_rate / lr:.3g}"),
+            embedding_decay=float(f"{per_rate / adam_lr:.3g}"),
+            shuffle="documents",
+        )
     return with_given(recipe, settings)
+
+
+def describe_recipe(recipe: Recipe, reading: Reading) -> str:
+    """Describe in two lines how often the text is read, what that means, and the recipe."""
+    read = f"each of the {reading.n_tokens:,} tokens is read {reading.n_epochs:.1f} times"
+    if reading.n_epochs < 1:
+        read = f"{reading.n_epochs:.0%} of the {reading.n_tokens:,} tokens are read, each once"
+    means = "as good as new text"
+    if reading.n_epochs >= MAX_USEFUL_EPOCHS:
+        means = "more than it deserves; more text, a larger model or --chain 2 gains more than further epochs"
+    elif reading.n_epochs >= MANY_EPOCHS:
+        means = f"worth {reading.worth / reading.n_tokens:.1f} times as much text, if it is not learnt by heart"
+    settings = ", ".join(f"{field.name} {getattr(recipe, field.name)}" for field in fields(recipe))
+    return f"text: {read}, {means}\nrecipe: {settings}"
 
 
 def saved_recipe(settings: RecipeSettings, state: Mapping[str, Any]) -> Recipe:
