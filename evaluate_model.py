@@ -32,8 +32,7 @@ from gptkit.evaluation.documents import read_documents
 from gptkit.evaluation.scoring import score_documents
 from gptkit.interop.huggingface import torchvision_problem
 from gptkit.text.tokenizer import HF_PATTERNS, Tokenizer, load_hf
-from gptkit.training import checkpoints
-from gptkit.training.loading import load_chosen
+from gptkit.training.loading import CHOICE_HELP, Choice, checkpoint_name, choose_checkpoint, load_chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class EvaluationConfig:
     hf_model: tuple[str, ...] = setting(
         (), "causal models that transformers loads: folders, or repositories of the hub", group="model"
     )
-    checkpoint: checkpoints.Choice = setting("newest", "best: the one with the lowest validation loss", group="model")
+    checkpoint: Choice = setting("averaged", CHOICE_HELP, group="model")
     text_path: str = setting(
         help="a .jsonl, .jsonl.gz or .jsonl.xz file, or a .txt file of documents with <|endoftext|> between them",
         group="data",
@@ -128,13 +127,14 @@ def print_result(line: str) -> None:
 def load_contenders(config: EvaluationConfig, device: torch.device) -> Iterator[Contender]:
     """Yield the models one after the other, so that one is in memory at a time. Raises UserError."""
     for exp_dir in config.exp_dir:  # so that a mistake is reported before the first long computation
-        checkpoints.choose_checkpoint(exp_dir, config.checkpoint)
+        choose_checkpoint(exp_dir, config.checkpoint)
     patterns = [*HF_PATTERNS, "*.json", "*.safetensors"]
     hf_folders = {name: hub_folder(name, "--hf_model", patterns) for name in config.hf_model}
     for exp_dir in config.exp_dir:
         build = GPTModel.from_dimensions
-        folder, model, tokenizer = load_chosen(exp_dir, config.checkpoint, build, device)
-        yield Contender(str(folder), model.eval(), tokenizer, model.config.context_length, model.n_parameters())
+        folder, model, tokenizer, is_averaged = load_chosen(exp_dir, config.checkpoint, build, device)
+        name = checkpoint_name(folder, is_averaged)
+        yield Contender(name, model.eval(), tokenizer, model.config.context_length, model.n_parameters())
     for name, folder in hf_folders.items():
         yield load_hf_model(name, folder, device)
 

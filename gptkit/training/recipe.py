@@ -34,6 +34,13 @@ class RecipeSettings:
         " (default: by how often the text is read)",
         group="regularization",
     )
+    average_epochs: float | None = setting(
+        None,
+        "average the weights exponentially over about so many epochs, beside the training; 0: no average (default: by how"
+        " often the text is read)",
+        at_least=0,
+        group="regularization",
+    )
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Recipe:
     drop_rate: float = 0.0
     weight_decay: float = 0.1
     shuffle: Shuffle = "windows"
+    average_epochs: float = 0.0
 
 
 def choose_recipe(settings: RecipeSettings, n_epochs: float) -> Recipe:
