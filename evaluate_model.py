@@ -76,6 +76,7 @@ class Contender:
     tokenizer: Any  # a Tokenizer, or an object with its attributes
     context_length: int
     n_parameters: int
+    is_averaged: bool = False  # the weights are the averaged ones of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ def load_contenders(config: EvaluationConfig, device: torch.device) -> Iterator[
     for exp_dir in config.exp_dir:
         build = GPTModel.from_dimensions
         folder, model, tokenizer, is_averaged = load_chosen(exp_dir, config.checkpoint, build, device)
-        name = checkpoint_name(folder, is_averaged)
-        yield Contender(name, model.eval(), tokenizer, model.config.context_length, model.n_parameters())
+        n_parameters = model.n_parameters()
+        yield Contender(str(folder), model.eval(), tokenizer, model.config.context_length, n_parameters, is_averaged)
     for name, folder in hf_folders.items():
         yield load_hf_model(name, folder, device)
 
@@ -182,10 +183,8 @@ def evaluate(config: EvaluationConfig, contender: Contender, device: torch.devic
     path = existing_path(config.text_path, "--text_path")
     # The documents are read twice: a bad line is found before the long computation, and the time left is known.
     n_tokens = sum(len(tokenizer.encode(document)) + 1 for document in read_documents(path, config.max_chars))
-    print(
-        f"{contender.name}: {contender.n_parameters:,} parameters on {devices.describe_device(device)}, {dtype}",
-        file=sys.stderr,
-    )
+    name, where = checkpoint_name(contender.name, contender.is_averaged), devices.describe_device(device)
+    print(f"{name}: {contender.n_parameters:,} parameters on {where}, {dtype}", file=sys.stderr)
     with progress_bar(n_tokens, "token", "evaluate") as progress:
         score = score_documents(
             contender.forward,
@@ -213,7 +212,7 @@ def evaluate(config: EvaluationConfig, contender: Contender, device: torch.devic
         "unknown_tokens": score.unknown_tokens,
         "checkpoint": contender.name,
         "tokenizer": tokenizer.name,
-    }
+    } | ({"weights": "averaged"} if contender.is_averaged else {})
 
 
 def format_table(results: list[dict[str, Any]]) -> str:
@@ -221,7 +220,8 @@ def format_table(results: list[dict[str, Any]]) -> str:
     rows = [("bits/char", "loss", "perplexity", "tokens", "unknown", "model")]
     for result in sorted(results, key=lambda result: result["bits_per_char"]):
         figures = (f"{result['bits_per_char']:.4f}", f"{result['loss']:.4f}", f"{result['perplexity']:,.2f}")
-        rows.append((*figures, f"{result['tokens']:,}", f"{result['unknown_tokens']:,}", result["checkpoint"]))
+        name = checkpoint_name(result["checkpoint"], "weights" in result)
+        rows.append((*figures, f"{result['tokens']:,}", f"{result['unknown_tokens']:,}", name))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]])

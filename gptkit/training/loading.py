@@ -121,7 +121,7 @@ def load_chosen(
                 raise
 
 
-def checkpoint_name(folder: Path, is_averaged: bool) -> str:
+def checkpoint_name(folder: Path | str, is_averaged: bool) -> str:
     """Return what a message calls a checkpoint whose weights, or their average, are used."""
     return f"{folder} (averaged weights)" if is_averaged else str(folder)
 
