@@ -243,11 +243,12 @@ def _draw_loss_curve(metrics: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
     tokens = [record["tokens"] / 1e6 for record in metrics]
-    labels = {"train_loss": "training", "val_loss": "validation", "averaged_val_loss": "validation, averaged weights"}
+    labels = {"train_loss": "training", "val_loss": "validation"}
+    if any("averaged_val_loss" in record for record in metrics):
+        labels["averaged_val_loss"] = "validation, averaged weights"
     for name, label in labels.items():
         losses = [record.get(name, math.nan) for record in metrics]
-        if not all(map(math.isnan, losses)):
-            axes.plot(tokens, losses, label=label, marker="." if len(tokens) < 40 else None)
+        axes.plot(tokens, losses, label=label, marker="." if len(tokens) < 40 else None)
     axes.set(xlabel="million tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
