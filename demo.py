@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import functools
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from gptkit.generation.generate import TextStream, stream_text
 from gptkit.generation.sampling import SamplingSettings
 from gptkit.text.tokenizer import Tokenizer, encode_prompt
 from gptkit.training import checkpoints
-from gptkit.training.loading import load_checkpoint
+from gptkit.training.loading import choose_checkpoint, load_checkpoint
 
 MAX_CHARS = 20_000  # of a prompt, or of a text to continue
 MAX_REQUEST_BYTES = 1 << 20
@@ -134,7 +135,7 @@ def find_folders(exp_dirs: list[str]) -> dict[str, Path]:
     for number, (exp_dir, name) in enumerate(zip(exp_dirs, names, strict=True)):
         if name in names[:number]:
             name = f"{name} ({number + 1})"
-        newest = checkpoints.choose_checkpoint(exp_dir, "newest")
+        newest = choose_checkpoint(exp_dir, "averaged")
         found = checkpoints.find_checkpoints(newest.parent) or [newest]
         for folder in sorted(found, key=lambda folder: (folder != newest, -found.index(folder))):
             folders[f"{name} {folder.name.removeprefix('step_').lstrip('0')}"] = folder
@@ -142,9 +143,15 @@ def find_folders(exp_dirs: list[str]) -> dict[str, Path]:
 
 
 def load_model(folder: Path, device: torch.device) -> LoadedModel:
-    """Load a checkpoint and make it fast. Raises UserError where it is damaged."""
+    """Load a checkpoint, its averaged weights where it has them, and make it fast.
+
+    Raises UserError where it is damaged.
+    """
     checkpoints.first_valid([folder], training=False)
-    model, tokenizer = load_checkpoint(folder, GPTModel.from_dimensions, device)
+    is_averaged = checkpoints.has_average(folder)
+    model, tokenizer = load_checkpoint(folder, GPTModel.from_dimensions, device, is_averaged)
+    if is_averaged:
+        print(f"note: {folder} writes with its averaged weights", file=sys.stderr)
     draft = prepare_for_generation(model, with_draft=True) if device.type == "cpu" else None
     return LoadedModel(model.eval(), tokenizer, draft)
 

@@ -32,8 +32,7 @@ from gptkit.evaluation.documents import read_documents
 from gptkit.evaluation.scoring import score_documents
 from gptkit.interop.huggingface import torchvision_problem
 from gptkit.text.tokenizer import HF_PATTERNS, Tokenizer, load_hf
-from gptkit.training import checkpoints
-from gptkit.training.loading import load_chosen
+from gptkit.training.loading import CHOICE_HELP, Choice, checkpoint_name, choose_checkpoint, load_chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class EvaluationConfig:
     hf_model: tuple[str, ...] = setting(
         (), "causal models that transformers loads: folders, or repositories of the hub", group="model"
     )
-    checkpoint: checkpoints.Choice = setting("newest", "best: the one with the lowest validation loss", group="model")
+    checkpoint: Choice = setting("averaged", CHOICE_HELP, group="model")
     text_path: str = setting(
         help="a .jsonl, .jsonl.gz or .jsonl.xz file, or a .txt file of documents with <|endoftext|> between them",
         group="data",
@@ -77,6 +76,7 @@ class Contender:
     tokenizer: Any  # a Tokenizer, or an object with its attributes
     context_length: int
     n_parameters: int
+    is_averaged: bool = False  # the weights are the averaged ones of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,14 @@ def print_result(line: str) -> None:
 def load_contenders(config: EvaluationConfig, device: torch.device) -> Iterator[Contender]:
     """Yield the models one after the other, so that one is in memory at a time. Raises UserError."""
     for exp_dir in config.exp_dir:  # so that a mistake is reported before the first long computation
-        checkpoints.choose_checkpoint(exp_dir, config.checkpoint)
+        choose_checkpoint(exp_dir, config.checkpoint)
     patterns = [*HF_PATTERNS, "*.json", "*.safetensors"]
     hf_folders = {name: hub_folder(name, "--hf_model", patterns) for name in config.hf_model}
     for exp_dir in config.exp_dir:
         build = GPTModel.from_dimensions
-        folder, model, tokenizer = load_chosen(exp_dir, config.checkpoint, build, device)
-        yield Contender(str(folder), model.eval(), tokenizer, model.config.context_length, model.n_parameters())
+        folder, model, tokenizer, is_averaged = load_chosen(exp_dir, config.checkpoint, build, device)
+        n_parameters = model.n_parameters()
+        yield Contender(str(folder), model.eval(), tokenizer, model.config.context_length, n_parameters, is_averaged)
     for name, folder in hf_folders.items():
         yield load_hf_model(name, folder, device)
 
@@ -182,10 +183,8 @@ def evaluate(config: EvaluationConfig, contender: Contender, device: torch.devic
     path = existing_path(config.text_path, "--text_path")
     # The documents are read twice: a bad line is found before the long computation, and the time left is known.
     n_tokens = sum(len(tokenizer.encode(document)) + 1 for document in read_documents(path, config.max_chars))
-    print(
-        f"{contender.name}: {contender.n_parameters:,} parameters on {devices.describe_device(device)}, {dtype}",
-        file=sys.stderr,
-    )
+    name, where = checkpoint_name(contender.name, contender.is_averaged), devices.describe_device(device)
+    print(f"{name}: {contender.n_parameters:,} parameters on {where}, {dtype}", file=sys.stderr)
     with progress_bar(n_tokens, "token", "evaluate") as progress:
         score = score_documents(
             contender.forward,
@@ -213,7 +212,7 @@ def evaluate(config: EvaluationConfig, contender: Contender, device: torch.devic
         "unknown_tokens": score.unknown_tokens,
         "checkpoint": contender.name,
         "tokenizer": tokenizer.name,
-    }
+    } | ({"weights": "averaged"} if contender.is_averaged else {})
 
 
 def format_table(results: list[dict[str, Any]]) -> str:
@@ -221,7 +220,8 @@ def format_table(results: list[dict[str, Any]]) -> str:
     rows = [("bits/char", "loss", "perplexity", "tokens", "unknown", "model")]
     for result in sorted(results, key=lambda result: result["bits_per_char"]):
         figures = (f"{result['bits_per_char']:.4f}", f"{result['loss']:.4f}", f"{result['perplexity']:,.2f}")
-        rows.append((*figures, f"{result['tokens']:,}", f"{result['unknown_tokens']:,}", result["checkpoint"]))
+        name = checkpoint_name(result["checkpoint"], "weights" in result)
+        rows.append((*figures, f"{result['tokens']:,}", f"{result['unknown_tokens']:,}", name))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)), row[-1]])

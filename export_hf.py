@@ -40,7 +40,7 @@ from gptkit.interop.gguf import refuse_unreadable, write_gguf
 from gptkit.interop.model_card import model_card
 from gptkit.text.tokenizer import PROBE, Tokenizer, encode_prompt
 from gptkit.training import checkpoints
-from gptkit.training.loading import load_chosen
+from gptkit.training.loading import CHOICE_HELP, Choice, checkpoint_name, load_chosen
 
 N_CHECK_LINES = 1000
 EXPORT_FILE, EXPORT_FORMAT = "export.json", "gptkit-export"
@@ -57,9 +57,7 @@ class ExportConfig:
     """Export a trained GPT to transformers (as GPT-2 or Qwen3), to the Hugging Face hub, or to llama.cpp (GGUF)."""
 
     exp_dir: str = setting(help="experiment folder (or the folder of checkpoints in it)", group="checkpoint")
-    checkpoint: checkpoints.Choice = setting(
-        "newest", "best: the one with the lowest validation loss", group="checkpoint"
-    )
+    checkpoint: Choice = setting("averaged", CHOICE_HELP, group="checkpoint")
     output_dir: str = setting(help="folder to write; an earlier export there is replaced", group="output")
     format: Literal["hf", "gguf"] = setting(
         "hf", "hf: a folder for transformers; gguf: one file for llama.cpp", group="output"
@@ -91,7 +89,7 @@ def main(config: ExportConfig) -> None:
 
 def export(config: ExportConfig, output_dir: Path) -> None:
     """Write the export to output_dir, which nobody else writes, and upload it if that is asked for. Raises UserError."""
-    checkpoint, model, tokenizer = load_chosen(
+    checkpoint, model, tokenizer, is_averaged = load_chosen(
         config.exp_dir, config.checkpoint, GPTModel.from_dimensions, torch.device("cpu")
     )
     model, state = model.eval(), checkpoints.read_state(checkpoint)  # now: a run that trains may remove it soon
@@ -109,10 +107,15 @@ def export(config: ExportConfig, output_dir: Path) -> None:
             write_configs(folder, tokenizer, model.config.context_length, hf_config)
             for name, content in tokenizer_files.items():
                 (folder / name).write_bytes(content)
-            write_weights(folder, checkpoint, state, model, tokenizer, tensors)
+            write_weights(folder, tensors)
+            samples = generate_samples(model, tokenizer)
+            card = model_card(checkpoint.parent, state, model, tokenizer, samples, is_averaged)
+            (folder / "README.md").write_text(card, encoding="utf-8")
         source = {"format": EXPORT_FORMAT, "exp_dir": config.exp_dir, "checkpoint": checkpoint.name}
+        source |= {"weights": "averaged"} if is_averaged else {}
         write_config(folder / EXPORT_FILE, source)
-    print(f"written: {output_dir} (of {checkpoint}, {model.n_parameters():,} parameters)", file=sys.stderr)
+    source_name = checkpoint_name(checkpoint, is_averaged)
+    print(f"written: {output_dir} (of {source_name}, {model.n_parameters():,} parameters)", file=sys.stderr)
     problem = huggingface.torchvision_problem() if config.format == "hf" else None
     if problem:
         print(f"warning: transformers cannot load it as a model in this environment: {problem}", file=sys.stderr)
@@ -205,21 +208,12 @@ def write_configs(folder: Path, tokenizer: Tokenizer, context_length: int, hf_co
     })  # fmt: skip
 
 
-def write_weights(
-    folder: Path,
-    checkpoint: Path,
-    state: dict[str, Any],
-    model: GPTModel,
-    tokenizer: Tokenizer,
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    """Write the weights, and the model card with samples."""
+def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write the weights, with the mode of the other files."""
     weights = folder / huggingface.WEIGHTS
     save_file(tensors, weights, metadata={"format": "pt"})
     with contextlib.suppress(OSError):  # safetensors makes a file that only its owner reads; some drives have no modes
         weights.chmod((folder / "config.json").stat().st_mode)
-    card = model_card(checkpoint.parent, state, model, tokenizer, generate_samples(model, tokenizer))
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_config(path: Path, values: dict[str, Any]) -> None:

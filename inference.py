@@ -34,8 +34,7 @@ from gptkit.generation.generate import Decode, TextStream, compiled_decode, deco
 from gptkit.generation.prompts import prepare_standard_input, read_prompts, read_standard_input
 from gptkit.generation.sampling import SamplingSettings
 from gptkit.text.tokenizer import Tokenizer, encode_prompt
-from gptkit.training import checkpoints
-from gptkit.training.loading import load_chosen
+from gptkit.training.loading import CHOICE_HELP, Choice, checkpoint_name, load_chosen
 
 MAX_SEED = 2**63 - 1
 COMPILE_FROM_TOKENS = 500  # on CUDA: fewer do not make up for the time that compilation takes
@@ -70,7 +69,7 @@ class InferenceConfig(GenerationSettings):
     )
     num_samples: int = setting(1, "texts per prompt, by seeds from --seed on", at_least=1, at_most=1024, group="text")
     batch_size: int = setting(8, "texts generated at once", at_least=1, at_most=1024, group="text")
-    checkpoint: checkpoints.Choice = setting("newest", "best: the one with the lowest validation loss", group="model")
+    checkpoint: Choice = setting("averaged", CHOICE_HELP, group="model")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="device")
     dtype: devices.DtypeName = setting(
         "auto", "type of the weights (auto: on a GPU bfloat16, or float16 on older ones; else float32)", group="device"
@@ -128,12 +127,13 @@ def load_generator(config: InferenceConfig) -> TextGenerator:
         )
     if config.quantize == "int8" and config.compile:
         raise UserError("--quantize int8 cannot be compiled; leave --compile out")
-    folder, model, tokenizer = load_chosen(config.exp_dir, config.checkpoint, GPTModel.from_dimensions, device)
+    build = GPTModel.from_dimensions
+    folder, model, tokenizer, is_averaged = load_chosen(config.exp_dir, config.checkpoint, build, device)
     dtype = devices.choose_dtype(config.dtype, device)
     model = model.to(dtype).eval()
     precision = "int8" if config.quantize == "int8" else devices.dtype_name(dtype)
     size, where = f"{model.n_parameters():,} parameters", devices.describe_device(device)
-    print(f"{folder}: {size} on {where}, {precision}", file=sys.stderr)
+    print(f"{checkpoint_name(folder, is_averaged)}: {size} on {where}, {precision}", file=sys.stderr)
     compile, draft = config.compile, None
     if compile is None:
         compile = device.type == "cuda" and config.max_new_tokens >= COMPILE_FROM_TOKENS

@@ -148,19 +148,19 @@ def train(
         run.step += 1
         if guard.accepts(run.step, train_loss, grad_norm, run.overflowed()):
             run.optimizer.step()
+            run.average.update()
         run.optimizer.zero_grad(set_to_none=True)
 
         due = pace.after_step(run.step)  # the same in all processes
         log.step(run.step, pace.n_steps)
-        val_loss: float | None = None
+        losses: dict[str, float] = {}
         if due.evaluate and guard.n_losses:
             run.tokens.require_unchanged()
-            val_loss = run.validation_loss()
-            if math.isfinite(val_loss):
-                losses = {"train_loss": guard.take_mean_loss(), "val_loss": val_loss}
-                lr = run.optimizer.param_groups[0]["lr"]
-                log.report(run.step, run.batches.epoch_of(run.step), **losses, lr=lr, grad_norm=grad_norm)
-        if guard.has_diverged(val_loss):
+            losses = run.validation_losses()
+            if math.isfinite(losses["val_loss"]):
+                report = {"train_loss": guard.take_mean_loss(), **losses, "lr": run.optimizer.param_groups[0]["lr"]}
+                log.report(run.step, run.batches.epoch_of(run.step), **report, grad_norm=grad_norm)
+        if guard.has_diverged(losses.get("val_loss")):
             saver.roll_back()
             log.roll_back(run.step)
             batches = run.batches.iterate_from(run.step, run.device)
@@ -170,7 +170,7 @@ def train(
             log.sample(run.step, run.sample_text())
         if due.stop or (due.save and not guard.n_skipped_in_a_row):
             pace.mark_saved()
-            saver.save(log.elapsed_s, val_loss)
+            saver.save(log.elapsed_s, losses)
         if due.stop:
             break
     log.close()

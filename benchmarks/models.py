@@ -21,5 +21,5 @@ def make_config(**dimensions: Any) -> GPTConfig:
 
 def load_experiment(exp_dir: str) -> tuple[GPTModel, Tokenizer]:
     """Return the model of an experiment's newest checkpoint, on the CPU and ready to evaluate, and its tokenizer."""
-    _, model, tokenizer = load_chosen(exp_dir, "newest", GPTModel.from_dimensions, torch.device("cpu"))
+    _, model, tokenizer, _ = load_chosen(exp_dir, "averaged", GPTModel.from_dimensions, torch.device("cpu"))
     return model.eval(), tokenizer

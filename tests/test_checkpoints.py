@@ -23,7 +23,6 @@ from gptkit.training.checkpoints import (
     SUMS_FILE,
     TRAINING_FILE,
     DamagedCheckpoint,
-    choose_checkpoint,
     find_checkpoints,
     first_valid,
     newest_valid,
@@ -34,7 +33,7 @@ from gptkit.training.checkpoints import (
     sort_by_val_loss,
     verify_checkpoint,
 )
-from gptkit.training.loading import load_model
+from gptkit.training.loading import choose_checkpoint, load_model
 
 CPU = torch.device("cpu")
 TOKENIZER = {"spiece.model": b"\x00\x01\xff", "config.json": "{'名': 1}".encode()}

@@ -24,7 +24,8 @@ from gptkit.generation.sampling import SamplingSettings
 from gptkit.interop import huggingface, tokenizer_export
 from gptkit.interop.model_card import model_card
 from gptkit.text.tokenizer import Tokenizer, load_sentencepiece
-from gptkit.training.checkpoints import choose_checkpoint, read_tensors
+from gptkit.training.checkpoints import read_tensors
+from gptkit.training.loading import choose_checkpoint
 from gptkit.training.run_log import read_jsonl
 
 
@@ -308,7 +309,7 @@ def test_the_card_of_an_odd_run_folder(tmp_path: Path, tokenizer: Tokenizer) -> 
         {"tokens": "<script>\n---\nx: 1; a path", "settings": {"init_from": "rinna/gpt"}},
     ):
         (tmp_path / "config.json").write_text(json.dumps(run))
-        card = model_card(tmp_path, {"step": 4}, model, tokenizer, ["雨が\n降る"])
+        card = model_card(tmp_path, {"step": 4}, model, tokenizer, ["雨が\n降る"], is_averaged=False)
         assert card.count("\n---\n") == 1
         assert "a path" not in card
     assert "base_model: rinna/gpt" in card

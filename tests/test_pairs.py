@@ -199,7 +199,7 @@ def test_a_checkpoint_that_a_run_removes_while_it_is_loaded(tmp_path: Path, monk
         return load(folder, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loading, "load_checkpoint", remove)
-    folder, model, _ = loading.load_chosen(str(tmp_path), "newest", GPTModel.from_dimensions, torch.device("cpu"))
+    folder, model, *_ = loading.load_chosen(str(tmp_path), "newest", GPTModel.from_dimensions, torch.device("cpu"))
     assert folder == find_checkpoints(run)[0] == run / "step_00000002"
     assert model.n_parameters() > 0
 

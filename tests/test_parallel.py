@@ -41,6 +41,7 @@ RUN = (
     *("--device", "cpu", "--dtype", "float32"),  # in bfloat16 the order of sums shows
     *("--n_layers", 2, "--emb_dim", 32, "--n_heads", 2, "--context_length", 32, "--batch_size", 4, "--eval_iter", 3),
     *("--eval_freq", 10, "--save_ckpt_freq", 10, "--print_sample_iter", 20, "--bigram_steps", 2),
+    *("--average_epochs", 0.1),
 )
 
 
@@ -116,14 +117,15 @@ def assert_same_run(found: Path, wanted: Path) -> None:
     """The same reports and weights but for the rounding of sums in another order."""
     assert [r["step"] for r in curve(found)] == [r["step"] for r in curve(wanted)] == [10, 20, 30, 40]
     for ours, theirs in zip(curve(found), curve(wanted), strict=True):
-        for name in ("train_loss", "val_loss", "lr"):
+        for name in ("train_loss", "val_loss", "averaged_val_loss", "lr"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-4), (ours, theirs)
         assert ours["tokens"] == theirs["tokens"]
     verify_checkpoint(newest(found))
-    weights, expected = (load_file(newest(output) / "model.safetensors") for output in (found, wanted))
-    assert weights.keys() == expected.keys()
-    for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3, msg=name)
+    for file in ("model.safetensors", "averaged.safetensors"):
+        weights, expected = (load_file(newest(output) / file) for output in (found, wanted))
+        assert weights.keys() == expected.keys()
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3, msg=f"{file}: {name}")
     state = load_file(newest(found) / "training.safetensors")
     wanted_state = load_file(newest(wanted) / "training.safetensors")
     assert {name: tensor.shape for name, tensor in state.items() if not name.startswith("random.")} == {
@@ -216,7 +218,7 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(tmp_path: Path, s
     assert "resuming from" in result.stdout
     assert result.stderr.count("error: another process of the run ended or hangs (rank 1 of 2)") == 1
     assert curve(output) == curve(pair)
-    for name in ("model.safetensors", "training.safetensors"):
+    for name in ("model.safetensors", "training.safetensors", "averaged.safetensors"):
         assert (newest(output) / name).read_bytes() == (newest(pair) / name).read_bytes()
 
 

@@ -38,7 +38,7 @@ def test_killed_twice_equals_never_stopped(
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run, run_stopped = (
-        (*small_run(short_shards, output, optimizer, arch), "--save_ckpt_freq", 10, *flags)
+        (*small_run(short_shards, output, optimizer, arch), "--save_ckpt_freq", 10, "--average_epochs", 0.5, *flags)
         for output in (whole, stopped)
     )
     result = call_command("pretraining.py", *run)
@@ -52,7 +52,7 @@ def test_killed_twice_equals_never_stopped(
     resumed_at = int(result.stdout.partition("resuming from ")[2].split()[0][-8:])
     assert steps_per_epoch < resumed_at < 2 * steps_per_epoch
 
-    for file in ("model.safetensors", "training.safetensors"):
+    for file in ("model.safetensors", "training.safetensors", "averaged.safetensors"):
         assert (newest(stopped) / file).read_bytes() == (newest(whole) / file).read_bytes(), file
     assert curve(stopped) == curve(whole)
 

@@ -217,7 +217,7 @@ def test_checkpoints_are_read_or_refused(checkpoint: Path, tmp_path: Path, token
         checkpoints.write_checksums(folder, files)
 
     def read() -> None:
-        chosen = checkpoints.choose_checkpoint(str(folder), "newest")
+        chosen = loading.choose_checkpoint(str(folder), "newest")
         model = loading.load_model(
             chosen, lambda dimensions: GPTModel(GPTConfig(**dimensions)), tokenizer.vocab_size, torch.device("cpu")
         )

@@ -17,7 +17,8 @@ from gptkit.base.paths import likely_path
 from gptkit.data.text_shards import find_text_shards
 from gptkit.text.check import raise_on_damage
 from gptkit.text.tokenizer import Tokenizer, load_hf, load_sentencepiece
-from gptkit.training.checkpoints import choose_checkpoint, find_checkpoints, save_checkpoint, verify_checkpoint
+from gptkit.training.checkpoints import find_checkpoints, save_checkpoint, verify_checkpoint
+from gptkit.training.loading import choose_checkpoint
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
 STRAYS = (

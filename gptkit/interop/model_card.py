@@ -20,10 +20,12 @@ The text is that of the dataset, made from Aozora Bunko, under CC BY 4.0.
 """
 
 
-def model_card(run_folder: Path, state: dict[str, Any], model: Any, tokenizer: "Tokenizer", samples: list[str]) -> str:
+def model_card(
+    run_folder: Path, state: dict[str, Any], model: Any, tokenizer: "Tokenizer", samples: list[str], is_averaged: bool
+) -> str:
     """Return the card of a checkpoint with that state, in Japanese and English, with generated samples.
 
-    Facts that the run's folder does not hold are left out.
+    is_averaged: the model has the averaged weights. Facts that the run's folder does not hold are left out.
     """
     run = read_run_config(run_folder)
     settings = as_dict(run.get("settings"))
@@ -31,9 +33,8 @@ def model_card(run_folder: Path, state: dict[str, Any], model: Any, tokenizer: "
     is_aozora = str(run.get("text")).startswith(FILE_PREFIX)
     dataset, licence = (f"license: cc-by-4.0\ndatasets:\n- {DATASET}\n", LICENCE) if is_aozora else ("", "")
     base_line, base_note = _describe_base(str(settings.get("init_from") or ""))
-    figures = _key_figures(run_folder, state["step"], model, tokenizer) | {
-        "最適化 / optimizer": settings.get("optimizer")
-    }
+    figures = _key_figures(run_folder, state["step"], model, tokenizer, is_averaged)
+    figures["最適化 / optimizer"] = settings.get("optimizer")
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items() if value)
     quotes = "\n\n".join("> " + text.replace("\n", "\n> ") for text in samples)
     return f"""---
@@ -79,11 +80,14 @@ What it writes need not be true, and may use the offensive words of old texts.
 """
 
 
-def _key_figures(run_folder: Path, step: int, model: Any, tokenizer: "Tokenizer") -> dict[str, str | None]:
+def _key_figures(
+    run_folder: Path, step: int, model: Any, tokenizer: "Tokenizer", is_averaged: bool
+) -> dict[str, str | None]:
     """Return the size of the model, and how long and how well it was trained up to `step`; None for unknown values."""
     metrics = [record for record in read_jsonl(run_folder / METRICS_FILE) if record["step"] <= step]
     last = metrics[-1] if metrics else {}
-    n_tokens, loss = as_number(last.get("tokens")), as_number(last.get("val_loss"))
+    n_tokens = as_number(last.get("tokens"))
+    loss = as_number(last.get("averaged_val_loss" if is_averaged else "val_loss"))
     return {
         "パラメーター / parameters": f"{model.n_parameters():,}",
         "形 / form": "GPT-2" if model.config.arch == "gpt2" else "Qwen3",
@@ -94,6 +98,7 @@ def _key_figures(run_folder: Path, step: int, model: Any, tokenizer: "Tokenizer"
         "学習トークン / training tokens": f"{n_tokens:,.0f}" if n_tokens else None,
         "検証損失 / validation loss": f"{loss:.4f} nats/token" if loss else None,
         "パープレキシティ / perplexity": f"{math.exp(loss):.2f}" if loss and loss < 100 else None,
+        "重み / weights": "指数移動平均 / exponential moving average" if is_averaged else None,
     }
 
 

@@ -7,7 +7,7 @@ import html
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WIDTH, HEIGHT = 560, 300
 LEFT, TOP, RIGHT, BOTTOM = 62, 14, WIDTH - 14, HEIGHT - 46  # the edges of the plot, in SVG units
@@ -26,11 +26,12 @@ class Curve:
     points: Sequence[Point]
     is_faint: bool = False
     marks: Sequence[float] = ()
+    is_dotted: bool = False
 
 
 def line_chart(title: str, x_label: str, curves: Sequence[Curve], from_zero: bool = False) -> str:
     """Return a figure of the curves as HTML, or a note where no curve has points. With `from_zero` the y axis begins at 0."""
-    curves = [Curve(c.name, c.colour, thin(c.points), c.is_faint, c.marks) for c in curves if c.points]
+    curves = [replace(curve, points=thin(curve.points)) for curve in curves if curve.points]
     caption = f"<figcaption>{html.escape(title)}</figcaption>"
     if not curves:
         return f'<figure>{caption}<p class="none">まだ記録がありません</p></figure>'
@@ -85,7 +86,7 @@ def _draw_axes(x_label: str, x_ticks: Iterable[float], y_ticks: Sequence[float],
 
 def _draw_curve(curve: Curve, to_svg: Projection) -> str:
     points = [to_svg(x, y) for x, y in curve.points]
-    kind = f"c{curve.colour}{' faint' if curve.is_faint else ''}"
+    kind = f"c{curve.colour}{' faint' if curve.is_faint else ''}{' dotted' if curve.is_dotted else ''}"
     if len(points) == 1:
         return f'<circle class="curve dot {kind}" cx="{points[0][0]}" cy="{points[0][1]}" r="3.5"/>'
     return f'<polyline class="curve {kind}" points="{" ".join(f"{x},{y}" for x, y in points)}"/>'

@@ -90,7 +90,8 @@ def _overview(runs: Sequence[RunRecord]) -> str:
 def _key_figures(run: RunRecord) -> dict[str, str]:
     """Return the key figures of a run by name, as HTML."""
     last = run.metrics[-1] if run.metrics else {}
-    losses = [(loss, step) for step, loss in run.curve("step", "val_loss")]
+    curve = run.curve("step", "averaged_val_loss") or run.curve("step", "val_loss")  # of the weights that are used
+    losses = [(loss, step) for step, loss in curve]
     best, best_step = min(losses, default=(None, None))
     seconds = as_number(last.get("elapsed_s"))
     speeds = sorted(speed for _, speed in run.curve("step", "tokens_per_s"))
@@ -144,20 +145,22 @@ def _curves(runs: Sequence[RunRecord]) -> str:
             for y_name in y_names:
                 points = [(x / unit, y) for x, y in run.curve(x_name, y_name) if x >= from_share * x_max[x_name]]
                 name = f"{run.name} " * (len(runs) > 1) + Y_NAMES[y_name]
-                curves.append(Curve(name, n, points, y_name == "train_loss", marks))
+                curves.append(Curve(name, n, points, y_name == "train_loss", marks, y_name == "averaged_val_loss"))
         return line_chart(title, label, curves, from_zero)
 
-    losses = ("train_loss", "val_loss")
+    losses = ("train_loss", "val_loss", "averaged_val_loss")
     charts = [
         chart("損失（トークンあたり）", "tokens", losses),
         chart("損失（時間）", "elapsed_s", losses),
-        chart("検証の損失の後半", "tokens", ("val_loss",), from_share=0.5),
+        chart("検証の損失の後半", "tokens", losses[1:], from_share=0.5),
         chart("学習率", "tokens", ("lr",), from_zero=True),
         chart("勾配ノルム", "tokens", ("grad_norm",), from_zero=True),
         chart("速さ（トークン/秒）", "elapsed_s", ("tokens_per_s",), from_zero=True),
     ]
     legend = "".join(_headings(runs)) if len(runs) > 1 else ""
     kinds = '<span><i class="thick"></i>検証</span><span><i class="thin"></i>学習</span>'
+    if any(run.curve("tokens", "averaged_val_loss") for run in runs):
+        kinds += '<span><i class="dotted"></i>検証（平均した重み）</span>'
     if any(run.restarts("tokens") for run in runs):
         kinds += '<span><i class="dashed"></i>再開</span>'
     return f'<p class="legend">{legend}{kinds}</p><div class="charts">{"".join(charts)}</div>'
@@ -180,6 +183,7 @@ X_AXES: dict[str, Callable[[float], tuple[str, float]]] = {"tokens": _token_unit
 Y_NAMES = {
     "train_loss": "学習",
     "val_loss": "検証",
+    "averaged_val_loss": "検証（平均した重み）",
     "lr": "学習率",
     "grad_norm": "勾配ノルム",
     "tokens_per_s": "トークン/秒",

@@ -1,6 +1,7 @@
 """Checkpoints: folders `step_00000300` that hold all that a run needs to resume, and all that inference needs.
 
     model.safetensors      the weights
+    averaged.safetensors   the averaged weights, where the run averages them (averaging.py)
     training.safetensors   the optimizer's state and the random states
     tokenizer/             the tokenizer's files
     state.json             step, losses, what the run is (model dimensions and fingerprints), its settings
@@ -18,7 +19,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,16 +37,14 @@ from gptkit.base.files import (
     write_atomically,
     write_json,
 )
-from gptkit.base.paths import existing_path, refuse_pickles
 from gptkit.distributed.process_group import main_process
 
 FORMAT, VERSION = "gptkit-checkpoint", 2
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
-SUMS_FILE, TOKENIZER_DIR = "SHA256SUMS", "tokenizer"
+AVERAGED_FILE, SUMS_FILE, TOKENIZER_DIR = "averaged.safetensors", "SHA256SUMS", "tokenizer"
 SUMS_LINE = re.compile(r"([0-9a-f]{64})  ((?:tokenizer/)?[\w-][\w.-]*)")  # no path leads out of the folder
 MAX_SUMS_BYTES, MAX_STATE_BYTES = 1 << 16, 1 << 24
 PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
-Choice = Literal["newest", "best"]
 
 
 class DamagedCheckpoint(Exception):
@@ -66,14 +65,16 @@ def save_checkpoint(
     training: Mapping[str, torch.Tensor],
     tokenizer: Mapping[str, bytes],
     keep: int = 2,
+    averaged: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write the folder of state["step"] and remove all checkpoints but the newest `keep` and the best.
 
     Raises UserError where weights are not finite, and where the disk is full.
     """
     folder = output_dir / f"step_{state['step']:08d}"
-    weights = without_prefixes(model)
-    broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    weights, average = without_prefixes(model), without_prefixes(averaged or {})
+    named = (*weights.items(), *average.items())
+    broken = next((name for name, tensor in named if not tensor.isfinite().all()), None)
     if broken:
         raise UserError(f"{folder} is not written: {broken} holds values that are not finite")
     partial = output_dir / f".{folder.name}.partial"
@@ -85,8 +86,11 @@ def save_checkpoint(
             (partial / TOKENIZER_DIR / name).write_bytes(content)
         save_file(weights, partial / MODEL_FILE)
         save_file(dict(training), partial / TRAINING_FILE)
+        if average:
+            save_file(average, partial / AVERAGED_FILE)
         write_json(partial / STATE_FILE, {"format": FORMAT, "version": VERSION, **state})
-        files = [partial / name for name in (MODEL_FILE, STATE_FILE, TRAINING_FILE)]
+        names = (MODEL_FILE, *([AVERAGED_FILE] if average else []), STATE_FILE, TRAINING_FILE)
+        files = [partial / name for name in names]
         files += [partial / TOKENIZER_DIR / name for name in sorted(tokenizer)]
         for path in files:
             sync_file(path)
@@ -164,22 +168,10 @@ def verify_checkpoint(folder: Path, training: bool = True) -> None:
 
     Without `training`, the optimizer's state is not read and may be missing: generation does not need it.
     """
-    try:
-        path = folder / SUMS_FILE
-        if path.stat().st_size > MAX_SUMS_BYTES:
-            raise DamagedCheckpoint(f"{SUMS_FILE} is too large")
-        lines = path.read_bytes().decode("ascii").split("\n")
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{SUMS_FILE} is missing")
-    except OSError as error:
-        raise UnreadableCheckpoint(f"{SUMS_FILE} cannot be read ({error})")
-    except ValueError as error:
-        raise DamagedCheckpoint(f"{SUMS_FILE} cannot be read ({error})")
-    matches = [SUMS_LINE.fullmatch(line) for line in lines]
-    sums = {match[2]: match[1] for match in matches if match}
+    sums = _read_checksums(folder)
     unread = set() if training else {TRAINING_FILE}
     wanted = {STATE_FILE, MODEL_FILE, TRAINING_FILE} - unread
-    if len(sums) != len(lines) - 1 or lines[-1] or not wanted < sums.keys():
+    if not wanted < sums.keys():
         raise DamagedCheckpoint(f"{SUMS_FILE} does not name what a checkpoint holds")
     for name in sorted(sums.keys() - unread):
         path = folder / name
@@ -195,6 +187,37 @@ def verify_checkpoint(folder: Path, training: bool = True) -> None:
         _read_state(folder)
     except ValueError as error:
         raise DamagedCheckpoint(f"{STATE_FILE}: {error}")
+
+
+def _read_checksums(folder: Path) -> dict[str, str]:
+    """Return what SHA256SUMS holds, by name. Raises DamagedCheckpoint."""
+    try:
+        path = folder / SUMS_FILE
+        if path.stat().st_size > MAX_SUMS_BYTES:
+            raise DamagedCheckpoint(f"{SUMS_FILE} is too large")
+        lines = path.read_bytes().decode("ascii").split("\n")
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{SUMS_FILE} is missing")
+    except OSError as error:
+        raise UnreadableCheckpoint(f"{SUMS_FILE} cannot be read ({error})")
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{SUMS_FILE} cannot be read ({error})")
+    matches = [SUMS_LINE.fullmatch(line) for line in lines]
+    sums = {match[2]: match[1] for match in matches if match}
+    if len(sums) != len(lines) - 1 or lines[-1]:
+        raise DamagedCheckpoint(f"{SUMS_FILE} does not name what a checkpoint holds")
+    return sums
+
+
+def has_average(folder: Path) -> bool:
+    """Return whether a verified checkpoint holds averaged weights too: only a file that SHA256SUMS names counts.
+
+    Raises UserError where it is gone meanwhile.
+    """
+    try:
+        return AVERAGED_FILE in _read_checksums(folder)
+    except DamagedCheckpoint as error:
+        raise UserError(f"{folder} is damaged ({error}); use another checkpoint")
 
 
 def first_valid(candidates: list[Path], training: bool = True) -> Path:
@@ -246,61 +269,6 @@ def sort_by_val_loss(checkpoints: list[Path]) -> list[Path]:
     return sorted(reversed(checkpoints), key=val_loss)
 
 
-def choose_checkpoint(exp_dir: str, choice: Choice) -> Path:
-    """Return the checkpoint that --exp_dir means, verified: that folder itself, one in it, or one in a folder below.
-
-    Raises UserError.
-    """
-    folder = existing_path(exp_dir, "--exp_dir")
-    if folder.is_file():
-        refuse_pickles([folder])
-        raise UserError(f"--exp_dir {folder} is a file; name the folder of an experiment or of a checkpoint")
-    if (folder / STATE_FILE).is_file() or (folder / SUMS_FILE).is_file():  # one checkpoint, by name
-        return first_valid(_candidates(folder), training=False)
-    runs = {run: find_checkpoints(run) for run in [folder, *sorted(folder.glob("[!.]*/"))]}
-    runs = {run: found for run, found in runs.items() if found}
-    if not runs:
-        names = ("latest", "best") if choice == "newest" else ("best", "latest")
-        copies = [path for name in names for path in (folder / name, *folder.glob(f"*/{name}"))]
-        copies = [path for path in copies if (path / STATE_FILE).is_file()]  # without what they were links to
-        if copies:
-            return first_valid(copies, training=False)
-        refuse_pickles([*folder.glob("*.*"), *folder.glob("*/*.*")])
-        raise UserError(
-            f"--exp_dir {folder} holds no checkpoint (step_…); pretraining.py writes one every --save_ckpt_freq steps"
-        )
-    if len(runs) > 1:
-        raise UserError(f"--exp_dir {folder} holds several runs; name one: {', '.join(map(str, runs))}")
-    (found,) = runs.values()
-    try:
-        return first_valid(found[::-1] if choice == "newest" else sort_by_val_loss(found), training=False)
-    except UserError:
-        if all(folder.is_dir() for folder in found):
-            raise
-        return choose_checkpoint(exp_dir, choice)  # a run that trains has removed some of these meanwhile
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """Return a checkpoint given by its folder; before it, with a warning, newer (better) ones than `latest` (`best`)."""
-    place, found = folder.absolute(), read_state_or_empty(folder).get("step")
-    step = found if isinstance(found, int) else -1
-    is_copy = place.name in ("latest", "best") and not place.is_symlink()  # a link that no later save could move
-    beside = find_checkpoints(place.parent) if is_copy else []
-    if place.name == "best":
-        ordered = sort_by_val_loss([*beside, place])
-        beside = ordered[: ordered.index(place)]
-    else:
-        beside = [path for path in reversed(beside) if int(path.name.removeprefix("step_")) > step]
-    if beside:
-        better = "newer" if place.name == "latest" else "better"
-        print(
-            f"warning: {folder} is a copy of step {step} and no link; a {better} one lies beside it and is used,"
-            f" {beside[0]}",
-            file=sys.stderr,
-        )
-    return [*beside, folder]
-
-
 def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     if path.stat().st_size > MAX_STATE_BYTES:
@@ -329,7 +297,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, file: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the tensors of MODEL_FILE or TRAINING_FILE, by name. Raises UserError."""
+    """Return the tensors of MODEL_FILE, AVERAGED_FILE or TRAINING_FILE, by name. Raises UserError."""
     try:
         return without_prefixes(load_tensors(folder / file, device))
     except (OSError, SafetensorError) as error:

@@ -19,6 +19,7 @@ MANY_EPOCHS = 4.0  # of them, or more: the regularized recipe
 # "Pre-training under infinite compute" (arXiv 2509.14786), lie at 1.9 to 5.1.
 SHRINKAGE = 2.5
 DROP_RATE = 0.1
+AVERAGE_EPOCHS = 1.0
 MAX_USEFUL_EPOCHS = 40.0
 # Reading a token again is worth less each time, by this time constant in epochs (Muennighoff et al., section 4).
 REPETITION_EPOCHS = 15.4
@@ -56,6 +57,13 @@ class RecipeSettings:
         less_than=1,
         group="regularization",
     )
+    average_epochs: float | None = setting(
+        None,
+        "average the weights exponentially over about so many epochs, beside the training; 0: no average (default: by how"
+        " often the text is read)",
+        at_least=0,
+        group="regularization",
+    )
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class Recipe:
     embedding_decay: float = 0.0
     shuffle: Shuffle = "windows"
     replace_rate: float = 0.0
+    average_epochs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ def choose_recipe(settings: RecipeSettings, reading: Reading, lr: float, adam_lr
             weight_decay=float(f"{per_rate / lr:.3g}"),
             embedding_decay=float(f"{per_rate / adam_lr:.3g}"),
             shuffle="documents",
+            average_epochs=AVERAGE_EPOCHS,
         )
     return with_given(recipe, settings)
 

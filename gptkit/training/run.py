@@ -27,6 +27,7 @@ from gptkit.evaluation.scoring import mean_loss
 from gptkit.generation.generate import TextStream, stream_text
 from gptkit.generation.sampling import SamplingSettings
 from gptkit.text.tokenizer import Tokenizer
+from gptkit.training.averaging import WeightAverage
 from gptkit.training.compilation import (
     BatchTooLarge,
     Loss,
@@ -61,14 +62,16 @@ class Run:
     dtype: torch.dtype  # of matrix products
     step: int = 0  # optimizer steps done
     elapsed_s: float = 0.0  # of training, when the newest checkpoint was written
-    best_val_loss: float | None = None  # nats per token, of the checkpoints saved
+    best_val_loss: float | None = None  # nats per token, of the checkpoints saved, as Saver.save takes it
     loss: Loss = dataclasses.field(init=False)  # inputs, targets: (B, T) -> mean; compile() sets it
+    average: WeightAverage = dataclasses.field(init=False)  # does nothing unless the recipe averages
     scaler: torch.amp.GradScaler = dataclasses.field(init=False)  # does nothing unless dtype is float16
     loss_scale: float = dataclasses.field(init=False)  # the scaler's after the last step
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.loss_scale = self.scaler.get_scale()
+        self.average = WeightAverage(self.model, self.plan.recipe.average_epochs * self.batches.steps_per_epoch)
 
     @property
     def output_dir(self) -> Path:
@@ -152,16 +155,27 @@ class Run:
 
     # Evaluation
 
-    def validation_loss(self) -> float:
-        """Return the mean loss over the validation batches, in nats per token."""
-        return mean_loss(self.model, self.loss, self.validation, self.device, self.dtype)
+    def validation_losses(self) -> dict[str, float]:
+        """Return the mean loss over the validation batches as val_loss, in nats per token.
+
+        Where weights are averaged, that of the average is there too, as averaged_val_loss.
+        """
+        arguments = self.model, self.loss, self.validation, self.device, self.dtype
+        losses = {"val_loss": mean_loss(*arguments)}
+        if self.average.is_on:
+            with self.average.swapped_in():
+                losses["averaged_val_loss"] = mean_loss(*arguments)
+        return losses
 
     def sample_text(self) -> str:
-        """Return --start_context and the model's continuation, with the same random numbers each time."""
+        """Return --start_context and its continuation, with the same random numbers each time.
+
+        It is written by the averaged weights, where there are any.
+        """
         start = self.settings.start_context
         prompt = [self.tokenizer.end_of_text_id, *self.tokenizer.encode(start)]
         text = TextStream(self.tokenizer, prompt, self.settings.seed)
-        with fsdp.unsharded(self.model, self.dtype):
+        with self.average.swapped_in(), fsdp.unsharded(self.model, self.dtype):
             pieces = stream_text(self.model, [text], SAMPLING, SAMPLE_TOKENS, self.model.config.context_length)
             return start + "".join(piece for _, piece in pieces)
 
@@ -175,7 +189,10 @@ class Run:
     def progress(self) -> dict[str, Any]:
         """Return how far the run has come, for a checkpoint's state."""
         scaler = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
-        return {"step": self.step, "best_val_loss": self.best_val_loss, "elapsed_s": self.elapsed_s, **scaler}
+        averaged = {"n_averaged": self.average.n_updates} if self.average.is_on else {}
+        return {
+            "step": self.step, "best_val_loss": self.best_val_loss, "elapsed_s": self.elapsed_s, **scaler, **averaged
+        }  # fmt: skip
 
     def load_progress(self, state: Mapping[str, Any]) -> None:
         """Load what `progress` returned. Raises KeyError where something is missing, ValueError where it is invalid."""
@@ -184,19 +201,30 @@ class Run:
             saved = as_scaler_state(state["scaler"]) if "scaler" in state else {}
             self.scaler.load_state_dict(torch.amp.GradScaler(self.device.type).state_dict() | saved)
             self.loss_scale = self.scaler.get_scale()
+        self.average.n_updates = as_count(state.get("n_averaged", 0))
         self.best_val_loss = None if best is None else as_sum(best)
         self.step, self.elapsed_s = step, elapsed_s
 
-    def full_tensors(self, keep: bool) -> tuple[Tensors, Tensors]:
-        """Gather the weights, and the optimizer's state with the random states; without `keep`, return none of them."""
+    def full_tensors(self, keep: bool) -> tuple[Tensors, Tensors, Tensors]:
+        """Gather the weights, the optimizer's state with the random states, and the averaged weights, if there are any.
+
+        Without `keep`, return none of them.
+        """
         weights = fsdp.full_tensors(self.model.state_dict(), keep)
         training = fsdp.full_tensors(optimizer_tensors(self.model, self.optimizer), keep)
-        return weights, training | process_group.gather_rng_states(devices.get_rng_states(self.device))
+        training |= process_group.gather_rng_states(devices.get_rng_states(self.device))
+        return weights, training, fsdp.full_tensors(self.average.tensors, keep)
 
-    def load_tensors(self, weights: Mapping[str, torch.Tensor], training: Mapping[str, torch.Tensor]) -> None:
+    def load_tensors(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        training: Mapping[str, torch.Tensor],
+        averaged: Mapping[str, torch.Tensor],
+    ) -> None:
         """Load what `full_tensors` returned. Raises KeyError, ValueError or RuntimeError where it does not fit."""
         self.model.load_state_dict(fsdp.shard_tensors(weights, self.model.state_dict()))
         load_optimizer_tensors(self.model, self.optimizer, training)
+        self.average.load(averaged)
         states = process_group.select_rng_states(training)
         if process_group.is_main_process() or states:
             devices.set_rng_states(states, self.device)
@@ -234,7 +262,8 @@ def optimizer_state_bytes(run: Run) -> int:
 @main_process
 def require_disk_space(run: Run) -> None:
     """Raise UserError where the disk has no room for a checkpoint."""
-    needed = sum(tensor.nbytes for tensor in run.model.state_dict().values()) + optimizer_state_bytes(run)
+    n_models = 2 if run.average.is_on else 1
+    needed = n_models * sum(tensor.nbytes for tensor in run.model.state_dict().values()) + optimizer_state_bytes(run)
     free = free_bytes(run.output_dir)
     if free < needed:
         raise UserError(

@@ -133,7 +133,7 @@ class RunLog:
     def report(self, n_done: int, epoch: int, **values: float) -> None:
         """Print a line and append to metrics.jsonl: train_loss, val_loss (nats per token), lr, grad_norm.
 
-        What is not finite, as the norm of a step that was skipped, is left out there: JSON has no word for it.
+        Where weights are averaged, averaged_val_loss is among the values too. What is not finite, as the norm of a step that was skipped, is left out there: JSON has no word for it.
         """
         reported_step, reported_at = self._reported
         now = time.monotonic()
@@ -143,9 +143,10 @@ class RunLog:
         record: dict[str, Any] = {"step": n_done, "epoch": epoch, "tokens": n_done * self.tokens_per_step, **finite}
         record |= {"tokens_per_s": round(rate, 1), "elapsed_s": round(self.elapsed_s, 2)}
         self._metrics.append(record)
+        averaged = f" ({values['averaged_val_loss']:.4f} averaged)" if "averaged_val_loss" in values else ""
         self.print_line(
             f"epoch {epoch}  step {n_done}/{self.total_steps}  train {values['train_loss']:.4f}  val {values['val_loss']:.4f}"
-            f"  lr {values['lr']:.2e}  grad norm {values['grad_norm']:.3f}  {rate:,.0f} tokens/s  ETA {self._eta(n_done)}"
+            f"{averaged}  lr {values['lr']:.2e}  grad norm {values['grad_norm']:.3f}  {rate:,.0f} tokens/s  ETA {self._eta(n_done)}"
         )
         self._logger.report(n_done, {name: value for name, value in record.items() if name != "step"})
 
@@ -242,8 +243,12 @@ def _draw_loss_curve(metrics: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
     tokens = [record["tokens"] / 1e6 for record in metrics]
-    for name, label in (("train_loss", "training"), ("val_loss", "validation")):
-        axes.plot(tokens, [record[name] for record in metrics], label=label, marker="." if len(tokens) < 40 else None)
+    labels = {"train_loss": "training", "val_loss": "validation"}
+    if any("averaged_val_loss" in record for record in metrics):
+        labels["averaged_val_loss"] = "validation, averaged weights"
+    for name, label in labels.items():
+        losses = [record.get(name, math.nan) for record in metrics]
+        axes.plot(tokens, losses, label=label, marker="." if len(tokens) < 40 else None)
     axes.set(xlabel="million tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,35 +28,44 @@ class Saver:
         self.run, self.guard = run, guard
         self._writer = BackgroundWriter(run.output_dir, run.settings.keep_checkpoints)
 
-    def save(self, elapsed_s: float, val_loss: float | None) -> None:
+    def save(self, elapsed_s: float, losses: Mapping[str, float]) -> None:
         """Write a checkpoint of this moment, and draw the loss curve, in the background of the main process.
 
-        elapsed_s are the seconds of training; val_loss, if it was evaluated, is in nats per token.
+        elapsed_s are the seconds of training; losses those of a report, if there is one now, in nats per token. That of
+        the weights that are used later, which are the averaged ones where there are any, decides which checkpoint is best.
         """
         run = self.run
+        val_loss = losses.get("averaged_val_loss", losses.get("val_loss"))
         run.elapsed_s = elapsed_s
         if val_loss is not None:
             run.best_val_loss = min(val_loss, run.best_val_loss or math.inf)
         state = run.progress() | self.guard.state_dict() | {"val_loss": val_loss, "identity": run.identity}
         state |= {"plan": run.plan.state_dict(), "settings": run.settings_dict()}
-        weights, training = run.full_tensors(keep=is_main_process())
+        weights, training, averaged = run.full_tensors(keep=is_main_process())
         if is_main_process():
             draw = functools.partial(draw_loss_curve, run.output_dir / METRICS_FILE, run.output_dir / CURVE_FILE)
-            self._writer.save(state, weights, training, run.tokenizer.files(), then=draw)
+            self._writer.save(state, weights, training, run.tokenizer.files(), averaged, then=draw)
 
     def load(self, checkpoint: Path) -> None:
         """Load a checkpoint into the run and its guard. Raises UserError."""
         state = checkpoints.read_state(checkpoint)
-        training, weights = (
-            broadcast_tensors(functools.partial(checkpoints.read_tensors, checkpoint, file, torch.device("cpu")))
-            for file in (checkpoints.TRAINING_FILE, checkpoints.MODEL_FILE)
-        )
+
+        def read(file: str) -> dict[str, torch.Tensor]:
+            return broadcast_tensors(lambda: checkpoints.read_tensors(checkpoint, file, torch.device("cpu")))
+
+        training, weights = read(checkpoints.TRAINING_FILE), read(checkpoints.MODEL_FILE)
+        averaged: dict[str, torch.Tensor] = {}
+        if self.run.average.is_on:
+            if main_process(checkpoints.has_average)(checkpoint):
+                averaged = read(checkpoints.AVERAGED_FILE)
+            else:
+                print(f"note: {checkpoint} has no averaged weights; their average begins here", file=sys.stderr)
         if "n_returns" in state:  # as version 0.1 called it
             state.setdefault("n_rollbacks", state["n_returns"])
         try:
             self.run.load_progress(state)
             self.guard.load_state_dict(state)
-            self.run.load_tensors(weights, training)
+            self.run.load_tensors(weights, training, averaged)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if devices.is_out_of_memory(error):
                 raise
@@ -120,21 +130,22 @@ class BackgroundWriter:
         model: Mapping[str, torch.Tensor],
         training: Mapping[str, torch.Tensor],
         tokenizer: Mapping[str, bytes],
+        averaged: Mapping[str, torch.Tensor] | None = None,
         then: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy the tensors to host memory, and return; another thread writes them, and then calls `then`."""
         self.wait()
-        needed = sum(tensor.nbytes for tensor in (*model.values(), *training.values())) + (1 << 20)
+        groups = (model, training, averaged or {})
+        needed = sum(tensor.nbytes for tensors in groups for tensor in tensors.values()) + (1 << 20)
         free = free_bytes(self.output_dir)
         if free < needed:
             self._fail(state["step"], f"it takes {needed / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} MiB")
             return
-        weights, rest = (
-            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            for tensors in (model, training)
+        weights, rest, average = (
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()} for tensors in groups
         )
         write = functools.partial(
-            checkpoints.save_checkpoint, self.output_dir, state, weights, rest, tokenizer, self.keep
+            checkpoints.save_checkpoint, self.output_dir, state, weights, rest, tokenizer, self.keep, average
         )
         self._future = self._pool.submit(self._write, state["step"], write, then)
 
