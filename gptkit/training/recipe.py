@@ -19,7 +19,7 @@ MANY_EPOCHS = 4.0  # of them, or more: the regularized recipe
 # "Pre-training under infinite compute" (arXiv 2509.14786), lie at 1.9 to 5.1.
 SHRINKAGE = 2.5
 DROP_RATE = 0.1
-AVERAGE_EPOCHS = 1.0
+AVERAGE_SHARE = 0.09  # of the epochs of a run
 MAX_USEFUL_EPOCHS = 40.0
 # Reading a token again is worth less each time, by this time constant in epochs (Muennighoff et al., section 4).
 REPETITION_EPOCHS = 15.4
@@ -104,7 +104,7 @@ def choose_recipe(settings: RecipeSettings, reading: Reading, lr: float, adam_lr
             weight_decay=float(f"{per_rate / lr:.3g}"),
             embedding_decay=float(f"{per_rate / adam_lr:.3g}"),
             shuffle="documents",
-            average_epochs=AVERAGE_EPOCHS,
+            average_epochs=float(f"{AVERAGE_SHARE * reading.n_epochs:.3g}"),
         )
     return with_given(recipe, settings)
 
