@@ -42,6 +42,7 @@ from gptkit.distributed.process_group import main_process
 FORMAT, VERSION = "gptkit-checkpoint", 2
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
 SUMS_FILE, TOKENIZER_DIR = "SHA256SUMS", "tokenizer"
+LINK = "link_"  # what the folders of a chain's links are called, with a number; the last link is in the folder above
 SUMS_LINE = re.compile(r"([0-9a-f]{64})  ((?:tokenizer/)?[\w-][\w.-]*)")  # no path leads out of the folder
 MAX_SUMS_BYTES, MAX_STATE_BYTES = 1 << 16, 1 << 24
 PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
@@ -159,6 +160,13 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
 
 
+def find_run(folder: Path) -> list[Path]:
+    """Return the checkpoints in an output folder; of a chain that has none there yet, those of its highest link."""
+    links = [path for path in folder.glob(f"{LINK}*/") if path.name.removeprefix(LINK).isdecimal()]
+    links.sort(key=lambda path: int(path.name.removeprefix(LINK)), reverse=True)
+    return next((found for run in (folder, *links) if (found := find_checkpoints(run))), [])
+
+
 def verify_checkpoint(folder: Path, training: bool = True) -> None:
     """Raise DamagedCheckpoint where a file is missing, has changed, or does not belong to a checkpoint.
 
@@ -257,7 +265,7 @@ def choose_checkpoint(exp_dir: str, choice: Choice) -> Path:
         raise UserError(f"--exp_dir {folder} is a file; name the folder of an experiment or of a checkpoint")
     if (folder / STATE_FILE).is_file() or (folder / SUMS_FILE).is_file():  # one checkpoint, by name
         return first_valid(_candidates(folder), training=False)
-    runs = {run: find_checkpoints(run) for run in [folder, *sorted(folder.glob("[!.]*/"))]}
+    runs = {run: find_run(run) for run in ([folder] if find_run(folder) else sorted(folder.glob("[!.]*/")))}
     runs = {run: found for run, found in runs.items() if found}
     if not runs:
         names = ("latest", "best") if choice == "newest" else ("best", "latest")

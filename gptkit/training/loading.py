@@ -1,4 +1,4 @@
-"""Build the model of a checkpoint, for those who do not train it: generation, evaluation, export.
+"""Build the model of a checkpoint, for those who do not train it (generation, evaluation, export), and load tokenizers.
 
 Which checkpoint is meant, and what its files are, is decided in checkpoints.py.
 """
@@ -13,7 +13,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from gptkit.base.cli import UserError, first_line
-from gptkit.text.tokenizer import Tokenizer, load_saved_tokenizer
+from gptkit.text.tokenizer import (
+    Tokenizer,
+    TokenizerSettings,
+    load_saved_tokenizer,
+    load_tokenizer,
+    with_model_tokenizer,
+)
 from gptkit.training.checkpoints import (
     MODEL_FILE,
     TOKENIZER_DIR,
@@ -83,3 +89,11 @@ def load_model(folder: Path, build: Callable[[dict[str, Any]], Model], vocab_siz
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} is damaged or from another version ({first_line(error)}); use another checkpoint")
     return model.to(device)
+
+
+def load_run_tokenizer(settings: TokenizerSettings, init_from: str | None, checkpoint: Path | None) -> Tokenizer:
+    """Load the tokenizer that the settings name, or that of --init_from; a resumed run has it in its checkpoint."""
+    of_run = with_model_tokenizer(settings, init_from)
+    if checkpoint and of_run is not settings:  # the folder that the run began with may be gone
+        return load_saved_tokenizer(checkpoint / TOKENIZER_DIR)
+    return load_tokenizer(of_run)

@@ -78,7 +78,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_p = torch.empty(n_rows, n_logits, device=hidden.device)
         share = 0.0
         if teacher:
-            share, teacher_x, teacher_w = teacher.share, teacher.hidden.flatten(0, -2).to(dtype), teacher.weight.to(dtype)
+            share, teacher_x, teacher_w = (
+                teacher.share,
+                teacher.hidden.flatten(0, -2).to(dtype),
+                teacher.weight.to(dtype),
+            )
         for first in range(0, n_tokens, n_rows):
             chunk, chunk_targets = x[first : first + n_rows], targets[first : first + n_rows, None]
             n = len(chunk)
