@@ -70,6 +70,10 @@ def run_chain(
 @main_process
 def link_folders(settings: TrainingSettings) -> list[Path]:
     """Return the output folders of the links. Raises UserError where they hold something else than this chain."""
+    if settings.distill_from:
+        raise UserError(
+            f"--chain {settings.chain} trains its teachers itself; leave --distill_from {settings.distill_from} out"
+        )
     output_dir = check_output_dir(settings.output_dir, settings.resume)
     folders = [output_dir / f"{LINK}{number}" for number in range(1, settings.chain or 1)]
     for folder in folders:

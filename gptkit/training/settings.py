@@ -236,10 +236,6 @@ def check_training_settings(settings: TrainingSettings, n_processes: int) -> Non
             f"--parallel fsdp needs torch {fsdp.FIRST_CORRECT_TORCH} or newer: {torch.__version__} may add gradients"
             " up instead of averaging them; give --parallel ddp, or install a newer torch"
         )
-    if settings.chain and settings.distill_from:
-        raise UserError(
-            f"--chain {settings.chain} trains its teachers itself; leave --distill_from {settings.distill_from} out"
-        )
     if settings.auto_batch and n_processes > 1:
         raise UserError("--auto_batch is for one process; give --batch_size and --grad_accum_steps that fit")
     if settings.max_minutes and settings.budget_minutes:
