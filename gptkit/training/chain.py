@@ -59,8 +59,11 @@ def run_chain(
             # The last link locks its folder, that of the chain, itself.
             with contextlib.nullcontext() if is_last else lock_output(folders[-1]):
                 print(f"link {number} of {len(folders)}: {folder}", flush=True)
-                if not run(link, started_at, stop) or is_last:
-                    return
+                is_done = run(link, started_at, stop)
+            if is_done:
+                require_checkpoint(link)
+            if is_last or not is_done:
+                return
             leave_link(stop, number, len(folders))
         elapsed_s = progress_of(folder)[1]
         started_at += elapsed_s - before_s  # the budget of the next one begins where this one's clock stopped
@@ -94,6 +97,16 @@ def progress_of(folder: Path) -> tuple[bool, float]:
         return False, 0.0
     is_finished = bool(sessions) and as_dict(sessions[-1].get("end")).get("how") == "finished"
     return is_finished, as_number(read_state_or_empty(found[-1]).get("elapsed_s")) or 0.0
+
+
+@main_process
+def require_checkpoint(link: TrainingSettings) -> None:
+    """Raise UserError where a finished link has none: its share of the budget was over before the first step."""
+    if not find_checkpoints(Path(link.output_dir)):
+        raise UserError(
+            f"--budget_minutes leaves {link.budget_minutes:.2g} for {link.output_dir}, which are over before its first"
+            " step; give more, or tokenize the text first (pretokenize.py)"
+        )
 
 
 @main_process
