@@ -31,23 +31,28 @@ from gptkit.data.token_folder import TokenFolder, prepare_tokens, token_folder_p
 from gptkit.distributed import fsdp, process_group
 from gptkit.distributed.process_group import is_main_process, main_process
 from gptkit.interop import huggingface
-from gptkit.text.tokenizer import (
-    Tokenizer,
-    TokenizerSettings,
-    load_saved_tokenizer,
-    load_tokenizer,
-    with_model_tokenizer,
-)
+from gptkit.text.tokenizer import Tokenizer, TokenizerSettings
 from gptkit.training import checkpoints
 from gptkit.training.bigram_init import initialize_from_bigrams
+from gptkit.training.chain import run_chain
 from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, oom_as_user_error, restart
+from gptkit.training.distillation import load_teacher, sizes_within
 from gptkit.training.guard import Guard
 from gptkit.training.identity import require_same_run, run_identity, warn_changed_settings
+from gptkit.training.loading import load_run_tokenizer
 from gptkit.training.loggers import import_logger, open_logger
 from gptkit.training.optimizers import set_learning_rate
 from gptkit.training.pace import Pace, is_finished
 from gptkit.training.planning import Plan, choose_plan
-from gptkit.training.run import Run, announce, closing_message, finished_message, make_batches, require_disk_space
+from gptkit.training.run import (
+    Run,
+    announce,
+    choose_device_and_dtype,
+    closing_message,
+    finished_message,
+    make_batches,
+    require_disk_space,
+)
 from gptkit.training.run_log import RunLog
 from gptkit.training.saver import Saver
 from gptkit.training.sessions import Locks, check_output_dir, describe_environment, lock_output, record_session
@@ -88,20 +93,21 @@ class PretrainingConfig(TokenizerSettings, TrainingSettings):
     )
 
 
-def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> None:
-    """Set up a run, load its newest checkpoint if there is one, and train."""
+def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> bool:
+    """Set up a run, load its newest checkpoint if there is one, and train. Return whether the run is finished."""
     output_dir = check_settings(config)
     device, dtype = choose_device_and_dtype(config)
     devices.keep_freed_memory(device)
     with lock_output(output_dir) as locks:
         checkpoint = checkpoints.newest_valid(output_dir)
         state = checkpoints.read_state(checkpoint) if checkpoint else {}
-        tokenizer = load_run_tokenizer(config, checkpoint)
-        identity = run_identity(config, tokenizer)
+        tokenizer = load_run_tokenizer(config, config.init_from, checkpoint)
+        teacher = load_teacher(config, output_dir, tokenizer, GPTModel.from_dimensions, device)
+        identity = run_identity(config, tokenizer, teacher.identity if teacher else None)
         require_same_run(checkpoint, state, identity)  # before tokens are made by another tokenizer
         tokens = open_token_folder(config, output_dir, tokenizer, locks)
         streams = tokens.open()
-        sizes = model_sizes(config, tokenizer.vocab_size, state)
+        sizes = sizes_within(teacher, model_sizes(config, tokenizer.vocab_size, state))
         plan = choose_plan(config, sizes, GPTModel, state, len(streams["train"]), started_at, device, dtype)
         identity |= plan.identity() | {"tokens": tokens.fingerprint}
         require_same_run(checkpoint, state, identity, plan)
@@ -109,26 +115,28 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> Non
         with oom_as_user_error(plan.batch_size, plan.grad_accum_steps):
             model = build_model(config, plan, batches, checkpoint is None, device, dtype)
             optimizer = configure_optimizer(config, plan.recipe, model, dtype)
-            run = Run(config, tokenizer, tokens, plan, identity, batches, validation, model, optimizer, device, dtype)
+            run = Run(
+                config, tokenizer, tokens, plan, identity, batches, validation, model, optimizer, device, dtype, teacher
+            )
             guard = Guard(config.max_bad_steps)
             saver = Saver(run, guard)
             if checkpoint:
                 saver.load(checkpoint)
             if is_finished(config, batches, run.step, run.elapsed_s, started_at):
                 print(finished_message(run))
-                return
+                return True
             if checkpoint:
                 print(f"resuming from {checkpoint}")
                 warn_changed_settings(state.get("settings"), run.settings_dict(), run.step)
                 checkpoints.set_aside_newer(checkpoint)
             with record_session(output_dir, run.step, config, describe_environment(device, dtype)) as end:
-                train(run, guard, saver, started_at, stop, end)
+                return train(run, guard, saver, started_at, stop, end)
 
 
 def train(
     run: Run, guard: Guard, saver: Saver, started_at: float, stop: StopSignals, session_end: dict[str, Any]
-) -> None:
-    """Train until the run is finished or has to stop, with reports, samples and checkpoints.
+) -> bool:
+    """Train until the run is finished, or has to stop, with reports, samples and checkpoints; return which.
 
     How the session ended is written into session_end.
     """
@@ -180,6 +188,7 @@ def train(
     if due.is_signalled and not due.is_finished:
         stop.exit(f"step {run.step} of {pace.n_steps} is saved in {run.output_dir}")
     print(closing_message(run, pace.n_steps))
+    return due.is_finished
 
 
 def start_session(run: Run, started_at: float, stop: StopSignals) -> tuple[Pace, RunLog]:
@@ -220,25 +229,6 @@ def check_settings(config: PretrainingConfig) -> Path:
             huggingface.read_dimensions(config.init_from)
     import_logger(config.logger, folder)
     return folder
-
-
-def choose_device_and_dtype(config: PretrainingConfig) -> tuple[torch.device, torch.dtype]:
-    """Return the device of this process and the dtype of the run's matrix products. Raises UserError."""
-    device = devices.choose_device(process_group.device_of_rank(config.device))
-    if device.type == "cuda" and process_group.world_size() > 1:
-        torch.cuda.set_device(device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
-    # The processes of a run may have different devices, but must compute in the same precision.
-    return device, main_process(devices.choose_dtype)(config.dtype, device, training=True)
-
-
-def load_run_tokenizer(config: PretrainingConfig, checkpoint: Path | None) -> Tokenizer:
-    """Load the tokenizer that the settings name, or that of --init_from; a resumed run has it in its checkpoint."""
-    settings = with_model_tokenizer(config, config.init_from)
-    if checkpoint and settings is not config:  # the folder that the run began with may be gone
-        return load_saved_tokenizer(checkpoint / checkpoints.TOKENIZER_DIR)
-    return load_tokenizer(settings)
 
 
 def open_token_folder(config: PretrainingConfig, output_dir: Path, tokenizer: Tokenizer, locks: Locks) -> TokenFolder:
@@ -321,7 +311,7 @@ def launch(config: PretrainingConfig) -> None:
             process_group.process_group(config.parallel, config.hang_timeout_s),
             oom_as_user_error(config.batch_size or BATCH_SIZE, config.grad_accum_steps or 1),
         ):
-            main(config, started_at, stop)
+            run_chain(config, main, started_at, stop)
     except process_group.ProcessLost as error:
         print(f"error: {error}; run the same command to resume from the newest checkpoint", file=sys.stderr)
         raise SystemExit(EXIT_STOPPED)

@@ -1,4 +1,4 @@
-"""gptkit/training/loss.py: against a calculation by hand and torch's cross_entropy of the full logits in float64."""
+"""gptkit/training/loss.py: against a calculation by hand and torch's cross_entropy and kl_div of full logits in float64."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt_model import GPTConfig, GPTModel
 from gptkit.training import loss
-from gptkit.training.loss import linear_cross_entropy
+from gptkit.training.loss import SoftTargets, linear_cross_entropy
 
 N, C, V = 200, 24, 300  # V rows of the head, of which the last ones may be padding
 
@@ -33,6 +33,30 @@ def reference(
     """Return the loss and both gradients in float64, with a head that has no padding."""
     hidden_states, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden_states, weight))
     loss = F.cross_entropy((hidden_states @ weight[:vocab_size].T).flatten(0, 1), targets.flatten())
+    return loss.detach(), *torch.autograd.grad(loss, (hidden_states, weight))
+
+
+TEACHER_C, TEACHER_V = 16, V + 20
+
+
+def random_teacher(share: float = 0.3, vocab_size: int = V, dtype: torch.dtype = torch.float32) -> SoftTargets:
+    """Return what a narrower teacher with more padding predicts; the padding must have no effect."""
+    draw = torch.Generator().manual_seed(1)
+    hidden = torch.randn(4, N // 4, TEACHER_C, generator=draw).to(dtype)
+    weight = torch.randn(TEACHER_V, TEACHER_C, generator=draw).to(dtype)
+    weight[vocab_size:] = 100.0
+    return SoftTargets(hidden, weight, share)
+
+
+def reference_with_teacher(
+    hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, teacher: SoftTargets, vocab_size: int = V
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the mixture and both gradients as `reference` does."""
+    hidden_states, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden_states, weight))
+    logits = (hidden_states @ weight[:vocab_size].T).flatten(0, 1)
+    soft = (teacher.hidden.double() @ teacher.weight[:vocab_size].double().T).flatten(0, 1)
+    divergence = F.kl_div(logits.log_softmax(-1), soft.softmax(-1), reduction="batchmean")
+    loss = (1 - teacher.share) * F.cross_entropy(logits, targets.flatten()) + teacher.share * divergence
     return loss.detach(), *torch.autograd.grad(loss, (hidden_states, weight))
 
 
@@ -215,3 +239,75 @@ def test_a_model_gets_the_same_gradients(arch: str) -> None:
         torch.autograd.grad(plain, parameters), torch.autograd.grad(ours, parameters), strict=True
     ):
         assert_near(found, expected.double(), 1e-4)
+
+
+def test_with_a_teacher_by_hand() -> None:
+    """The model gives 1/4, 3/4 and the teacher 1/2, 1/2; the target is the second."""
+    weight, hidden_states = torch.tensor([[0.0], [math.log(3)]]), torch.ones(1, 1, requires_grad=True)
+    teacher = SoftTargets(torch.ones(1, 2), torch.zeros(2, 2), 0.25)
+    loss = linear_cross_entropy(hidden_states, weight, torch.tensor([1]), 2, teacher)
+    divergence = (math.log(1 / 2 / (1 / 4)) + math.log(1 / 2 / (3 / 4))) / 2
+    assert loss.item() == pytest.approx(0.75 * -math.log(3 / 4) + 0.25 * divergence, rel=1e-6)
+    loss.backward()
+    assert hidden_states.grad is not None  # p - 0.75 onehot - 0.25 q, of the second logit, times its weight
+    assert hidden_states.grad.item() == pytest.approx((3 / 4 - 0.75 - 0.25 / 2) * math.log(3), rel=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", [V, V - 44])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("n_rows", [67, 100, 1000])
+def test_with_a_teacher(n_rows: int, share: float, vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_chunk_rows(n_rows, monkeypatch)
+    hidden_states, weight, targets = random_case(vocab_size)
+    weight.data[vocab_size:] = 100.0
+    teacher = random_teacher(share, vocab_size)
+    loss = linear_cross_entropy(hidden_states, weight, targets, vocab_size, teacher)
+    loss.backward()
+    expected = reference_with_teacher(hidden_states, weight, targets, teacher, vocab_size)
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert_near(hidden_states.grad, expected[1], 1e-5)
+    assert_near(weight.grad, expected[2], 1e-5)
+    assert not weight.grad[vocab_size:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_with_a_teacher_in_half_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, whatever the types of the two hidden states; the sums are float32."""
+    set_chunk_rows(67, monkeypatch)
+    hidden_states, weight, targets = random_case(V - 44)
+    teacher = random_teacher(0.5, V - 44, dtype)
+    with torch.autocast("cpu", dtype):
+        loss = linear_cross_entropy(hidden_states, weight, targets, V - 44, teacher)
+    loss.backward()
+    assert (loss.dtype, hidden_states.grad.dtype, weight.grad.dtype) == (torch.float32,) * 3
+    expected = reference_with_teacher(hidden_states, weight, targets, teacher, V - 44)
+    assert loss.item() == pytest.approx(expected[0].item(), abs=2e-2)  # of about 14
+    assert_near(hidden_states.grad, expected[1], 0.03)
+    assert_near(weight.grad, expected[2], 0.03)
+
+
+def test_a_teacher_that_agrees_pulls_nowhere() -> None:
+    hidden_states, weight, targets = random_case()
+    teacher = SoftTargets(hidden_states.detach(), weight.detach(), 1.0)
+    loss = linear_cross_entropy(hidden_states, weight, targets, V, teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-5)
+    assert weight.grad.abs().max() < 1e-6
+
+
+def test_a_teacher_takes_no_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_chunk_rows(70, monkeypatch)
+    hidden_states, weight, targets = random_case()
+    with Watch() as watch:
+        linear_cross_entropy(hidden_states, weight, targets, V, random_teacher()).backward()
+    assert watch.largest == 70 * TEACHER_V
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    hidden_states, weight, targets = random_case()
+    teacher = random_teacher()
+    teacher.hidden.requires_grad_()
+    teacher.weight.requires_grad_()
+    linear_cross_entropy(hidden_states, weight, targets, V, teacher).backward()
+    assert teacher.hidden.grad is None
+    assert teacher.weight.grad is None

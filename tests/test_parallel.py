@@ -151,6 +151,21 @@ def test_sharded_in_two_is_one_run(tmp_path: Path, shards: Path, alone: Path) ->
     assert isinstance(model, GPTModel)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=needs_fsdp)])
+def test_a_chain_by_two_processes_is_that_of_one(tmp_path: Path, shards: Path, parallel: str) -> None:
+    """The teacher is the same full model in each; with fsdp, too."""
+    chain = ("--chain", 2, "--arch", "gpt2")
+    result = run_command("pretraining.py", *arguments(shards, tmp_path / "alone", 4, *chain))
+    assert result.returncode == 0, result.stderr
+    output = tmp_path / "pair"
+    result = finish(start(torchrun(2, *arguments(shards, output, 2, *chain, "--parallel", parallel))))
+    assert result.returncode == 0, result.stderr
+    assert f"x 2 processes ({parallel})" in result.stdout
+    assert result.stdout.count("teacher: ") == 1
+    for link in ("link_1", "."):
+        assert_same_run(output / link, tmp_path / "alone" / link)
+
+
 UNLIKE = """
 import os, sys
 sys.path.insert(0, {root!r})

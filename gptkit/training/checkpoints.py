@@ -42,6 +42,7 @@ from gptkit.distributed.process_group import main_process
 FORMAT, VERSION = "gptkit-checkpoint", 2
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
 AVERAGED_FILE, SUMS_FILE, TOKENIZER_DIR = "averaged.safetensors", "SHA256SUMS", "tokenizer"
+LINK = "link_"  # what the folders of a chain's links are called, with a number; the last link is in the folder above
 SUMS_LINE = re.compile(r"([0-9a-f]{64})  ((?:tokenizer/)?[\w-][\w.-]*)")  # no path leads out of the folder
 MAX_SUMS_BYTES, MAX_STATE_BYTES = 1 << 16, 1 << 24
 PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
@@ -161,6 +162,13 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     found = output_dir.glob("step_*") if output_dir.is_dir() else iter(())
     named = [path for path in found if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir()]
     return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def find_run(folder: Path) -> list[Path]:
+    """Return the checkpoints in an output folder; of a chain that has none there yet, those of its highest link."""
+    links = [path for path in folder.glob(f"{LINK}*/") if path.name.removeprefix(LINK).isdecimal()]
+    links.sort(key=lambda path: int(path.name.removeprefix(LINK)), reverse=True)
+    return next((found for run in (folder, *links) if (found := find_checkpoints(run))), [])
 
 
 def verify_checkpoint(folder: Path, training: bool = True) -> None:

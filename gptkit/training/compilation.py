@@ -22,6 +22,7 @@ from gptkit.base.cli import UserError, first_line
 from gptkit.base.processes import run_child
 from gptkit.distributed import fsdp
 from gptkit.distributed.process_group import main_process
+from gptkit.training.distillation import HiddenStates, Teacher
 from gptkit.training.loss import linear_cross_entropy
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, each (B, T) -> mean, nats per token
@@ -91,12 +92,17 @@ def find_batch_size(try_rows: Callable[[int], object], batch_size: int) -> int |
     return None
 
 
-def make_loss(model: Any, hidden_states: Callable[[torch.Tensor], torch.Tensor], vocab_size: int) -> Loss:
-    """Return the loss of a model; its `hidden_states`, (B, T) -> (B, T, C), may be compiled."""
-    return fsdp.register_forward(
-        model,
-        lambda inputs, targets: linear_cross_entropy(hidden_states(inputs), model.head_weight, targets, vocab_size),
-    )
+def make_loss(model: Any, hidden_states: HiddenStates, vocab_size: int, teacher: Teacher | None = None) -> Loss:
+    """Return the loss of a model; its `hidden_states`, (B, T) -> (B, T, C), may be compiled.
+
+    Where no gradients are computed, as in validation, it is the plain cross-entropy, without the teacher.
+    """
+
+    def loss(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        soft_targets = teacher.soft_targets(inputs) if teacher and torch.is_grad_enabled() else None
+        return linear_cross_entropy(hidden_states(inputs), model.head_weight, targets, vocab_size, soft_targets)
+
+    return fsdp.register_forward(model, loss)
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
@@ -121,8 +127,9 @@ def compile_and_time(
     batch: tuple[torch.Tensor, torch.Tensor],
     device: torch.device,
     dtype: torch.dtype,
+    teacher: Teacher | None = None,
 ) -> tuple[Loss, dict[str, float]]:
-    """Return the model's loss, compiled or not, and the seconds of each of PARTS of a micro-step.
+    """Return the model's loss, compiled or not, and the seconds of each of PARTS of a micro-step, the teacher's included.
 
     A failure to compile is a warning. Changes neither weights nor random streams.
     """
@@ -140,10 +147,11 @@ def compile_and_time(
         devices.synchronize(device)
         return middle - start, time.monotonic() - middle
 
-    chosen = make_loss(model, model.hidden_states, vocab_size)
+    chosen = make_loss(model, model.hidden_states, vocab_size, teacher)
     if compile:
         try:
-            compiled = make_loss(model, torch.compile(model.hidden_states), vocab_size)
+            compiled_teacher = teacher.compiled() if teacher else None
+            compiled = make_loss(model, torch.compile(model.hidden_states), vocab_size, compiled_teacher)
             micro_step_s(compiled)
             chosen = compiled
         except Exception as error:  # the compiler's errors have no common class

@@ -22,17 +22,25 @@ IDENTITY = {
     "seed": "--seed",
     "val_fraction": "--val_fraction",
     "init_from": "--init_from",
+    "teacher": "teacher (--distill_from)",
 }
 NOT_PRINTED = ("model", "tokenizer", "tokens")  # too long to print
 # What may change within a run, and changes its result.
-RECIPE = ("lr", "adam_lr", "min_lr", "warmup_steps", "grad_clip", "dtype", *(field.name for field in fields(Recipe)))
+RECIPE = (
+    "lr", "adam_lr", "min_lr", "warmup_steps", "grad_clip", "dtype", "distill_weight",
+    *(field.name for field in fields(Recipe)),
+)  # fmt: skip
 LENGTH = ("n_epochs", "max_tokens", "max_steps", "budget_minutes")
 
 
-def run_identity(settings: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what must stay the same within a run; the caller adds the plan's and the tokens' fingerprint."""
+def run_identity(settings: Any, tokenizer: Tokenizer, teacher: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return what must stay the same within a run; the caller adds the plan's and the tokens' fingerprint.
+
+    A teacher is known by the SHA-256 of its weights; a message names it.
+    """
     named = ("optimizer", "seed", "val_fraction", "init_from")
-    return {"tokenizer": tokenizer.fingerprint} | {name: getattr(settings, name) for name in named}
+    identity = {"tokenizer": tokenizer.fingerprint} | {name: getattr(settings, name) for name in named}
+    return identity | {"teacher": dict(teacher) if teacher else None}
 
 
 def require_same_run(
@@ -54,7 +62,10 @@ def find_difference(before: Mapping[str, Any], identity: Mapping[str, Any]) -> s
     """Describe the first thing in which a run's identity differs from a checkpoint's; None where all is equal."""
     for name, value in identity.items():
         known = before.get(name)
+        if name == "teacher" and as_dict(known).get("weights") == as_dict(value).get("weights"):
+            continue  # the same weights, wherever they lie now
         if known != value:
+            known, value = (as_dict(each).get("name", each) for each in (known, value))  # a teacher has a name
             return IDENTITY[name] + ("" if name in NOT_PRINTED else f" ({known}, now {value})")
     return None
 

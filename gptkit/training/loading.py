@@ -1,4 +1,4 @@
-"""Choose a checkpoint and build its model, for those who do not train it: generation, evaluation, export.
+"""Choose a checkpoint and build its model (for generation, evaluation, export), and load tokenizers.
 
 What the files of a checkpoint are, and which are valid, is decided in checkpoints.py.
 """
@@ -15,7 +15,13 @@ from torch.overrides import TorchFunctionMode
 
 from gptkit.base.cli import UserError, first_line
 from gptkit.base.paths import existing_path, refuse_pickles
-from gptkit.text.tokenizer import Tokenizer, load_saved_tokenizer
+from gptkit.text.tokenizer import (
+    Tokenizer,
+    TokenizerSettings,
+    load_saved_tokenizer,
+    load_tokenizer,
+    with_model_tokenizer,
+)
 from gptkit.training.checkpoints import (
     AVERAGED_FILE,
     MODEL_FILE,
@@ -23,6 +29,7 @@ from gptkit.training.checkpoints import (
     SUMS_FILE,
     TOKENIZER_DIR,
     find_checkpoints,
+    find_run,
     first_valid,
     has_average,
     read_state,
@@ -60,7 +67,7 @@ def choose_checkpoint(exp_dir: str, choice: Choice) -> Path:
         raise UserError(f"--exp_dir {folder} is a file; name the folder of an experiment or of a checkpoint")
     if (folder / STATE_FILE).is_file() or (folder / SUMS_FILE).is_file():  # one checkpoint, by name
         return first_valid(_candidates(folder), training=False)
-    runs = {run: find_checkpoints(run) for run in [folder, *sorted(folder.glob("[!.]*/"))]}
+    runs = {run: find_run(run) for run in ([folder] if find_run(folder) else sorted(folder.glob("[!.]*/")))}
     runs = {run: found for run, found in runs.items() if found}
     if not runs:
         names = ("latest", "best") if choice != "best" else ("best", "latest")
@@ -167,3 +174,11 @@ def load_model(
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} is damaged or from another version ({first_line(error)}); use another checkpoint")
     return model.to(device)
+
+
+def load_run_tokenizer(settings: TokenizerSettings, init_from: str | None, checkpoint: Path | None) -> Tokenizer:
+    """Load the tokenizer that the settings name, or that of --init_from; a resumed run has it in its checkpoint."""
+    of_run = with_model_tokenizer(settings, init_from)
+    if checkpoint and of_run is not settings:  # the folder that the run began with may be gone
+        return load_saved_tokenizer(checkpoint / TOKENIZER_DIR)
+    return load_tokenizer(of_run)

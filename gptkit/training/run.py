@@ -7,6 +7,7 @@ Shapes: B sequences per micro-step, T time (context_length).
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ from gptkit.training.compilation import (
     find_batch_size,
     time_optimizer_step,
 )
+from gptkit.training.distillation import Teacher
 from gptkit.training.guard import as_count, as_scaler_state, as_sum
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, load_optimizer_tensors, optimizer_tensors
 from gptkit.training.planning import Plan, flops_per_token
@@ -60,6 +62,7 @@ class Run:
     optimizer: Optimizer
     device: torch.device
     dtype: torch.dtype  # of matrix products
+    teacher: Teacher | None = None  # of --distill_from
     step: int = 0  # optimizer steps done
     elapsed_s: float = 0.0  # of training, when the newest checkpoint was written
     best_val_loss: float | None = None  # nats per token, of the checkpoints saved, as Saver.save takes it
@@ -95,17 +98,19 @@ class Run:
         batch = self.batches.micro_batch(self.step, 0)
         reading_s = time.monotonic() - start
         compiled = self.device.type == "cuda" if self.settings.compile is None else self.settings.compile
-        args = self.model, self.model.config.vocab_size
+        measure = functools.partial(
+            compile_and_time, self.model, self.model.config.vocab_size,
+            device=self.device, dtype=self.dtype, teacher=self.teacher,
+        )  # fmt: skip
         loss = None
         try:
-            loss, parts_s = compile_and_time(*args, compiled, batch, self.device, self.dtype)
+            loss, parts_s = measure(compile=compiled, batch=batch)
         except (RuntimeError, MemoryError) as error:
             if not devices.is_out_of_memory(error) or process_group.world_size() > 1:
                 raise
         if loss is None:  # outside the handler, which would keep what did not fit in memory
             size = find_batch_size(
-                lambda n: compile_and_time(*args, False, (batch[0][:n], batch[1][:n]), self.device, self.dtype),
-                self.plan.batch_size,
+                lambda n: measure(compile=False, batch=(batch[0][:n], batch[1][:n])), self.plan.batch_size
             )
             raise BatchTooLarge(self.plan.batch_size, self.grad_accum_steps, size, fits=True)
         self.loss = loss
@@ -257,6 +262,17 @@ def optimizer_state_bytes(run: Run) -> int:
     """Estimate the bytes of the optimizer's state, from the number of moments that it keeps for each parameter."""
     n_moments = OPTIMIZERS[run.settings.optimizer].n_moments
     return sum(n_moments * p.numel() * p.element_size() for p in run.model.parameters())
+
+
+def choose_device_and_dtype(settings: TrainingSettings) -> tuple[torch.device, torch.dtype]:
+    """Return the device of this process and the dtype of the run's matrix products. Raises UserError."""
+    device = devices.choose_device(process_group.device_of_rank(settings.device))
+    if device.type == "cuda" and process_group.world_size() > 1:
+        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
+    # The processes of a run may have different devices, but must compute in the same precision.
+    return device, main_process(devices.choose_dtype)(settings.dtype, device, training=True)
 
 
 @main_process

@@ -139,6 +139,22 @@ class TrainingSettings(RecipeSettings):
         group="optimizer",
     )
 
+    distill_from: str | None = setting(
+        None,
+        "learn from the predictions of the model in this experiment folder too (a teacher, of the same tokenizer)",
+        group="distillation",
+    )
+    distill_weight: float = setting(
+        0.5, "share of the loss by which the model imitates its teacher", at_least=0, at_most=1, group="distillation"
+    )
+    chain: int | None = setting(
+        None,
+        "train so many models one after the other, each with the one before as teacher: OUTPUT_DIR/link_1, …, and the"
+        " last in OUTPUT_DIR; they share --budget_minutes",
+        at_least=2,
+        group="distillation",
+    )
+
     eval_freq: int | None = setting(
         None,
         "steps between two reports of the losses (default: 100; with a budget a twentieth of the run)",
