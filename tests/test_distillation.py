@@ -33,10 +33,10 @@ from gpt_model import GPTModel
 from gptkit.base.files import sha256_of
 from gptkit.evaluation.scoring import mean_loss
 from gptkit.training.chain import link_settings
-from gptkit.training.checkpoints import choose_checkpoint, read_state
+from gptkit.training.checkpoints import MODEL_FILE, read_state
 from gptkit.training.compilation import compile_and_time, make_loss
 from gptkit.training.distillation import Teacher, weights_sha256
-from gptkit.training.loading import load_checkpoint
+from gptkit.training.loading import choose_checkpoint, load_checkpoint
 from gptkit.training.settings import TrainingSettings
 
 CPU = torch.device("cpu")
@@ -130,7 +130,7 @@ def test_a_run_learns_from_a_teacher_and_is_another_run_without(
     assert result.returncode == 0, result.stderr
     assert f"teacher: {newest(tmp_path / 'teacher' / 'model_checkpoints')}, " in result.stdout
     state = read_state(newest(exp))
-    assert state["identity"]["teacher"]["weights"] == weights_sha256(newest(trained / "model_checkpoints"))
+    assert state["identity"]["teacher"]["weights"] == weights_sha256(newest(trained / "model_checkpoints"), MODEL_FILE)
 
     longer = (*flags, "--max_steps", 3)
     without = ("--arch", "gpt2", "--emb_dim", 32, "--max_steps", 3)
