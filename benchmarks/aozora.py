@@ -61,10 +61,11 @@ class Track:
     minutes: float
     threads: int | None  # None: those of the machine, for a GPU
     goals: tuple[tuple[str, str, float], ...]  # (contender, its end or best, share that ours saves)
+    max_steps: int | None = None  # of each run, for a test
 
 
 TRACKS = {
-    "sample": Track(0.3, 1, ()),
+    "sample": Track(5, 1, (), max_steps=20),
     "350k": Track(6, 2, ((BEFORE, BEST, 0.0),)),
     "1M": Track(25, 1, ((BEFORE, END, 0.13), (BEFORE, BEST, 0.05), (NANOGPT, BEST, 0.15), (NANOCHAT, BEST, 0.05))),
     "4M": Track(30, 2, ((BEFORE, END, 0.06),)),
@@ -114,10 +115,11 @@ class Setup:
     text_path: Path  # the works to score on
 
     n_tokens: int  # of training text
+    max_steps: int | None  # of a run, for a test
 
     @property
     def flags(self) -> dict[str, object]:
-        """Return the flags of a command of ours besides those of the track: none but a device that was asked for."""
+        """Return the flags of a command of ours besides the budget: none but a device that was asked for."""
         return {} if self.config.device == "auto" else {"device": self.config.device}
 
 
@@ -146,7 +148,7 @@ def main(config: AozoraConfig) -> None:
     tokenizer, data = prepare_tokens(folder / "text", folder, config.vocab_size)
     variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     n_tokens = len(open_streams(data, tokenizer)["train"])
-    setup = Setup(config, minutes, device, variables, folder, tokenizer, data, text_path, n_tokens)
+    setup = Setup(config, minutes, device, variables, folder, tokenizer, data, text_path, n_tokens, track.max_steps)
     content = ""
     for contender in config.contenders:
         for seed in map(int, config.seeds):
@@ -249,7 +251,9 @@ def train_other(setup: Setup, seed: int, folder: Path, build: Callable[..., Peer
     with compilation(compile):
         torch.manual_seed(seed)
         peer = build(device, dtype, compile)
-        figures = train_and_score(peer, setup.data, setup.tokenizer, setup.text_path, setup.minutes, device, seed)
+        figures = train_and_score(
+            peer, setup.data, setup.tokenizer, setup.text_path, setup.minutes, device, seed, setup.max_steps
+        )
     return figures | {"dtype": devices.dtype_name(dtype), "compiled": compile, "revision": revision_of(folder)}
 
 
@@ -265,13 +269,14 @@ def steps_per_epoch(setup: Setup, project: Path) -> int:
 def train_project(setup: Setup, seed: int, project: Path, name: str, **given: int) -> dict[str, Any]:
     """Train by the dial of a project with the flags given, score its models, and return the figures."""
     output_dir, flags, variables = setup.folder / name, setup.flags, setup.variables
+    chosen = {"seed": seed} | ({"max_steps": setup.max_steps} if setup.max_steps else {})
     trained = train_ours(
-        setup.data, setup.tokenizer, setup.minutes, output_dir, {"seed": seed, **flags, **given}, project, variables
+        setup.data, setup.tokenizer, setup.minutes, output_dir, flags | chosen | given, project, variables
     )
     choices = {END: flags, BEST: {"checkpoint": "best", **flags}}
     bits = {
-        which: round(evaluate_ours(output_dir, setup.text_path, chosen, project, variables), 4)
-        for which, chosen in choices.items()
+        which: round(evaluate_ours(output_dir, setup.text_path, choice, project, variables), 4)
+        for which, choice in choices.items()
     }
     reports = [
         (report["tokens"] / setup.n_tokens, report["train_loss"], report["val_loss"]) for report in trained["reports"]

@@ -102,10 +102,17 @@ def open_streams(data: Path, tokenizer: Path) -> dict[str, TokenStream]:
 
 
 def train_and_score(
-    peer: Peer, data: Path, tokenizer: Path, text_path: Path, minutes: float, device: torch.device, seed: int
+    peer: Peer,
+    data: Path,
+    tokenizer: Path,
+    text_path: Path,
+    minutes: float,
+    device: torch.device,
+    seed: int,
+    max_steps: int | None = None,
 ) -> dict[str, Any]:
     """Train a peer for so long and score it at its end and at its lowest validation loss; return the figures."""
-    trained, curve, best = train_peer(peer, open_streams(data, tokenizer), minutes, device, seed)
+    trained, curve, best = train_peer(peer, open_streams(data, tokenizer), minutes, device, seed, max_steps)
     documents, encoder = read_texts(text_path), load_sentencepiece(str(tokenizer))
     peer.model.eval()
     bits = {}
@@ -126,9 +133,14 @@ def last_and_best(curve: Sequence[tuple[float, float, float]]) -> dict[str, Any]
 
 
 def train_peer(
-    peer: Peer, streams: Mapping[str, TokenStream], minutes: float, device: torch.device, seed: int
+    peer: Peer,
+    streams: Mapping[str, TokenStream],
+    minutes: float,
+    device: torch.device,
+    seed: int,
+    max_steps: int | None = None,
 ) -> tuple[dict[str, Any], list[tuple[float, float, float]], dict[str, torch.Tensor]]:
-    """Train a peer for so long; return its figures, its curve, and its weights at the lowest validation loss.
+    """Train a peer for so long, or max_steps; return its figures, its curve, and its weights at the lowest validation loss.
 
     It is validated about once per epoch, and at least REPORTS times. The curve has (epochs, training loss, validation
     loss). The model keeps its last weights.
@@ -139,9 +151,10 @@ def train_peer(
     curve: list[tuple[float, float, float]] = []
     best: dict[str, torch.Tensor] = {}
     peer.model.train()
-    losses, step, reported, n_steps, uncounted_s = torch.zeros((), device=device), 0, 0, UNKNOWN_STEPS, 0.0
+    limit = max_steps or UNKNOWN_STEPS
+    losses, step, reported, n_steps, uncounted_s = torch.zeros((), device=device), 0, 0, limit, 0.0
     began = time.monotonic()
-    while True:
+    while step < n_steps:
         losses += _train_step(peer, batches, step, n_steps, device)
         step += 1
         now = time.monotonic()
@@ -150,8 +163,8 @@ def train_peer(
             continue
         spent_s = now - began - uncounted_s
         left_s = max(60 * minutes - spent_s, 0.0)
-        n_steps = step + math.ceil(left_s * (step - N_UNCOUNTED) / spent_s)
-        if left_s == 0 or step - reported >= max(min(batches.steps_per_epoch, n_steps // REPORTS), 1):
+        n_steps = min(step + math.ceil(left_s * (step - N_UNCOUNTED) / spent_s), limit)
+        if step == n_steps or step - reported >= max(min(batches.steps_per_epoch, n_steps // REPORTS), 1):
             devices.synchronize(device)
             train_loss = losses.item() / (step - reported)
             val_loss = mean_loss(peer.model, peer.validation_loss, validation, device, peer.autocast)
@@ -163,8 +176,6 @@ def train_peer(
             losses.zero_()
             reported = step
             uncounted_s += time.monotonic() - now
-        if left_s == 0:
-            break
     figures = {"steps": step, "tokens": step * batches.tokens_per_step, "seconds": round(spent_s, 1)}
     return figures, curve, best
 
