@@ -444,7 +444,7 @@ def test_aozora_trains_the_peers_on_a_fixed_list_and_adds_to_its_result(
         for figures in runs.values():
             assert figures["steps"] == 20
             assert figures["last_val_loss"] == figures["curve"][-1][2]
-            assert 0 < figures["bits_per_char"]["best"] < 10
+            assert 0 < figures["bits_per_char"]["best"] < 11
     slow, fast = first["contenders"]["nanochat"].values()
     assert fast["last_val_loss"] < slow["last_val_loss"] < math.log(500)
     matrices = {layers: 12 * layers * width**2 + 500 * width for layers, width in ((12, 768), (1, 64))}
