@@ -4,6 +4,7 @@
 #     benchmarks/gpu_suite.sh
 #     DATA_DIR=dataset/001_pretok TEXT_PATH=heldout.jsonl.xz NANOGPT_DIR=../nanoGPT benchmarks/gpu_suite.sh
 #     TINY=1 OUT=/tmp/out benchmarks/gpu_suite.sh      all sizes tiny, on any machine in less than a minute
+#     PARTS=aozora JSONL_PATH=SUBSET HELDOUT=HELDOUT BEFORE_DIR=CHECKOUT benchmarks/gpu_suite.sh
 #
 # Each part writes its result to OUT, and its output to OUT/PART.txt:
 #   check       gpu_check.json: bfloat16, float16, compiled, fused, the loss in chunks, Muon, GaLore, resuming bit for bit
@@ -11,6 +12,10 @@
 #   quality     quality_metrics.jsonl: the default recipe at 124M for four minutes
 #   evaluation  evaluation.json: that model on the text of TEXT_PATH, if that is given
 #   parallel    parallel_check.json: FSDP2 (and with several GPUs DDP) on all GPUs gives the losses of one process
+#
+# PARTS=aozora runs these instead, which have a limit of their own, 13 minutes each:
+#   aozora_ours    aozora_50M.json: benchmarks/aozora.py, the list of 50 million characters for 8 minutes (AOZORA_MINUTES)
+#   aozora_before  the same of an earlier checkout of this project, in BEFORE_DIR, if that is given
 #
 # A part that ends leaves OUT/PART.done, and is skipped from then on, on the same kind of device. A part that ran out of
 # time or failed begins again when this is run again; quality resumes from its last checkpoint, and what was compiled is
@@ -25,6 +30,9 @@ DATA_DIR=$(absolute "${DATA_DIR:-}")             # token shards (default: the sa
 TOKENIZER_PATH=$(absolute "${TOKENIZER_PATH:-}") # the SentencePiece tokenizer that made them (default: the sample's)
 TEXT_PATH=$(absolute "${TEXT_PATH:-}")           # documents to evaluate on
 NANOGPT_DIR=$(absolute "${NANOGPT_DIR:-}")       # a checkout of nanoGPT, to time it too
+JSONL_PATH=$(absolute "${JSONL_PATH:-}")         # for aozora: the JSONL of the subset of Aozora Bunko
+HELDOUT=$(absolute "${HELDOUT:-}")               # for aozora: that of the held-out works
+BEFORE_DIR=$(absolute "${BEFORE_DIR:-}")         # for aozora: an earlier checkout of this project
 OUT=$(absolute "${OUT:-}")                       # results (default: benchmarks/results/gpu)
 WORK_DIR=$(absolute "${WORK_DIR:-}")             # checkpoints and tokens, gigabytes (default: OUT/work)
 TINY=${TINY:-}
@@ -65,6 +73,12 @@ is_done() { # $1: a part
 part() { # $1: its name, $2: seconds kept for the parts after it, then its command
   local name=$1 left_s=$((LIMIT_S - SECONDS - $2))
   shift 2
+  limited_part "$name" "$left_s" "$@"
+}
+
+limited_part() { # $1: its name, $2: seconds that it may take, then its command
+  local name=$1 left_s=$2
+  shift 2
   if is_done "$name"; then
     echo "== $name: done before, skipped"
   elif [ "$left_s" -lt 10 ]; then
@@ -80,6 +94,32 @@ part() { # $1: its name, $2: seconds kept for the parts after it, then its comma
     fi
   fi
 }
+
+finish() { # end with an error where a part is unfinished
+  [ ${#unfinished[@]} -gt 0 ] || return 0
+  echo "== not finished: ${unfinished[*]}; run the same command again" >&2
+  exit 1
+}
+
+if [ "${PARTS:-}" = aozora ]; then
+  minutes=${AOZORA_MINUTES:-8}
+  aozora=(--track 50M --jsonl_path "$JSONL_PATH" --heldout_path "$HELDOUT" --minutes "$minutes")
+  if [ -n "$TINY" ]; then
+    sample=$PWD/dataset/sample/sample.jsonl
+    aozora=(--track sample --jsonl_path "$sample" --heldout_path "$sample" --vocab_size 500)
+  elif [ "$device" = cpu ] || [ -z "$JSONL_PATH" ] || [ -z "$HELDOUT" ]; then
+    echo "== aozora: skipped; it needs a GPU, and the paths JSONL_PATH and HELDOUT"
+    exit 0
+  fi
+  aozora+=(--work_dir "$WORK_DIR/aozora" --device "$device")
+  limit_s=$((60 * minutes + 300)) # tokens, a plan and scores take the rest
+  limited_part aozora_ours "$limit_s" "$python" benchmarks/aozora.py "${aozora[@]}" --contenders ours
+  [ -z "$BEFORE_DIR" ] || limited_part aozora_before "$limit_s" \
+    "$python" benchmarks/aozora.py "${aozora[@]}" --contenders before --before_dir "$BEFORE_DIR"
+  finish
+  echo "== all parts are done; the results are in $OUT"
+  exit 0
+fi
 
 check=(--device "$device")
 parallel=(--device "$device")
@@ -116,10 +156,7 @@ fi
 
 part parallel 0 "$python" benchmarks/checks/parallel_check.py "${parallel[@]}"
 
-if [ ${#unfinished[@]} -gt 0 ]; then
-  echo "== not finished: ${unfinished[*]}; run the same command again" >&2
-  exit 1
-fi
+finish
 if grep '": false' "$OUT/gpu_check.json" "$OUT/parallel_check.json" >&2; then
   echo "== these checks failed; these files have the figures" >&2
   exit 1

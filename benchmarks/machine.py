@@ -74,6 +74,21 @@ def torchrun(n_processes: int, command: list[str], *flags: str) -> list[str]:
     return [*agent, f"--nproc-per-node={n_processes}", *command[1:]]
 
 
+def run_logged(command: list[str], log_path: Path, **variables: str) -> float:
+    """Run a command, with more environment variables and its output in a file; return the seconds that it took.
+
+    Exits with the end of its output where it fails.
+    """
+    with open(log_path, "w+b") as output:
+        began = time.perf_counter()
+        exit_code = subprocess.run(
+            command, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT
+        ).returncode
+        elapsed_s = time.perf_counter() - began
+        end_if_failed(exit_code, command, output)
+    return elapsed_s
+
+
 def start(command: list[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start a command whose standard error goes to a file, and whose standard output is dropped."""
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
@@ -101,6 +116,15 @@ def run(command: list[str]) -> tuple[float, float]:
     return elapsed_s, usage.ru_maxrss * unit / 2**20
 
 
+def revision_of(folder: Path) -> str | None:
+    """Return the commit that a checkout is at, or None where git cannot tell."""
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def output_of(command: list[str], **variables: str) -> str:
     """Run a command, with more environment variables, and return its standard output.
 
@@ -112,11 +136,23 @@ def output_of(command: list[str], **variables: str) -> str:
     return process.stdout
 
 
-def read_texts(path: Path) -> list[str]:
-    """Return the "text" of each line of a .jsonl or .jsonl.xz file."""
+def read_documents(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a .jsonl or .jsonl.xz file of documents, each with its "text"."""
     opened = lzma.open(path, "rb") if path.suffix == ".xz" else open(path, "rb")
     with opened as lines:
-        return [json.loads(line)["text"] for line in lines]
+        return [json.loads(line) for line in lines]
+
+
+def read_texts(path: Path) -> list[str]:
+    """Return the "text" of each line of a .jsonl or .jsonl.xz file."""
+    return [document["text"] for document in read_documents(path)]
+
+
+def write_jsonl(path: Path, documents: list[dict[str, Any]]) -> None:
+    """Write documents as JSONL, in a folder that is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
@@ -125,12 +161,21 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def write_result(name: str, result: dict[str, Any]) -> None:
-    """Print the result, with the machine, and write it to NAME.json in benchmarks/results, or in $RESULTS_DIR."""
+def result_path(name: str) -> Path:
+    """Return the path of NAME.json in benchmarks/results, or in $RESULTS_DIR."""
+    return Path(os.environ.get("RESULTS_DIR") or ROOT / "benchmarks" / "results") / f"{name}.json"
+
+
+def save_result(name: str, result: dict[str, Any]) -> str:
+    """Write the result, with the machine, to its file, and return what was written."""
     content = json.dumps(result | {"machine": machine()}, ensure_ascii=False, indent=1) + "\n"
-    folder = Path(os.environ.get("RESULTS_DIR") or ROOT / "benchmarks" / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path = result_path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="utf-8")
-    print(content, end="")
     log(f"written: {path}")
+    return content
+
+
+def write_result(name: str, result: dict[str, Any]) -> None:
+    """Print the result, with the machine, and write it to its file."""
+    print(save_result(name, result), end="")

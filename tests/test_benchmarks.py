@@ -1,5 +1,6 @@
 """The benchmarks at tiny sizes: what they write, and that it is what they measured."""
 
+import hashlib
 import json
 import math
 import statistics
@@ -32,7 +33,7 @@ class GPTConfig:
 class GPT(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
-        assert config.vocab_size % 64 == 0 and config.bias and config.dropout == 0
+        assert config.vocab_size % 64 == 0 and (config.bias, config.dropout) in ((True, 0.0), (False, 0.2))
         self.embedding = torch.nn.Embedding(config.vocab_size, config.n_embd)
         torch.nn.init.normal_(self.embedding.weight, std=0.02)
         print("number of parameters: few")
@@ -58,6 +59,54 @@ class GPTModel(torch.nn.Module):
 
     def forward(self, in_idx):
         return self.out_head(self.tok_emb(in_idx))
+"""
+NANOCHAT = """
+import os
+from dataclasses import dataclass
+import torch
+
+COMPUTE_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}[os.environ["NANOCHAT_DTYPE"]]
+
+@dataclass
+class GPTConfig:
+    sequence_len: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    window_pattern: str
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.n_head == config.n_kv_head
+        self.config = config
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.lm_head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def init_weights(self):
+        for weight in self.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        print("about itself")
+
+    def num_scaling_params(self):
+        matrices = 12 * self.config.n_layer * self.config.n_embd**2
+        return {"transformer_matrices": matrices, "lm_head": self.lm_head.weight.numel(), "total": 0}
+
+    def setup_optimizer(self, unembedding_lr, embedding_lr, matrix_lr, scalar_lr, weight_decay):
+        adamw = dict(params=[self.wte.weight], lr=embedding_lr, kind="adamw")
+        muon = dict(params=[self.lm_head.weight], lr=matrix_lr, kind="muon", weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW([adamw, muon])
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
+
+    def forward(self, idx, targets=None):
+        logits = self.lm_head(self.wte(idx)).float()
+        if targets is None:
+            return logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 """
 
 
@@ -97,6 +146,25 @@ def nanogpt(tmp_path: Path) -> Path:
     checkout.mkdir()
     (checkout / "model.py").write_text(NANOGPT)
     return checkout
+
+
+@pytest.fixture
+def nanochat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A checkout of nanochat, as far as the benchmarks use it."""
+    checkout = tmp_path / "chat"
+    (checkout / "nanochat").mkdir(parents=True)
+    (checkout / "nanochat" / "__init__.py").write_text("")
+    (checkout / "nanochat" / "gpt.py").write_text(NANOCHAT)
+    monkeypatch.setenv("NANOCHAT_DTYPE", "")  # a benchmark sets it; this restores it
+    yield checkout
+    for name in ("nanochat", "nanochat.gpt"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def benchmark_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test import the benchmarks' modules."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 @pytest.fixture
@@ -243,3 +311,184 @@ def test_pairs_of_commands_harm_nothing(results: Path) -> None:
     found = result_of(run_benchmark, "command_pairs", results, "checks/command_pairs.py", *flags)
     assert found["by_kind"].keys() == set(kinds)
     assert all(found["goals"].values()), found
+
+
+def documents_of(*lengths: int) -> list[dict[str, Any]]:
+    """Return documents with these lengths, whose ids are in the order of the lists of aozora.py."""
+    names = sorted((f"{n:06}" for n in range(len(lengths))), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    return [
+        {"text": "字" * length, "meta": {"作品ID": name, "人物ID": str(i)}}
+        for i, (name, length) in enumerate(zip(names, lengths, strict=True))
+    ]
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_a_list_takes_documents_in_the_order_of_their_hashes_but_none_too_long(tmp_path: Path) -> None:
+    from aozora_lists import describe, read_in_order, take, take_development
+
+    documents = documents_of(10, 11, 10, 10, 45, 9, 10, 10, 10, 10, 3)
+    lines = [json.dumps(document) + "\n" for document in reversed(documents)]
+    (tmp_path / "corpus.jsonl").write_text("".join(lines))
+    in_order = read_in_order(tmp_path / "corpus.jsonl")
+    assert in_order == documents
+    taken = take(in_order, 80)  # at most 10 characters each: 8 documents have 79, and the next does not fit
+    assert [len(document["text"]) for document in taken] == [10, 10, 10, 9, 10, 10, 10, 10]
+    assert (describe(taken).n_documents, describe(taken).n_characters) == (8, 79)
+    assert describe(taken) != describe(taken[::-1])
+
+    # The first 8 fill the list of 1 million characters, and with the next 6 that of 4 million.
+    others = documents_of(*[124_900] * 8, *[500_000] * 6, 9000, 8000, 20_001, 12_000, 15_000)
+    others[-1]["meta"]["人物ID"] = others[0]["meta"]["人物ID"]
+    assert take_development(others, 15_000) == [others[-2], others[-4]]  # then there are more than 15,000
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_nanochats_schedules_are_those_of_its_script() -> None:
+    from peers import nanochat_momentum, nanochat_rate_share
+
+    rates = [nanochat_rate_share(step, 1000) for step in (0, 39, 40, 350, 675, 1000)]
+    assert rates == pytest.approx([1 / 40, 1, 1, 1, 0.5 + 0.5 * 0.05, 0.05])
+    momenta = [nanochat_momentum(step, 2000) for step in (0, 200, 400, 700, 1350, 2000)]
+    assert momenta == pytest.approx([0.85, 0.91, 0.97, 0.97, 0.935, 0.90])
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_a_peer_is_scored_at_its_lowest_validation_loss_too() -> None:
+    from quality import Peer, train_peer
+
+    class Falling(torch.nn.Module):
+        """A weight that falls by 1 in each step, and is the best at -5."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    class Zeros:
+        def __len__(self) -> int:
+            return 1000
+
+        def read(self, start: int, n: int) -> Any:
+            return torch.zeros(n, dtype=torch.int64).numpy()
+
+    model, steps = Falling(), []
+    peer = Peer(
+        settings={},
+        model=model,
+        loss_of_batch=lambda inputs, targets: model.weight * 1,
+        validation_loss=lambda inputs, targets: (model.weight + 5).abs(),
+        logits=lambda ids: ids,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        set_rates=lambda step, n_steps: steps.append((step, n_steps)),
+        context_length=4,
+        batch_size=2,
+        grad_clip=None,
+        autocast=torch.float32,
+    )
+    streams: Any = {"train": Zeros(), "val": Zeros()}
+    figures, curve, best = train_peer(peer, streams, 1.0, torch.device("cpu"), 0, max_steps=9)
+    assert (figures["steps"], figures["tokens"]) == (9, 72)
+    assert steps == [(step, 9) for step in range(9)]
+    assert [val_loss for _, _, val_loss in curve] == [2, 1, 0, 1, 2, 3, 4]  # after steps 3 to 9
+    assert [epochs for epochs, _, _ in curve][-1] == 9 / (249 // 2)
+    assert (best["weight"], model.weight) == (-5, -9)
+
+
+def figures_of(end: float, best: float, last_val_loss: float, best_val_loss: float) -> dict[str, Any]:
+    bits = {"end": end, "best": best}
+    return {"bits_per_char": bits, "last_val_loss": last_val_loss, "best_val_loss": best_val_loss}
+
+
+@pytest.mark.usefixtures("benchmark_modules")
+def test_the_variant_with_the_lowest_validation_loss_counts_and_seeds_are_averaged() -> None:
+    from aozora import TRACKS, compare
+
+    found = {
+        "ours": {"auto, seed 1": figures_of(4.0, 4.0, 5.01, 5.0), "auto, seed 2": figures_of(4.2, 4.1, 5.0, 5.0)},
+        "before": {"auto, seed 1": figures_of(5.0, 4.4, 9.0, 6.0)},
+        "nanochat": {  # the second would have fewer bits per character
+            "3x128, rates x 1, seed 1": figures_of(4.8, 4.3, 6.0, 5.5),
+            "3x128, rates x 3, seed 1": figures_of(4.6, 4.2, 6.0, 5.6),
+        },
+    }
+    result = compare(found, TRACKS["1M"])
+    assert result["fewer_bits_per_char_than"]["before"] == pytest.approx({"end": 0.18, "best": 1 - 4.1 / 4.4}, abs=1e-4)
+    assert result["fewer_bits_per_char_than"]["nanochat"]["best"] == pytest.approx(1 - 4.1 / 4.3, abs=1e-4)
+    assert result["goals"] == {
+        "the last validation loss of each run of ours within 0.5 % of its best": True,
+        "at least 13% fewer bits per character than before at its end": True,
+        "at least 5% fewer bits per character than before at its best": True,
+        "at least 5% fewer bits per character than nanochat at its best": False,
+    }
+    found["ours"]["auto, seed 2"]["last_val_loss"] = 5.03
+    goals = compare(found, TRACKS["350k"])["goals"]
+    assert list(goals.values()) == [False, True]
+
+
+AOZORA = ("--track", "sample", "--jsonl_path", SAMPLE, "--heldout_path", SAMPLE, "--vocab_size", 500, "--device", "cpu")
+
+
+@pytest.mark.slow
+def test_aozora_trains_the_peers_on_a_fixed_list_and_adds_to_its_result(
+    results: Path, tmp_path: Path, nanogpt: Path, nanochat: Path
+) -> None:
+    flags = (*AOZORA, "--work_dir", tmp_path / "work", "--nanogpt_dir", nanogpt, "--nanochat_dir", nanochat)
+    sizes = ("--nanogpt_sizes", "1x64", "--nanochat_sizes", "1x64", "--nanochat_rates", 1, 3)
+    first = result_of(
+        call_command, "aozora_sample", results, "aozora.py", *flags, *sizes, "--contenders", "nanogpt", "nanochat"
+    )
+    assert {name: list(runs) for name, runs in first["contenders"].items()} == {
+        "nanogpt": ["1x64, seed 123"],
+        "nanochat": ["1x64, rates x 1, seed 123", "1x64, rates x 3, seed 123"],
+    }
+    for runs in first["contenders"].values():
+        for figures in runs.values():
+            assert figures["steps"] == 20
+            assert figures["last_val_loss"] == figures["curve"][-1][2]
+            assert 0 < figures["bits_per_char"]["best"] < 11
+    slow, fast = first["contenders"]["nanochat"].values()
+    assert fast["last_val_loss"] < slow["last_val_loss"] < math.log(500)
+    matrices = {layers: 12 * layers * width**2 + 500 * width for layers, width in ((12, 768), (1, 64))}
+    assert slow["weight_decay"] == pytest.approx(0.28 / 16 * matrices[12] / matrices[1], abs=1e-4)
+
+    again = (*flags, "--contenders", "nanogpt", "--nanogpt_sizes", "1x64", "--seeds", 7)
+    second = result_of(call_command, "aozora_sample", results, "aozora.py", *again)
+    assert second["contenders"]["nanochat"] == first["contenders"]["nanochat"]
+    assert list(second["contenders"]["nanogpt"]) == ["1x64, seed 123", "1x64, seed 7"]
+    refused = call_command("benchmarks/aozora.py", *again, "--minutes", 3)
+    assert_user_error(refused, "measured with minutes 5, not 3")
+
+
+@pytest.mark.slow
+def test_aozora_compares_ours_with_an_earlier_checkout(results: Path, tmp_path: Path) -> None:
+    flags = (*AOZORA, "--work_dir", tmp_path / "work", "--before_dir", ROOT, "--contenders", "ours", "before")
+    found = result_of(call_command, "aozora_sample", results, "aozora.py", *flags)
+    ours, before = (found["contenders"][name]["auto, seed 123"] for name in ("ours", "before"))
+    assert ours["bits_per_char"]["end"] == pytest.approx(before["bits_per_char"]["end"], rel=0.1)  # the same project
+    for figures in (ours, before):
+        assert figures["steps"] == 20
+        assert figures["epochs"] == figures["curve"][-1][0]
+    n_tokens = json.loads((tmp_path / "work/sample/tokens_500/manifest.json").read_bytes())["train"]["tokens"]
+    (state,) = (tmp_path / "work/sample/before_123").glob("step_*/state.json")
+    settings = json.loads(state.read_bytes())["settings"]
+    assert settings["eval_freq"] == settings["save_ckpt_freq"] == n_tokens // (before["tokens"] // 20)  # an epoch
+    assert found["goals"].keys() == {"the last validation loss of each run of ours within 0.5 % of its best"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--contenders", "gpt5"), "gpt5 is none of ours, before"),
+        (("--contenders", "before"), "--before_dir is needed"),
+        (("--contenders", "nanogpt", "--nanogpt_dir", "none"), "none holds no model.py"),
+        (("--contenders", "ours", "--development"), "either --heldout_path"),
+        (("--contenders", "ours", "--seeds", "x"), "--seeds x"),
+        (("--contenders", "ours", "--nanochat_rates", "0"), "--nanochat_rates 0"),
+        (("--contenders", "ours", "--nanogpt_sizes", "4x100"), "4x100"),
+        (("--contenders", "ours", "--track", "350k"), "the list 350k, not its 62"),
+    ],
+)
+def test_flags_that_aozora_refuses(results: Path, tmp_path: Path, flags: tuple[object, ...], named: str) -> None:
+    result = call_command("benchmarks/aozora.py", *AOZORA, "--work_dir", tmp_path / "work", *flags)
+    assert_user_error(result, named)
+    assert not results.exists()
+    assert not (tmp_path / "work").exists()

@@ -12,7 +12,17 @@ from conftest import ROOT, SAMPLE_TOKENIZER, environment, write_jsonl
 RESULTS = ("gpu_check.json", "train_speed_500.json", "quality_metrics.jsonl", "evaluation.json", "parallel_check.json")
 PARTS = ("check", "speed", "quality", "evaluation", "parallel")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NO_VARIABLES = dict.fromkeys(("DATA_DIR", "TOKENIZER_PATH", "TEXT_PATH", "NANOGPT_DIR", "WORK_DIR"), "")
+VARIABLES = (
+    "DATA_DIR",
+    "TOKENIZER_PATH",
+    "TEXT_PATH",
+    "NANOGPT_DIR",
+    "WORK_DIR",
+    "JSONL_PATH",
+    "HELDOUT",
+    "BEFORE_DIR",
+)
+NO_VARIABLES = dict.fromkeys((*VARIABLES, "PARTS", "AOZORA_MINUTES"), "")
 
 
 def run_suite(output: Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
@@ -117,3 +127,19 @@ def test_without_torch_it_prints_an_error(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_part_aozora_runs_alone(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    result = run_suite(output, tmp_path, PARTS="aozora")
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((output / "aozora_sample.json").read_bytes())
+    assert found["contenders"]["ours"]["auto, seed 123"]["steps"] == 20
+    assert [path.name for path in output.glob("*.done")] == ["aozora_ours.done"]
+
+
+def test_the_part_aozora_is_skipped_without_its_corpus(tmp_path: Path) -> None:
+    result = run_suite(tmp_path / "out", tmp_path, PARTS="aozora", TINY="")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "== aozora: skipped; it needs a GPU, and the paths JSONL_PATH and HELDOUT\n"
