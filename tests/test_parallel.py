@@ -158,7 +158,7 @@ def test_a_chain_by_two_processes_is_that_of_one(tmp_path: Path, shards: Path, p
     result = run_command("pretraining.py", *arguments(shards, tmp_path / "alone", 4, *chain))
     assert result.returncode == 0, result.stderr
     output = tmp_path / "pair"
-    result = finish(start(torchrun(2, *arguments(shards, output, 2, *chain, "--parallel", parallel))))
+    result = finish(start(torchrun(2, *arguments(shards, output, 2, *chain, "--parallel", parallel))), timeout=400)
     assert result.returncode == 0, result.stderr
     assert f"x 2 processes ({parallel})" in result.stdout
     assert result.stdout.count("teacher: ") == 1
