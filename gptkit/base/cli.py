@@ -127,6 +127,13 @@ def check_bounds(config: Any) -> None:
         _check_bounds(field, getattr(config, field.name))
 
 
+def as_flag(name: str, value: Any) -> str:
+    """Return the argument that gives a setting this value."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
+
+
 def replace_setting(config: Config, name: str, value: str) -> Config:
     """Return a copy of the settings with one replaced, from the text that its flag would take.
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from gptkit.base.cli import setting
+from gptkit.base.cli import UserError, as_flag, parse, setting
 from gptkit.base.files import as_dict
 from gptkit.data.batches import Shuffle
 
@@ -126,20 +126,15 @@ def describe_recipe(recipe: Recipe, reading: Reading) -> str:
 def saved_recipe(settings: RecipeSettings, state: Mapping[str, Any]) -> Recipe:
     """Return the recipe of the run whose state is given, with what the settings ask for now.
 
-    Versions before 0.2.0 kept only settings. Raises ValueError where the state is damaged.
+    Versions before 0.2.0 kept only settings. Raises UserError where the state is damaged.
     """
     saved = as_dict(as_dict(state.get("plan")).get("recipe")) or as_dict(state.get("settings"))
-    values: dict[str, Any] = {}
-    for field in fields(Recipe):
-        value = saved.get(field.name)
-        if value is None:
-            continue
-        if type(value) is int and type(field.default) is float:
-            value = float(value)
-        if type(value) is not type(field.default):
-            raise ValueError(f"{field.name} is {value!r}")
-        values[field.name] = value
-    return with_given(Recipe(**values), settings)
+    names = [field.name for field in fields(Recipe) if saved.get(field.name) is not None]
+    try:  # as flags, so that the bounds of flags hold for them
+        values = parse(RecipeSettings, [as_flag(name, saved[name]) for name in names])
+    except UserError as error:
+        raise UserError(f"the newest checkpoint is damaged ({error}); remove it to resume from an older one")
+    return with_given(with_given(Recipe(), values), settings)
 
 
 def with_given(recipe: Recipe, settings: RecipeSettings) -> Recipe:
