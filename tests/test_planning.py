@@ -1,5 +1,6 @@
 """training/planning.py: sharing the sequences of a step, runs of a known length by a fake clock, batches by hand."""
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -136,3 +137,55 @@ def test_a_batch_is_the_nearest_power_of_two(total_tokens: float, expected: int)
     n = sequences_per_step(total_tokens, 128)
     assert n == expected
     assert isinstance(n, int)
+
+
+def sizes_for(*widths: int) -> dict[str, GPTConfig]:
+    base = {"vocab_size": 64, "context_length": 128, "n_layers": 2, "n_heads": 1, "arch": "modern"}
+    return {str(width): GPTConfig(emb_dim=width, **base) for width in widths}  # type: ignore[arg-type]
+
+
+def plan_for(n_training_tokens: int, left_s: float = 1000.0) -> tuple[Plan, float]:
+    def tokens_per_s(model: GPTConfig) -> float:
+        return 1e11 / planning.flops_per_token(model)
+
+    return planning.plan_for_budget(
+        left_s, sizes_for(64, 128, 256, 512), tokens_per_s, n_training_tokens, "cpu", None, None
+    )
+
+
+def test_little_text_gets_a_smaller_model_than_new_text_in_the_same_time(capsys: pytest.CaptureFixture[str]) -> None:
+    new_text, total_tokens = plan_for(10**9)
+    assert f"{total_tokens:,.0f} new tokens" in capsys.readouterr().out  # each of them is new
+    little_text, _ = plan_for(100_000)
+    assert little_text.model.emb_dim < new_text.model.emb_dim
+    output = capsys.readouterr().out
+    assert "chosen: " + str(little_text.model.emb_dim) in output
+    # However long it is read, a text is worth 16.4 times its tokens, and the model stays in proportion to that.
+    forever, _ = plan_for(100_000, left_s=1e6)
+    n_parameters = planning.n_block_parameters(forever.model)
+    assert 16.4 * 100_000 / n_parameters >= planning.TOKENS_PER_PARAMETER
+    larger = planning.n_block_parameters(sizes_for(2 * forever.model.emb_dim).popitem()[1])
+    assert 16.4 * 100_000 / larger < planning.TOKENS_PER_PARAMETER
+
+
+@pytest.mark.parametrize(
+    ("limits", "total_tokens", "n_epochs"),
+    [
+        ({}, math.inf, 1.0),
+        ({"n_epochs": 16}, math.inf, 16.0),
+        ({"max_tokens": 5000}, math.inf, 5.0),
+        ({"max_steps": 100, "n_epochs": 3}, math.inf, 3.0),
+        ({"max_steps": 100}, math.inf, 100 * 8 * 4 / 1000),
+        ({}, 20_000.0, 20.0),
+        ({"n_epochs": 2}, 20_000.0, 2.0),
+        ({"n_epochs": 30}, 20_000.0, 20.0),
+    ],
+)
+def test_how_often_the_text_will_be_read(
+    limits: dict[str, int], total_tokens: float, n_epochs: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = TrainingSettings(data_dir="text", **limits)
+    plan = planning.finish_plan(Plan(MODEL, 8, 1), settings, 1000, total_tokens)
+    assert f"is read {n_epochs:.1f} times" in capsys.readouterr().out
+    assert (plan.recipe.shuffle == "documents") == (n_epochs >= 4)
+    assert plan.model.drop_rate == plan.recipe.drop_rate
