@@ -174,7 +174,7 @@ def test_little_text_gets_a_smaller_model_than_new_text_in_the_same_time(capsys:
         ({}, math.inf, 1.0),
         ({"n_epochs": 16}, math.inf, 16.0),
         ({"max_tokens": 5000}, math.inf, 5.0),
-        ({"max_steps": 100, "n_epochs": 3}, math.inf, 3.0),
+        ({"max_steps": 100, "n_epochs": 2}, math.inf, 2.0),
         ({"max_steps": 100}, math.inf, 100 * 8 * 4 / 1000),
         ({}, 20_000.0, 20.0),
         ({"n_epochs": 2}, 20_000.0, 2.0),
@@ -187,5 +187,5 @@ def test_how_often_the_text_will_be_read(
     settings = TrainingSettings(data_dir="text", **limits)
     plan = planning.finish_plan(Plan(MODEL, 8, 1), settings, 1000, total_tokens)
     assert f"is read {n_epochs:.1f} times" in capsys.readouterr().out
-    assert (plan.recipe.shuffle == "documents") == (n_epochs >= 4)
+    assert (plan.recipe.shuffle == "documents") == (n_epochs >= 3)
     assert plan.model.drop_rate == plan.recipe.drop_rate

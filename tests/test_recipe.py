@@ -28,12 +28,12 @@ def test_few_epochs_keep_the_recipe_of_one(n_epochs: float) -> None:
     assert choose(n_epochs) == Recipe()
 
 
-def test_what_many_epochs_shrink_by_is_the_same_per_epoch_for_any_text_batch_and_rate() -> None:
+def test_weights_shrink_by_the_same_share_per_epoch_for_any_text_batch_and_rate() -> None:
     for n_tokens, tokens_per_step in ((500_000, 2048), (500_000, 512), (30_000_000, 65_536)):
         found = choose(16, n_tokens, tokens_per_step)
         steps_per_epoch = n_tokens / tokens_per_step
         for lr, decay in ((LR, found.weight_decay), (ADAM_LR, found.embedding_decay)):
-            assert lr * decay * steps_per_epoch == pytest.approx(recipe.SHRINKAGE, rel=0.01)
+            assert lr * decay * steps_per_epoch == pytest.approx(4 * recipe.SHRINKAGE, rel=0.01)
         assert found.shuffle == "documents"
         assert found.drop_rate == recipe.DROP_RATE
         assert found.average_epochs == pytest.approx(16 * recipe.AVERAGE_SHARE, rel=0.01)

@@ -1,6 +1,6 @@
 """The recipe of a run: what its flags leave open about regularization, schedules and averaging, and how it is chosen.
 
-A text that is read less than about MANY_EPOCHS times needs no regularization: Muennighoff et al. 2023 (arXiv 2305.16264)
+A text that is read less than about MANY_EPOCHS times needs no regularization; Muennighoff et al. 2023 (arXiv 2305.16264)
 find up to four epochs nearly as good as new text.
 """
 
@@ -13,14 +13,15 @@ from gptkit.base.cli import UserError, as_flag, parse, setting
 from gptkit.base.files import as_dict
 from gptkit.data.batches import Shuffle
 
-MANY_EPOCHS = 4.0  # of them, or more: the regularized recipe
-# How much the weights shrink per epoch at the peak rate, as an exponent: rate x decay x steps per epoch. One number fits
-# texts, batches and rates of any size; of those tried 2.5 was the best (docs/recipe.md), and the optima of Kim et al. 2025,
-# "Pre-training under infinite compute" (arXiv 2509.14786), lie at 1.9 to 5.1.
-SHRINKAGE = 2.5
+MANY_EPOCHS = 3.0  # of them, or more: the regularized recipe
+# How much the weights shrink per epoch at the peak rate, as an exponent: rate x decay x steps per epoch. It fits texts,
+# batches and rates of any size, and grows with the square root of the epochs: of those tried 1 to 1.5 was the best for 4
+# epochs and 2.5 for 16. The 16-epoch optima of Kim et al. 2025, "Pre-training under infinite compute" (arXiv 2509.14786),
+# lie at 1.9 to 5.1.
+SHRINKAGE = 0.65
 DROP_RATE = 0.1
-AVERAGE_SHARE = 0.09  # of the epochs of a run
 MAX_USEFUL_EPOCHS = 40.0
+AVERAGE_SHARE = 0.09  # of the epochs of a run
 # Reading a token again is worth less each time, by this time constant in epochs (Muennighoff et al., section 4).
 REPETITION_EPOCHS = 15.4
 
@@ -97,7 +98,7 @@ def choose_recipe(settings: RecipeSettings, reading: Reading, lr: float, adam_lr
     """Return the recipe for a run, with what the settings ask for; lr and adam_lr are the peak rates."""
     recipe = Recipe()
     if reading.n_epochs >= MANY_EPOCHS:
-        per_rate = SHRINKAGE * reading.tokens_per_step / reading.n_tokens
+        per_rate = SHRINKAGE * reading.n_epochs**0.5 * reading.tokens_per_step / reading.n_tokens
         recipe = replace(
             recipe,
             drop_rate=DROP_RATE,
