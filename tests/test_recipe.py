@@ -35,8 +35,12 @@ def test_weights_shrink_by_the_same_share_per_epoch_for_any_text_batch_and_rate(
         for lr, decay in ((LR, found.weight_decay), (ADAM_LR, found.embedding_decay)):
             assert lr * decay * steps_per_epoch == pytest.approx(4 * recipe.SHRINKAGE, rel=0.01)
         assert found.shuffle == "documents"
-        assert found.drop_rate == recipe.DROP_RATE
+        assert found.drop_rate == 0.1
         assert found.average_epochs == pytest.approx(16 * recipe.AVERAGE_SHARE, rel=0.01)
+
+
+def test_dropout_grows_with_the_epochs_up_to_a_bound() -> None:
+    assert [choose(n_epochs).drop_rate for n_epochs in (4, 8, 1000)] == [0.025, 0.05, 0.2]
 
 
 def test_a_flag_wins_also_where_it_is_zero() -> None:
