@@ -70,12 +70,14 @@ def train_ours(
 ) -> dict[str, Any]:
     """Run a project's pretraining.py for so long, from the beginning, and return its figures.
 
-    `flags` are added to those for the data and the dial, or replace them; `variables` are added to the environment.
+    `flags` are added to those for the data and the dial, or replace them (None: leave it out); `variables` are added to the
+    environment.
     """
     shutil.rmtree(output_dir, ignore_errors=True)
     where = {"data_dir": data / "text_is_not_needed", "pretokenized_dir": data, "output_dir": output_dir}
     fixed = {"tokenizer": "sentencepiece", "tokenizer_path": tokenizer, "budget_minutes": minutes, "model_size": "auto"}
-    command = [*script(str(project / "pretraining.py"), **{**where, **fixed, **flags}), "--use_pretokenized"]
+    given = {name: value for name, value in {**where, **fixed, **flags}.items() if value is not None}
+    command = [*script(str(project / "pretraining.py"), **given), "--use_pretokenized"]
     elapsed_s = run_logged(command, output_dir.with_suffix(".log"), **(variables or {}))
     metrics = read_metrics(output_dir)
     (checkpoint,) = sorted(output_dir.glob("step_*"))[-1:]

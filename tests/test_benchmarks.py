@@ -492,3 +492,22 @@ def test_flags_that_aozora_refuses(results: Path, tmp_path: Path, flags: tuple[o
     assert_user_error(result, named)
     assert not results.exists()
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
+def test_ingredients_are_compared_with_the_recipe_of_the_planner(results: Path, tmp_path: Path) -> None:
+    flags = ("--track", "sample", "--jsonl_path", SAMPLE, "--work_dir", tmp_path / "work", "--vocab_size", 500)
+    flags = (*flags, "--model_size", "nano", "--n_epochs", 3, "--max_steps", 4)
+    name = "ingredients_sample_nano_3"
+    rows = ("--rows", "decay 0.1 of the matrices", "no dropout")
+    first = result_of(call_command, name, results, "ingredients.py", *flags, *rows)
+    assert first["more_bits_per_char_than_the_base"] == {}
+    found = result_of(call_command, name, results, "ingredients.py", *flags, "--rows", "the planner's recipe")
+    assert list(found["rows"]) == ["the planner's recipe", "decay 0.1 of the matrices", "no dropout"]
+    (base,) = found["rows"]["the planner's recipe"].values()
+    assert 0 < base["bits_per_char"]["averaged"] < 20
+    more = found["more_bits_per_char_than_the_base"]
+    (other,) = found["rows"]["no dropout"].values()
+    expected = other["bits_per_char"]["averaged"] / base["bits_per_char"]["averaged"] - 1
+    assert more["no dropout"] == pytest.approx(expected, abs=1e-4)
+    assert_user_error(call_command("benchmarks/ingredients.py", *flags, "--rows", "luck"), "luck")

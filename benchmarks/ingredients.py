@@ -1,0 +1,135 @@
+"""Measure what each ingredient of the recipe for many epochs gives: one changed at a time, in bits per character.
+
+All runs have the same model, text and number of steps, so that they may run side by side on a busy machine (--jobs).
+They are scored on the development works of aozora_lists.py, whose authors wrote nothing of the text: by their last
+weights, and by the averaged ones. Times are given, but are those of a machine that does other things too.
+
+    python benchmarks/ingredients.py --jsonl_path SUBSET --work_dir WORK
+    python benchmarks/ingredients.py --jsonl_path SUBSET --work_dir WORK --rows "no dropout" --seeds 1 2 3
+"""
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+from aozora_lists import DEVELOPMENT, prepare_documents
+from machine import log, machine, result_path, save_result
+from quality import evaluate_ours, prepare_tokens, train_ours
+
+from gptkit.base.cli import UserError, run_command, setting
+
+BASE = "the planner's recipe"
+ROWS: dict[str, dict[str, object]] = {
+    BASE: {},
+    "the recipe of one epoch": {
+        "drop_rate": 0, "weight_decay": 0.1, "embedding_decay": 0, "shuffle": "windows", "average_epochs": 0,
+    },
+    "no decay of embedding and head": {"embedding_decay": 0},
+    "decay 0.1 of the matrices": {"weight_decay": 0.1},
+    "no dropout": {"drop_rate": 0},
+    "dropout 0.2": {"drop_rate": 0.2},
+    "windows in a new order, not documents": {"shuffle": "windows"},
+    "5 % of the input tokens replaced": {"replace_rate": 0.05},
+    "average over half an epoch": {"average_epochs": 0.5},
+    "average over four epochs": {"average_epochs": 4},
+    "half of both learning rates": {"lr": 0.01, "adam_lr": 0.01},
+    "AdamW (lr 4e-3) in place of Muon": {"optimizer": "adamw", "lr": "4e-3"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngredientsConfig:
+    """Measure what each ingredient of the recipe for many epochs gives, one changed at a time."""
+
+    track: Literal["sample", "350k", "1M"] = setting("350k", "the list of documents, of aozora.py")
+    model_size: str = setting("micro", "the model of all runs")
+    n_epochs: int = setting(16, "passes over the text", at_least=1)
+    rows: tuple[str, ...] = setting((), "ingredients to measure now (default: all)")
+    seeds: tuple[str, ...] = setting(("1",), "seeds, for a run of each")
+    jobs: int = setting(2, "runs at a time, each with one thread", at_least=1)
+    jsonl_path: str = setting(help="the JSONL of the subset", group="data")
+    work_dir: str = setting(help="folder for tokens and checkpoints", group="data")
+    vocab_size: int = setting(4096, "pieces of the tokenizer", group="data")
+    max_steps: int | None = setting(None, "steps of a run, for a test", at_least=1, group="data")
+
+
+def main(config: IngredientsConfig) -> None:
+    rows = list(config.rows or ROWS)
+    unknown = next((row for row in rows if row not in ROWS), None)
+    if unknown:
+        raise UserError(f"--rows {unknown!r} is none of {', '.join(map(repr, ROWS))}")
+    folder = Path(config.work_dir) / config.track
+    heldout = config.jsonl_path if config.track == "sample" else None
+    text_path = prepare_documents(config.track, config.jsonl_path, heldout, folder)
+    tokenizer, data = prepare_tokens(folder / "text", folder, config.vocab_size)
+    name = f"ingredients_{config.track}_{config.model_size}_{config.n_epochs}"
+    conditions = {name: getattr(config, name) for name in ("track", "model_size", "n_epochs", "vocab_size")}
+    conditions |= {"scored_on": DEVELOPMENT}
+    found = earlier_rows(name, conditions)
+
+    def measure(row: str, seed: str) -> None:
+        output_dir = folder / f"ingredient_{list(ROWS).index(row)}_{seed}"
+        flags: dict[str, object] = {
+            "budget_minutes": None,
+            "model_size": config.model_size,
+            "n_epochs": config.n_epochs,
+            "seed": seed,
+        }
+        flags |= {"max_steps": config.max_steps, "device": "cpu", "eval_freq": 100, **ROWS[row]}
+        trained = train_ours(data, tokenizer, 0.0, output_dir, flags, variables={"OMP_NUM_THREADS": "1"})
+        bits = {
+            which: round(evaluate_ours(output_dir, text_path, {"checkpoint": which, "device": "cpu"}), 4)
+            for which in ("newest", "averaged")
+        }
+        losses = [report["val_loss"] for report in trained["reports"]]
+        figures = {"bits_per_char": bits, "val_loss": losses[-1], "best_val_loss": min(losses)}
+        found.setdefault(row, {})[f"seed {seed}"] = figures | {"seconds": trained["seconds"]}
+        log(f"{row}, seed {seed}: {bits}")
+
+    with ThreadPoolExecutor(config.jobs) as pool:
+        runs = [pool.submit(measure, row, seed) for seed in config.seeds for row in rows]
+        for run in runs:
+            run.result()
+            content = save_result(name, conditions | {"rows": in_order(found)} | against_base(found))
+    print(content, end="")
+
+
+def in_order(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rows in the order of ROWS."""
+    return {row: dict(found[row]) for row in ROWS if row in found}
+
+
+def earlier_rows(name: str, conditions: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the rows that are in the result file. Raises UserError where they are of another machine or other conditions."""
+    path = result_path(name)
+    if not path.exists():
+        return {}
+    result = json.loads(path.read_bytes())
+    if any(result.get(key) != value for key, value in {**conditions, "machine": machine()}.items()):
+        raise UserError(f"{path} was measured otherwise; remove it, or name another folder in RESULTS_DIR")
+    rows: dict[str, dict[str, Any]] = result["rows"]
+    return rows
+
+
+def against_base(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return by how much each row has more bits per character than BASE, averaged weights against averaged weights.
+
+    Where both have the same seeds, only those count.
+    """
+    more = {}
+    for row, runs in found.items():
+        seeds = runs.keys() & found.get(BASE, {}).keys()
+        if seeds and row != BASE:
+            bits = [
+                mean(figures[seed]["bits_per_char"]["averaged"] for seed in seeds) for figures in (runs, found[BASE])
+            ]
+            more[row] = round(bits[0] / bits[1] - 1, 4)
+    return {"more_bits_per_char_than_the_base": more}
+
+
+if __name__ == "__main__":
+    run_command(IngredientsConfig, main)
