@@ -447,7 +447,7 @@ def test_aozora_trains_the_peers_on_a_fixed_list_and_adds_to_its_result(
         "--nanochat_dir",
         nanochat,
     )
-    sizes = ("--nanogpt_sizes", "1x64", "--nanochat_sizes", "1x64", "--nanochat_rates", 1, 3)
+    sizes = ("--nanogpt_sizes", "1x64", "--nanochat_sizes", "1x64", "--nanochat_rates", 1, 3, "--no-compile_peers")
     first = result_of(
         call_command, "aozora_sample", results, "aozora.py", *flags, *sizes, "--contenders", "nanogpt", "nanochat"
     )
