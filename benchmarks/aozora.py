@@ -10,7 +10,8 @@ lowest validation loss, which is that of a hundredth of the track's own text:
 - before: the same command of an earlier checkout of this project (--before_dir). It reports and saves once per epoch,
   so that its best epoch is there to be scored; it has no recipe for many epochs.
 - nanogpt, nanochat: their models and recipes (peers.py). The sizes and rates to try are flags, and the one with the
-  lowest validation loss counts. They count training alone; ours also starting, planning, reports and checkpoints.
+  lowest validation loss counts. They count training alone, not the compiler's work; ours also starting, planning,
+  reports and checkpoints.
 
 The rules: one stock model at the end, no other text, no choosing by the held-out works (--development scores on other
 works, for choosing settings), and three seeds where a difference is claimed. A contender may be run alone: its runs are
@@ -97,7 +98,9 @@ class AozoraConfig:
     nanochat_dir: str | None = setting(None, "a checkout of nanochat", group="contenders")
     nanochat_sizes: tuple[str, ...] = setting(("3x128",), "layers x width", group="contenders")
     nanochat_rates: tuple[str, ...] = setting(("1", "3"), "factors of its learning rates", group="contenders")
-    compile_peers: bool | None = setting(None, "torch.compile the peers (default: on CUDA)", group="contenders")
+    compile_peers: bool | None = setting(
+        None, "torch.compile the peers (default: nanochat always, nanoGPT on CUDA)", group="contenders"
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="device")
 
 
@@ -227,7 +230,7 @@ def run_nanogpt(setup: Setup, seed: int) -> Iterator[tuple[str, dict[str, Any]]]
     config, folder = setup.config, Path(setup.config.nanogpt_dir or "")
     for size in config.nanogpt_sizes:
         build = functools.partial(nanogpt, folder, config.vocab_size, size)
-        yield size, train_other(setup, seed, folder, build)
+        yield size, train_other(setup, seed, folder, build, compile=setup.device.type == "cuda")
 
 
 def run_nanochat(setup: Setup, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -235,16 +238,19 @@ def run_nanochat(setup: Setup, seed: int) -> Iterator[tuple[str, dict[str, Any]]
     config, folder = setup.config, Path(setup.config.nanochat_dir or "").resolve()
     for size, rate in itertools.product(config.nanochat_sizes, map(float, config.nanochat_rates)):
         build = functools.partial(nanochat, folder, config.vocab_size, size, rate)
-        yield f"{size}, rates x {rate:g}", train_other(setup, seed, folder, build)
+        yield f"{size}, rates x {rate:g}", train_other(setup, seed, folder, build, compile=True)
 
 
 RUNNERS = {OURS: run_ours, BEFORE: run_before, NANOGPT: run_nanogpt, NANOCHAT: run_nanochat}
 
 
-def train_other(setup: Setup, seed: int, folder: Path, build: Callable[..., Peer]) -> dict[str, Any]:
-    """Train and score a peer, which `build` makes for a device, a dtype, and compiled or not; return its figures."""
-    device, compile = setup.device, setup.config.compile_peers
-    compile = device.type == "cuda" if compile is None else compile
+def train_other(setup: Setup, seed: int, folder: Path, build: Callable[..., Peer], compile: bool) -> dict[str, Any]:
+    """Train and score a peer, which `build` makes for a device, a dtype, and compiled or not; return its figures.
+
+    `compile` is what its project does; --compile_peers decides otherwise.
+    """
+    device, wanted = setup.device, setup.config.compile_peers
+    compile = compile if wanted is None else wanted
     dtype = devices.choose_dtype("auto", device, training=True)  # that of ours
     if dtype == torch.float16:  # it needs a scaler, which they are not given
         dtype = torch.float32

@@ -105,8 +105,8 @@ if [ "${PARTS:-}" = aozora ]; then
   minutes=${AOZORA_MINUTES:-8}
   aozora=(--track 50M --jsonl_path "$JSONL_PATH" --heldout_path "$HELDOUT" --minutes "$minutes")
   if [ -n "$TINY" ]; then
-    sample=$PWD/dataset/sample/sample.jsonl
-    aozora=(--track sample --jsonl_path "$sample" --heldout_path "$sample" --vocab_size 500)
+    head -n 2 dataset/sample/sample.jsonl >"$WORK_DIR/heldout.jsonl"
+    aozora=(--track sample --jsonl_path dataset/sample/sample.jsonl --heldout_path "$WORK_DIR/heldout.jsonl" --vocab_size 500)
   elif [ "$device" = cpu ] || [ -z "$JSONL_PATH" ] || [ -z "$HELDOUT" ]; then
     echo "== aozora: skipped; it needs a GPU, and the paths JSONL_PATH and HELDOUT"
     exit 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, assert_user_error, call_command, command, environment
+from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, assert_user_error, call_command, command, environment, write_jsonl
 
 TINY = ("--n_heads", 2, "--vocab_size", 500, "--context_length", 16, "--batch_size", 2, "--device", "cpu")
 # Stand-ins with the interfaces of the real ones.
@@ -424,15 +424,30 @@ def test_the_variant_with_the_lowest_validation_loss_counts_and_seeds_are_averag
     assert list(goals.values()) == [False, True]
 
 
-AOZORA = ("--track", "sample", "--jsonl_path", SAMPLE, "--heldout_path", SAMPLE, "--vocab_size", 500, "--device", "cpu")
+AOZORA = ("--track", "sample", "--jsonl_path", SAMPLE, "--vocab_size", 500, "--device", "cpu")
+
+
+def heldout_at(tmp_path: Path) -> tuple[object, ...]:
+    """Return the flag for a short held-out work."""
+    text = "　雨の朝、駅までの道は静かだった。\n傘の列がゆっくりと橋を渡る。"
+    return ("--heldout_path", write_jsonl(tmp_path / "heldout.jsonl", [text]))
 
 
 @pytest.mark.slow
 def test_aozora_trains_the_peers_on_a_fixed_list_and_adds_to_its_result(
     results: Path, tmp_path: Path, nanogpt: Path, nanochat: Path
 ) -> None:
-    flags = (*AOZORA, "--work_dir", tmp_path / "work", "--nanogpt_dir", nanogpt, "--nanochat_dir", nanochat)
-    sizes = ("--nanogpt_sizes", "1x64", "--nanochat_sizes", "1x64", "--nanochat_rates", 1, 3)
+    flags = (
+        *AOZORA,
+        *heldout_at(tmp_path),
+        "--work_dir",
+        tmp_path / "work",
+        "--nanogpt_dir",
+        nanogpt,
+        "--nanochat_dir",
+        nanochat,
+    )
+    sizes = ("--nanogpt_sizes", "1x64", "--nanochat_sizes", "1x64", "--nanochat_rates", 1, 3, "--no-compile_peers")
     first = result_of(
         call_command, "aozora_sample", results, "aozora.py", *flags, *sizes, "--contenders", "nanogpt", "nanochat"
     )
@@ -444,7 +459,7 @@ def test_aozora_trains_the_peers_on_a_fixed_list_and_adds_to_its_result(
         for figures in runs.values():
             assert figures["steps"] == 20
             assert figures["last_val_loss"] == figures["curve"][-1][2]
-            assert 0 < figures["bits_per_char"]["best"] < 11
+            assert 0 < figures["bits_per_char"]["best"] < 20  # they hardly learn in 20 steps
     slow, fast = first["contenders"]["nanochat"].values()
     assert fast["last_val_loss"] < slow["last_val_loss"] < math.log(500)
     matrices = {layers: 12 * layers * width**2 + 500 * width for layers, width in ((12, 768), (1, 64))}
@@ -460,7 +475,17 @@ def test_aozora_trains_the_peers_on_a_fixed_list_and_adds_to_its_result(
 
 @pytest.mark.slow
 def test_aozora_compares_ours_with_an_earlier_checkout(results: Path, tmp_path: Path) -> None:
-    flags = (*AOZORA, "--work_dir", tmp_path / "work", "--before_dir", ROOT, "--contenders", "ours", "before")
+    flags = (
+        *AOZORA,
+        *heldout_at(tmp_path),
+        "--work_dir",
+        tmp_path / "work",
+        "--before_dir",
+        ROOT,
+        "--contenders",
+        "ours",
+        "before",
+    )
     found = result_of(call_command, "aozora_sample", results, "aozora.py", *flags)
     ours, before = (found["contenders"][name]["auto, seed 123"] for name in ("ours", "before"))
     assert ours["bits_per_char"]["end"] == pytest.approx(before["bits_per_char"]["end"], rel=0.1)  # the same project
@@ -488,7 +513,9 @@ def test_aozora_compares_ours_with_an_earlier_checkout(results: Path, tmp_path: 
     ],
 )
 def test_flags_that_aozora_refuses(results: Path, tmp_path: Path, flags: tuple[object, ...], named: str) -> None:
-    result = call_command("benchmarks/aozora.py", *AOZORA, "--work_dir", tmp_path / "work", *flags)
+    result = call_command(
+        "benchmarks/aozora.py", *AOZORA, *heldout_at(tmp_path), "--work_dir", tmp_path / "work", *flags
+    )
     assert_user_error(result, named)
     assert not results.exists()
     assert not (tmp_path / "work").exists()
