@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from gpt_model import ARCHS, GPTConfig, GPTModel
 from gptkit.base.cli import UserError
 from gptkit.training import optimizers
+from gptkit.training.muon import orthogonalize
 from gptkit.training.optimizers import (
     HEAD_SHARE,
     VECTOR_SHARE,
     build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
-    orthogonalize,
     set_learning_rate,
 )
 from gptkit.training.planning import n_block_parameters
