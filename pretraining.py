@@ -41,7 +41,7 @@ from gptkit.training.guard import Guard
 from gptkit.training.identity import require_same_run, run_identity, warn_changed_settings
 from gptkit.training.loading import load_run_tokenizer
 from gptkit.training.loggers import import_logger, open_logger
-from gptkit.training.optimizers import set_learning_rate
+from gptkit.training.optimizers import set_schedules
 from gptkit.training.pace import Pace, is_finished
 from gptkit.training.planning import Plan, choose_plan
 from gptkit.training.run import (
@@ -144,7 +144,8 @@ def train(
     batches = run.batches.iterate_from(run.step, run.device)
     batch = next(batches)
     while True:
-        set_learning_rate(run.optimizer, pace.lr_multiplier(run.step) * guard.lr_scale)
+        lr = pace.lr_multiplier(run.step) * guard.lr_scale
+        set_schedules(run.optimizer, lr, pace.decay_multiplier(run.step), pace.momentum(run.step))
         step_loss = torch.zeros((), device=run.device)
         for micro_step in range(run.grad_accum_steps):
             with run.forward_context(is_last=micro_step == run.grad_accum_steps - 1):  # DDP's all-reduce, autocast
@@ -195,7 +196,7 @@ def start_session(run: Run, started_at: float, stop: StopSignals) -> tuple[Pace,
     """Compile and time a step, announce the run, and return its pace and its log."""
     step_s = run.compile()
     pace = Pace(
-        run.settings, run.batches, stop,
+        run.settings, run.plan.recipe, run.batches, stop,
         first_step=run.step, elapsed_s=run.elapsed_s, started_at=started_at, step_s=sum(step_s.values()),
     )  # fmt: skip
     require_disk_space(run)

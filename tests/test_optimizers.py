@@ -19,7 +19,7 @@ from gptkit.training.optimizers import (
     build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
-    set_learning_rate,
+    set_schedules,
 )
 from gptkit.training.planning import n_block_parameters
 
@@ -89,7 +89,7 @@ def test_each_parameter_is_in_one_group_of_its_settings(name: str, arch: str) ->
 def test_embedding_and_head_shrink_equally_by_the_decay_of_embeddings(arch: str) -> None:
     model = tiny_model(arch)
     optimizer = build_optimizer(model, "muon", LR, ADAM_LR, DECAY, embedding_decay=0.5)
-    set_learning_rate(optimizer, 1.0)
+    set_schedules(optimizer, 1.0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -114,9 +114,21 @@ def test_the_learning_rate_is_a_share_of_each_peak(name: str) -> None:
     kinds = kinds_of(model)
     names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
     for share in (0.25, 1.0, 0.5):
-        set_learning_rate(optimizer, share)
+        set_schedules(optimizer, share)
         for group in optimizer.param_groups:
             assert {share * PEAKS[name][kinds[names[id(p)]]] for p in group["params"]} == {group["lr"]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_decay_and_the_momentum_are_set_too(name: str) -> None:
+    """Each decay as a multiple of the group's own: none grows from step to step."""
+    optimizer = build_optimizer(tiny_model("modern"), name, LR, ADAM_LR, DECAY, embedding_decay=0.25)
+    own = [group["weight_decay"] for group in optimizer.param_groups]
+    for factor in (0.5, 2.0, 0.0, 1.0):
+        set_schedules(optimizer, 1.0, factor, 0.9)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [factor * decay for decay in own]
+    muon = [group["momentum"] for group in optimizer.param_groups if group.get("muon")]
+    assert muon == ([0.9] if name == "muon" else [])
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -127,7 +139,7 @@ def test_without_a_gradient_only_the_decay_acts(name: str, arch: str) -> None:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    set_learning_rate(optimizer, 1.0)
+    set_schedules(optimizer, 1.0)
     optimizer.step()
     kinds = kinds_of(model)
     for parameter_name, parameter in model.named_parameters():
@@ -218,22 +230,22 @@ def test_orthogonalize_treats_each_matrix_separately() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_muon_by_hand(arch: str, dtype: torch.dtype) -> None:
-    """Compute three steps at changing rates: momentum as a running mean, Nesterov's look-ahead, decay, the scale by shape."""
+    """Compute three steps at changing rates, decays and momenta: momentum as a running mean, Nesterov's look-ahead, decay, the scale by shape."""
     model = tiny_model(arch)
     optimizer = build_optimizer(model, "muon", LR, ADAM_LR, DECAY, dtype)
     named = block_matrices(model)
     expected = {name: parameter.detach().clone() for name, parameter in named.items()}
     momentum = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
-    for step, share in enumerate((0.5, 1.0, 0.2)):
+    for step, (share, decay, beta) in enumerate(((0.5, 1.0, 0.95), (1.0, 2.0, 0.9), (0.2, 0.5, 0.85))):
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)) * 10.0**-step
         for name, parameter in named.items():
-            momentum[name] = 0.95 * momentum[name] + 0.05 * parameter.grad
-            ahead = 0.95 * momentum[name] + 0.05 * parameter.grad
+            momentum[name] = beta * momentum[name] + (1 - beta) * parameter.grad
+            ahead = beta * momentum[name] + (1 - beta) * parameter.grad
             size = max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
             update = size * orthogonalize(ahead[None], dtype)[0]
-            expected[name] = expected[name] * (1 - share * LR * DECAY) - share * LR * update
-        set_learning_rate(optimizer, share)
+            expected[name] = expected[name] * (1 - share * LR * decay * DECAY) - share * LR * update
+        set_schedules(optimizer, share, decay, beta)
         optimizer.step()
     for name, parameter in named.items():
         atol = (
@@ -267,7 +279,7 @@ def test_muon_leaves_the_rest_to_adamw(arch: str) -> None:
     groups = [{"params": [p], "lr": MUON_PEAKS[kinds[n]]} for n, p in twin.named_parameters() if kinds[n] != "block"]
     theirs = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, foreach=False)
     ours = build_optimizer(model, "muon", LR, ADAM_LR, DECAY)
-    set_learning_rate(ours, 1.0)
+    set_schedules(ours, 1.0)
     assert_steps_equal(model, ours, twin, theirs, blocks=False)
 
 

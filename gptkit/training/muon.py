@@ -13,7 +13,6 @@ from gptkit.distributed.fsdp import full_tensor, local_shard, shard_like
 
 Group = dict[str, Any]  # one of Optimizer.param_groups
 
-MOMENTUM = 0.95
 # The factors p + q s^2 + r s^4 by which Muon's steps multiply a singular value s, step by step: Amsel et al. 2025, "The Polar
 # Express" (arXiv 2505.16932), algorithm 1's table for singular values from 1e-3 to 1.
 POLAR_EXPRESS = (
@@ -58,8 +57,8 @@ class MuonAdamW(torch.optim.AdamW):
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum, grad = local_shard(state["momentum"]), local_shard(parameter.grad)
-                momentum.lerp_(grad, 1 - MOMENTUM)
-                updates.append(full_tensor(grad.lerp(momentum, MOMENTUM), like=parameter))  # Nesterov's
+                momentum.lerp_(grad, 1 - group["momentum"])
+                updates.append(full_tensor(grad.lerp(momentum, group["momentum"]), like=parameter))  # Nesterov's
                 parameter.grad = None
             size = max(1.0, n_rows / n_columns) ** 0.5
             steps = orthogonalize(torch.stack(updates), self.dtype)

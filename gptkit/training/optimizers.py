@@ -18,6 +18,7 @@ from torch import nn
 from gptkit.base.cli import UserError
 from gptkit.distributed.fsdp import shard_like
 from gptkit.training.muon import Group, MuonAdamW
+from gptkit.training.schedules import MOMENTUM
 
 Optimizer = torch.optim.Optimizer
 
@@ -89,7 +90,7 @@ def build_optimizer(
     dtype: torch.dtype = torch.float32,
     embedding_decay: float = 0.0,
 ) -> Optimizer:
-    """Build the optimizer called `name` for a model; each of its groups has a "peak_lr".
+    """Build the optimizer called `name` for a model; each of its groups has a "peak_lr" and a "peak_decay".
 
     lr and adam_lr are peak rates. Raises UserError where its package is not installed.
     """
@@ -99,14 +100,19 @@ def build_optimizer(
     )
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    for group in optimizer.param_groups:
+        group["peak_decay"] = group["weight_decay"]
     cast(Any, optimizer).spec = spec
     return optimizer
 
 
-def set_learning_rate(optimizer: Optimizer, multiplier: float) -> None:
-    """Set each group's learning rate to `multiplier` (0 … 1) times its peak."""
+def set_schedules(optimizer: Optimizer, lr: float, decay: float = 1.0, momentum: float = MOMENTUM) -> None:
+    """Set each group's learning rate to `lr` times its peak, its weight decay to `decay` times its own, and Muon's momentum."""
     for group in optimizer.param_groups:
-        group["lr"] = multiplier * group["peak_lr"]
+        group["lr"] = lr * group["peak_lr"]
+        group["weight_decay"] = decay * group["peak_decay"]
+        if group.get("muon"):
+            group["momentum"] = momentum
 
 
 # AdamW
@@ -137,6 +143,7 @@ def _build_muon(parameters: ParameterGroups, settings: Hyperparameters, dtype: t
     groups: list[Group] = [
         {"params": parameters.blocks, "weight_decay": settings.weight_decay, "peak_lr": settings.lr, "muon": True}
     ]
+    groups[0]["momentum"] = MOMENTUM
     embeddings = [p for p in parameters.embeddings if p is not parameters.head]
     for share, decay, members in (
         (HEAD_SHARE, settings.embedding_decay / HEAD_SHARE, [parameters.head]),

@@ -109,7 +109,7 @@ class TrainingSettings(RecipeSettings):
     )
     min_lr: float | None = setting(
         None,
-        "learning rate at the end of the cosine (default: a twentieth of --lr)",
+        "learning rate at the end of the run (default: a twentieth of --lr)",
         at_least=0,
         group="optimizer",
     )
