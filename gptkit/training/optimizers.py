@@ -17,7 +17,7 @@ from torch import nn
 
 from gptkit.base.cli import UserError
 from gptkit.distributed.fsdp import shard_like
-from gptkit.training.muon import Group, MuonAdamW
+from gptkit.training.muon import Group, MuonAdamW, MuonScaling
 from gptkit.training.schedules import MOMENTUM
 
 Optimizer = torch.optim.Optimizer
@@ -40,6 +40,8 @@ class OptimizerSpec:
     warmup_share: float  # of the steps of a run
     n_moments: int  # tensors of a parameter's size in its state, at least: for the estimate of memory
     state_keys: Callable[[Group], tuple[str, ...]]  # the names of a parameter's state tensors, by its group
+    late_keys: tuple[str, ...] = ()  # those of the state_keys that a run may turn on later
+    recipe_flags: tuple[str, ...] = ()  # of a run's recipe, what other optimizers do not have
     is_slow_to_start: bool = False  # its first step costs far more than others: it is not timed before a run
     needs_full_matrices: bool = False  # its step cannot be computed on shards of them
     require_package: Callable[[], object] = lambda: None  # raises UserError where its package is missing
@@ -79,6 +81,8 @@ class Hyperparameters:
     adam_lr: float  # peak of the embedding, for an optimizer of matrices alone
     weight_decay: float
     embedding_decay: float = 0.0  # of embedding and head, for an optimizer of matrices alone
+    cautious_decay: bool = False
+    muon_scaling: MuonScaling = "none"
 
 
 def build_optimizer(
@@ -89,6 +93,8 @@ def build_optimizer(
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
     embedding_decay: float = 0.0,
+    cautious_decay: bool = False,
+    muon_scaling: MuonScaling = "none",
 ) -> Optimizer:
     """Build the optimizer called `name` for a model; each of its groups has a "peak_lr" and a "peak_decay".
 
@@ -96,7 +102,9 @@ def build_optimizer(
     """
     spec = OPTIMIZERS[name]
     optimizer = spec.build(
-        ParameterGroups.of(model), Hyperparameters(lr, adam_lr, weight_decay, embedding_decay), dtype
+        ParameterGroups.of(model),
+        Hyperparameters(lr, adam_lr, weight_decay, embedding_decay, cautious_decay, muon_scaling),
+        dtype,
     )
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
@@ -143,7 +151,7 @@ def _build_muon(parameters: ParameterGroups, settings: Hyperparameters, dtype: t
     groups: list[Group] = [
         {"params": parameters.blocks, "weight_decay": settings.weight_decay, "peak_lr": settings.lr, "muon": True}
     ]
-    groups[0]["momentum"] = MOMENTUM
+    groups[0] |= {"momentum": MOMENTUM, "scaling": settings.muon_scaling}
     embeddings = [p for p in parameters.embeddings if p is not parameters.head]
     for share, decay, members in (
         (HEAD_SHARE, settings.embedding_decay / HEAD_SHARE, [parameters.head]),
@@ -151,7 +159,16 @@ def _build_muon(parameters: ParameterGroups, settings: Hyperparameters, dtype: t
         (VECTOR_SHARE, 0.0, parameters.vectors),
     ):
         groups += [{"params": members, "weight_decay": decay, "peak_lr": share * settings.adam_lr, "muon": False}]
-    return MuonAdamW(groups, dtype, lr=settings.lr, betas=BETAS, eps=EPS, fused=parameters.can_fuse)
+    return MuonAdamW(
+        groups, dtype, settings.cautious_decay, lr=settings.lr, betas=BETAS, eps=EPS, fused=parameters.can_fuse
+    )
+
+
+def _muon_state(group: Group) -> tuple[str, ...]:
+    """Return the names of a parameter's state tensors."""
+    if not group["muon"]:
+        return ADAM_STATE
+    return ("momentum", "row_moment") if group["scaling"] == "neurons" else ("momentum",)
 
 
 # GaLore
@@ -223,7 +240,9 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         default_lr=0.02,
         warmup_share=0.02,
         n_moments=1,
-        state_keys=lambda group: ("momentum",) if group["muon"] else ADAM_STATE,
+        state_keys=_muon_state,
+        late_keys=("row_moment",),
+        recipe_flags=("cautious_decay", "muon_scaling", "momentum_warmup"),
     ),
     "adamw": OptimizerSpec(
         _build_adamw, default_lr=6e-4, warmup_share=0.05, n_moments=2, state_keys=lambda group: ADAM_STATE
@@ -269,6 +288,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
     for name, (parameter, group) in _named_parameters(model, optimizer).items():
         state = {}
         for key in spec.state_keys(group):
+            if key in spec.late_keys and f"{key}.{name}" not in tensors:
+                continue
             # A copy: the state is kept, and what is read is mapped into memory, which keeps the file open.
             tensor = tensors[f"{key}.{name}"].to(parameter.device, copy=True)
             tensor = shard_like(tensor, like=parameter) if tensor.shape == parameter.shape else tensor

@@ -12,6 +12,7 @@ from typing import Any
 from gptkit.base.cli import setting
 from gptkit.base.files import as_dict
 from gptkit.data.batches import Shuffle
+from gptkit.training.muon import MuonScaling
 from gptkit.training.schedules import DecaySchedule, LRSchedule
 
 MANY_EPOCHS = 4.0  # of them, or more: the regularized recipe
@@ -84,6 +85,15 @@ class RecipeSettings:
         " (default: constant)",
         group="regularization",
     )
+    cautious_decay: bool | None = setting(
+        None, "with muon: decay only weights that the step does not move away from zero", group="regularization"
+    )
+    muon_scaling: MuonScaling | None = setting(
+        None,
+        "with muon: normalize the rows of the momentum before it is orthogonalized (rows), or those of the step after it"
+        " (neurons, NorMuon) (default: none)",
+        group="optimizer",
+    )
     momentum_warmup: int | None = setting(
         None,
         "with muon: raise the momentum from 0.85 to 0.95 over the first so many steps (default: 0)",
@@ -105,6 +115,8 @@ class Recipe:
     lr_schedule: LRSchedule = "cosine"
     cooldown_share: float = 0.5
     decay_schedule: DecaySchedule = "constant"
+    cautious_decay: bool = False
+    muon_scaling: MuonScaling = "none"
     momentum_warmup: int = 0
 
 
