@@ -37,6 +37,7 @@ from gptkit.training.bigram_init import initialize_from_bigrams
 from gptkit.training.chain import run_chain
 from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, oom_as_user_error, restart
 from gptkit.training.distillation import load_teacher, sizes_within
+from gptkit.training.further_tokens import make_further_tokens
 from gptkit.training.guard import Guard
 from gptkit.training.identity import require_same_run, run_identity, warn_changed_settings
 from gptkit.training.loading import load_run_tokenizer
@@ -114,10 +115,13 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> boo
         batches, validation = make_batches(config, plan, streams, tokenizer.end_of_text_id)
         with oom_as_user_error(plan.batch_size, plan.grad_accum_steps):
             model = build_model(config, plan, batches, checkpoint is None, device, dtype)
-            optimizer = configure_optimizer(config, plan.recipe, model, dtype)
+            further = make_further_tokens(model, plan.recipe.further_tokens, plan.model.context_length, config.parallel)
+            projection = further.projection if further else None
+            optimizer = configure_optimizer(config, plan.recipe, model, dtype, projection)
             run = Run(
-                config, tokenizer, tokens, plan, identity, batches, validation, model, optimizer, device, dtype, teacher
-            )
+                config, tokenizer, tokens, plan, identity, batches, validation, model, optimizer, device, dtype,
+                teacher, further,
+            )  # fmt: skip
             guard = Guard(config.max_bad_steps)
             saver = Saver(run, guard)
             if checkpoint:
@@ -146,6 +150,8 @@ def train(
     while True:
         lr = pace.lr_multiplier(run.step) * guard.lr_scale
         set_schedules(run.optimizer, lr, pace.decay_multiplier(run.step), pace.momentum(run.step))
+        if run.further:
+            run.further.set_weight(pace.share_done(run.step))
         step_loss = torch.zeros((), device=run.device)
         for micro_step in range(run.grad_accum_steps):
             with run.forward_context(is_last=micro_step == run.grad_accum_steps - 1):  # DDP's all-reduce, autocast

@@ -27,6 +27,7 @@ EPS = 1e-8
 HEAD_SHARE, VECTOR_SHARE = 0.2, 0.25  # of --adam_lr: the best tried (benchmarks/README.md)
 # GaLore's setting for 60M to 130M parameters (table 2 and appendix C; its README's scale).
 GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+FURTHER = "further_tokens.projection"  # the name of the one matrix that is trained and not the model's
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -95,19 +96,22 @@ def build_optimizer(
     embedding_decay: float = 0.0,
     cautious_decay: bool = False,
     muon_scaling: MuonScaling = "none",
+    further: nn.Parameter | None = None,
 ) -> Optimizer:
     """Build the optimizer called `name` for a model; each of its groups has a "peak_lr" and a "peak_decay".
 
-    lr and adam_lr are peak rates. Raises UserError where its package is not installed.
+    lr and adam_lr are peak rates; `further` is a matrix beside the model's, trained like those of its blocks. Raises UserError where its package is not installed.
     """
-    spec = OPTIMIZERS[name]
+    spec, parameters = OPTIMIZERS[name], ParameterGroups.of(model)
+    more = [] if further is None else [further]
+    parameters.blocks.extend(more)
     optimizer = spec.build(
-        ParameterGroups.of(model),
+        parameters,
         Hyperparameters(lr, adam_lr, weight_decay, embedding_decay, cautious_decay, muon_scaling),
         dtype,
     )
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    assert sorted(grouped) == sorted(id(parameter) for parameter in (*model.parameters(), *more))
     for group in optimizer.param_groups:
         group["peak_decay"] = group["weight_decay"]
     cast(Any, optimizer).spec = spec
@@ -266,9 +270,9 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 
 
 def _named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, tuple[nn.Parameter, Group]]:
-    """Return each parameter of the optimizer, with its group, by its name in the model."""
+    """Return each parameter of the optimizer, with its group, by its name in the model, or FURTHER."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
+    return {names.get(id(p), FURTHER): (p, group) for group in optimizer.param_groups for p in group["params"]}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -288,10 +292,11 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
     for name, (parameter, group) in _named_parameters(model, optimizer).items():
         state = {}
         for key in spec.state_keys(group):
-            if key in spec.late_keys and f"{key}.{name}" not in tensors:
-                continue
+            if (key in spec.late_keys or name == FURTHER) and f"{key}.{name}" not in tensors:
+                continue  # it was turned on later
             # A copy: the state is kept, and what is read is mapped into memory, which keeps the file open.
             tensor = tensors[f"{key}.{name}"].to(parameter.device, copy=True)
             tensor = shard_like(tensor, like=parameter) if tensor.shape == parameter.shape else tensor
             state[key] = spec.from_tensor(key, tensor, group)
-        optimizer.state[parameter] = state
+        if state:
+            optimizer.state[parameter] = state

@@ -83,9 +83,13 @@ class Pace:
             cooldown_share=recipe.cooldown_share,
         )
 
+    def share_done(self, step: int) -> float:
+        """Return the share of the run that is done before a step (from 0)."""
+        return min(step / self.n_steps, 1.0)
+
     def decay_multiplier(self, step: int) -> float:
         """Return the weight decay of a step (from 0) as a multiple of the recipe's."""
-        return decay_multiplier(self._recipe.decay_schedule, min(step / self.n_steps, 1.0))
+        return decay_multiplier(self._recipe.decay_schedule, self.share_done(step))
 
     def momentum(self, step: int) -> float:
         """Return Muon's momentum for a step (from 0)."""

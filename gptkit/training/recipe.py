@@ -94,6 +94,13 @@ class RecipeSettings:
         " (neurons, NorMuon) (default: none)",
         group="optimizer",
     )
+    further_tokens: float | None = setting(
+        None,
+        "predict the token after the next too, by a projection that the model does not keep: the weight of that loss at the"
+        " start, from which it falls to 0 at the end (default: 0, not at all)",
+        at_least=0,
+        group="regularization",
+    )
     momentum_warmup: int | None = setting(
         None,
         "with muon: raise the momentum from 0.85 to 0.95 over the first so many steps (default: 0)",
@@ -118,6 +125,7 @@ class Recipe:
     cautious_decay: bool = False
     muon_scaling: MuonScaling = "none"
     momentum_warmup: int = 0
+    further_tokens: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -256,11 +256,19 @@ def peak_lr(settings: TrainingSettings) -> float:
     return settings.lr or OPTIMIZERS[settings.optimizer].default_lr
 
 
-def configure_optimizer(settings: TrainingSettings, recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> Optimizer:
-    """Build the optimizer of a run for a model; dtype is that of the run's matrix products."""
+def configure_optimizer(
+    settings: TrainingSettings,
+    recipe: Recipe,
+    model: nn.Module,
+    dtype: torch.dtype,
+    further: nn.Parameter | None = None,
+) -> Optimizer:
+    """Build the optimizer of a run for a model, and for a matrix beside it; dtype is that of the run's matrix products."""
     rates = peak_lr(settings), settings.adam_lr
     decays = {name: getattr(recipe, name) for name in ("weight_decay", "embedding_decay", "cautious_decay")}
-    return build_optimizer(model, settings.optimizer, *rates, dtype=dtype, muon_scaling=recipe.muon_scaling, **decays)
+    return build_optimizer(
+        model, settings.optimizer, *rates, dtype=dtype, muon_scaling=recipe.muon_scaling, further=further, **decays
+    )
 
 
 def max_total_steps(settings: TrainingSettings, batches: TrainingBatches) -> int:
