@@ -37,11 +37,12 @@ from gptkit.training.bigram_init import initialize_from_bigrams
 from gptkit.training.chain import run_chain
 from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, oom_as_user_error, restart
 from gptkit.training.distillation import load_teacher, sizes_within
+from gptkit.training.further_tokens import make_further_tokens
 from gptkit.training.guard import Guard
 from gptkit.training.identity import require_same_run, run_identity, warn_changed_settings
 from gptkit.training.loading import load_run_tokenizer
 from gptkit.training.loggers import import_logger, open_logger
-from gptkit.training.optimizers import set_learning_rate
+from gptkit.training.optimizers import set_schedules
 from gptkit.training.pace import Pace, is_finished
 from gptkit.training.planning import Plan, choose_plan
 from gptkit.training.run import (
@@ -114,10 +115,13 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> boo
         batches, validation = make_batches(config, plan, streams, tokenizer.end_of_text_id)
         with oom_as_user_error(plan.batch_size, plan.grad_accum_steps):
             model = build_model(config, plan, batches, checkpoint is None, device, dtype)
-            optimizer = configure_optimizer(config, plan.recipe, model, dtype)
+            further = make_further_tokens(model, plan.recipe.further_tokens, plan.model.context_length, config.parallel)
+            projection = further.projection if further else None
+            optimizer = configure_optimizer(config, plan.recipe, model, dtype, projection)
             run = Run(
-                config, tokenizer, tokens, plan, identity, batches, validation, model, optimizer, device, dtype, teacher
-            )
+                config, tokenizer, tokens, plan, identity, batches, validation, model, optimizer, device, dtype,
+                teacher, further,
+            )  # fmt: skip
             guard = Guard(config.max_bad_steps)
             saver = Saver(run, guard)
             if checkpoint:
@@ -144,7 +148,10 @@ def train(
     batches = run.batches.iterate_from(run.step, run.device)
     batch = next(batches)
     while True:
-        set_learning_rate(run.optimizer, pace.lr_multiplier(run.step) * guard.lr_scale)
+        lr = pace.lr_multiplier(run.step) * guard.lr_scale
+        set_schedules(run.optimizer, lr, pace.decay_multiplier(run.step), pace.momentum(run.step))
+        if run.further:
+            run.further.set_weight(pace.share_done(run.step))
         step_loss = torch.zeros((), device=run.device)
         for micro_step in range(run.grad_accum_steps):
             with run.forward_context(is_last=micro_step == run.grad_accum_steps - 1):  # DDP's all-reduce, autocast
@@ -195,7 +202,7 @@ def start_session(run: Run, started_at: float, stop: StopSignals) -> tuple[Pace,
     """Compile and time a step, announce the run, and return its pace and its log."""
     step_s = run.compile()
     pace = Pace(
-        run.settings, run.batches, stop,
+        run.settings, run.plan.recipe, run.batches, stop,
         first_step=run.step, elapsed_s=run.elapsed_s, started_at=started_at, step_s=sum(step_s.values()),
     )  # fmt: skip
     require_disk_space(run)

@@ -174,6 +174,9 @@ def test_locale_that_cannot_show_japanese(tmp_path: Path, shards: Path) -> None:
 
 def test_settings_that_contradict(tmp_path: Path, shards: Path) -> None:
     assert_user_error(pretrain(shards, tmp_path / "out", "--min_lr", 1), "--min_lr 1.0", "--lr")
+    for variant in (("--cautious_decay",), ("--muon_scaling", "rows"), ("--momentum_warmup", 5)):
+        refused = pretrain(shards, tmp_path / "out", "--optimizer", "adamw", *variant)
+        assert_user_error(refused, variant[0], "--optimizer muon", "adamw")
     not_utf8 = pretrain(shards, tmp_path / "out", "--start_context", os.fsdecode(b"\xff"))
     assert_user_error(not_utf8, "--start_context")
 

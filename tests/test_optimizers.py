@@ -3,6 +3,7 @@
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ from torch.nn import functional as F
 from gpt_model import ARCHS, GPTConfig, GPTModel
 from gptkit.base.cli import UserError
 from gptkit.training import optimizers
+from gptkit.training.muon import orthogonalize
 from gptkit.training.optimizers import (
     HEAD_SHARE,
     VECTOR_SHARE,
     build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
-    orthogonalize,
-    set_learning_rate,
+    set_schedules,
 )
 from gptkit.training.planning import n_block_parameters
 
@@ -89,7 +90,7 @@ def test_each_parameter_is_in_one_group_of_its_settings(name: str, arch: str) ->
 def test_embedding_and_head_shrink_equally_by_the_decay_of_embeddings(arch: str) -> None:
     model = tiny_model(arch)
     optimizer = build_optimizer(model, "muon", LR, ADAM_LR, DECAY, embedding_decay=0.5)
-    set_learning_rate(optimizer, 1.0)
+    set_schedules(optimizer, 1.0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -114,9 +115,21 @@ def test_the_learning_rate_is_a_share_of_each_peak(name: str) -> None:
     kinds = kinds_of(model)
     names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
     for share in (0.25, 1.0, 0.5):
-        set_learning_rate(optimizer, share)
+        set_schedules(optimizer, share)
         for group in optimizer.param_groups:
             assert {share * PEAKS[name][kinds[names[id(p)]]] for p in group["params"]} == {group["lr"]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_decay_and_the_momentum_are_set_too(name: str) -> None:
+    """Each decay as a multiple of the group's own: none grows from step to step."""
+    optimizer = build_optimizer(tiny_model("modern"), name, LR, ADAM_LR, DECAY, embedding_decay=0.25)
+    own = [group["weight_decay"] for group in optimizer.param_groups]
+    for factor in (0.5, 2.0, 0.0, 1.0):
+        set_schedules(optimizer, 1.0, factor, 0.9)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [factor * decay for decay in own]
+    muon = [group["momentum"] for group in optimizer.param_groups if group.get("muon")]
+    assert muon == ([0.9] if name == "muon" else [])
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -127,7 +140,7 @@ def test_without_a_gradient_only_the_decay_acts(name: str, arch: str) -> None:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    set_learning_rate(optimizer, 1.0)
+    set_schedules(optimizer, 1.0)
     optimizer.step()
     kinds = kinds_of(model)
     for parameter_name, parameter in model.named_parameters():
@@ -218,28 +231,100 @@ def test_orthogonalize_treats_each_matrix_separately() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_muon_by_hand(arch: str, dtype: torch.dtype) -> None:
-    """Compute three steps at changing rates: momentum as a running mean, Nesterov's look-ahead, decay, the scale by shape."""
+    """Compute three steps at changing rates, decays and momenta: momentum as a running mean, Nesterov's look-ahead, decay, the scale by shape."""
     model = tiny_model(arch)
     optimizer = build_optimizer(model, "muon", LR, ADAM_LR, DECAY, dtype)
     named = block_matrices(model)
     expected = {name: parameter.detach().clone() for name, parameter in named.items()}
     momentum = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
-    for step, share in enumerate((0.5, 1.0, 0.2)):
+    for step, (share, decay, beta) in enumerate(((0.5, 1.0, 0.95), (1.0, 2.0, 0.9), (0.2, 0.5, 0.85))):
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)) * 10.0**-step
         for name, parameter in named.items():
-            momentum[name] = 0.95 * momentum[name] + 0.05 * parameter.grad
-            ahead = 0.95 * momentum[name] + 0.05 * parameter.grad
+            momentum[name] = beta * momentum[name] + (1 - beta) * parameter.grad
+            ahead = beta * momentum[name] + (1 - beta) * parameter.grad
             size = max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
             update = size * orthogonalize(ahead[None], dtype)[0]
-            expected[name] = expected[name] * (1 - share * LR * DECAY) - share * LR * update
-        set_learning_rate(optimizer, share)
+            expected[name] = expected[name] * (1 - share * LR * decay * DECAY) - share * LR * update
+        set_schedules(optimizer, share, decay, beta)
         optimizer.step()
     for name, parameter in named.items():
         atol = (
             2e-5 if dtype == torch.float32 else 0.01 * LR
         )  # there a sum in another order may round to the next number
         torch.testing.assert_close(parameter.detach(), expected[name], atol=atol, rtol=1e-5, msg=name)
+
+
+SCALINGS = ("none", "rows", "neurons")
+
+
+def muon_step_by_hand(gradient: torch.Tensor, memory: dict[str, Any], scaling: str) -> torch.Tensor:
+    """What Muon subtracts, over the rate, by the formulas of the papers; memory keeps the momentum and the row moments."""
+    memory["m"] = 0.95 * memory.get("m", 0) + 0.05 * gradient
+    ahead = 0.95 * memory["m"] + 0.05 * gradient
+    if scaling == "rows":
+        ahead = torch.stack([row / row.norm() for row in ahead])
+    step = orthogonalize(ahead[None])[0]
+    if scaling == "neurons":
+        memory["v"] = 0.95 * memory.get("v", 0) + 0.05 * (step**2).mean(1)
+        balanced = torch.stack([row / v.sqrt() for row, v in zip(step, memory["v"], strict=True)])
+        step = balanced * step.norm() / balanced.norm()
+    return step * max(1.0, step.shape[0] / step.shape[1]) ** 0.5
+
+
+def adam_step_by_hand(gradient: torch.Tensor, memory: dict[str, Any]) -> torch.Tensor:
+    t = memory["t"] = memory.get("t", 0) + 1
+    memory["m"] = 0.9 * memory.get("m", 0) + 0.1 * gradient
+    memory["v"] = 0.95 * memory.get("v", 0) + 0.05 * gradient**2
+    return memory["m"] / (1 - 0.9**t) / ((memory["v"] / (1 - 0.95**t)) ** 0.5 + 1e-8)
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_variants_of_muon_by_hand(arch: str, scaling: Any, cautious: bool) -> None:
+    """Three steps: cautious decay takes from a weight w, of which the step u is subtracted, only where u w >= 0."""
+    model = tiny_model(arch)
+    optimizer = build_optimizer(
+        model, "muon", LR, ADAM_LR, DECAY, embedding_decay=0.3, cautious_decay=cautious, muon_scaling=scaling
+    )
+    own = {"block": DECAY, "embedding": 0.3, "head": 0.3 / HEAD_SHARE, "vector": 0.0}
+    kinds, memories = kinds_of(model), {name: {} for name in kinds_of(model)}
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for step, (share, factor) in enumerate(((0.5, 1.0), (1.0, 2.0), (0.2, 0.5))):
+        drawn = torch.Generator().manual_seed(step)
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=drawn)
+            if parameter.dim() == 2:
+                parameter.grad *= torch.logspace(0, -1, len(parameter))[:, None]  # rows of unlike sizes
+            is_block = kinds[name] == "block"
+            update = (
+                muon_step_by_hand(parameter.grad, memories[name], scaling)
+                if is_block
+                else adam_step_by_hand(parameter.grad, memories[name])
+            )
+            decays = torch.sign(update) * torch.sign(expected[name]) > -1 if cautious else True
+            decay = factor * own[kinds[name]] * expected[name] * decays
+            expected[name] = expected[name] - share * MUON_PEAKS[kinds[name]] * (update + decay)
+        set_schedules(optimizer, share, factor)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], atol=3e-5, rtol=1e-5, msg=name)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5 * decay for decay in own.values()}
+
+
+def test_neurons_begin_with_a_state_that_lacks_their_moments() -> None:
+    """A run may turn them on when it resumes."""
+    model = tiny_model()
+    plain = build_optimizer(model, "muon", LR, ADAM_LR, DECAY)
+    train(model, plain, range(2))
+    tensors = optimizer_tensors(model, plain)
+    turned_on = build_optimizer(model, "muon", LR, ADAM_LR, DECAY, muon_scaling="neurons")
+    load_optimizer_tensors(model, turned_on, tensors)
+    train(model, turned_on, range(2, 3))
+    moments = optimizer_tensors(model, turned_on).keys() - tensors.keys()
+    assert moments == {f"row_moment.{name}" for name in block_matrices(model)}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -267,7 +352,7 @@ def test_muon_leaves_the_rest_to_adamw(arch: str) -> None:
     groups = [{"params": [p], "lr": MUON_PEAKS[kinds[n]]} for n, p in twin.named_parameters() if kinds[n] != "block"]
     theirs = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, foreach=False)
     ours = build_optimizer(model, "muon", LR, ADAM_LR, DECAY)
-    set_learning_rate(ours, 1.0)
+    set_schedules(ours, 1.0)
     assert_steps_equal(model, ours, twin, theirs, blocks=False)
 
 
@@ -317,10 +402,19 @@ def test_galore_moves_block_matrices_in_a_subspace() -> None:
 
 
 @pytest.mark.parametrize("n_done", [1, 3, 6, 8])  # three more steps cross a new subspace, at 4 or 8, or do not
-@pytest.mark.parametrize(("name", "arch"), [*((name, "modern") for name in NAMES), ("galore_adamw", "gpt2")])
-def test_a_loaded_state_continues_as_if_never_saved(name: str, arch: str, n_done: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "arch", "variants"),
+    [
+        *((name, "modern", {}) for name in NAMES),
+        ("galore_adamw", "gpt2", {}),
+        ("muon", "modern", {"muon_scaling": "neurons", "cautious_decay": True}),
+    ],
+)
+def test_a_loaded_state_continues_as_if_never_saved(
+    name: str, arch: str, variants: dict[str, Any], n_done: int, tmp_path: Path
+) -> None:
     model = tiny_model(arch)
-    optimizer = build_optimizer(model, name, 1e-2, 3e-3, 0.1)
+    optimizer = build_optimizer(model, name, 1e-2, 3e-3, 0.1, embedding_decay=0.1, **variants)
     train(model, optimizer, range(n_done))
     weights = copy.deepcopy(model.state_dict())
     save_file(optimizer_tensors(model, optimizer), tmp_path / "state.safetensors")
@@ -328,7 +422,7 @@ def test_a_loaded_state_continues_as_if_never_saved(name: str, arch: str, n_done
 
     resumed = tiny_model(arch)
     resumed.load_state_dict(weights)
-    other = build_optimizer(resumed, name, 1e-2, 3e-3, 0.1)
+    other = build_optimizer(resumed, name, 1e-2, 3e-3, 0.1, embedding_decay=0.1, **variants)
     load_optimizer_tensors(resumed, other, load_file(tmp_path / "state.safetensors"))
     train(resumed, other, range(n_done, n_done + 3))
     for key, value in model.state_dict().items():

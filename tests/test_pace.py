@@ -12,6 +12,7 @@ from gptkit.data.token_shards import TokenStream
 from gptkit.training import pace, planning
 from gptkit.training.optimizers import OPTIMIZERS
 from gptkit.training.pace import Due, Pace, is_finished
+from gptkit.training.recipe import Recipe
 from gptkit.training.settings import TrainingSettings
 
 BATCHES = TrainingBatches(TokenStream([np.zeros(1001, np.uint16)]), 10, 2, 1, seed=0)  # 50 steps per epoch
@@ -25,10 +26,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def make_pace(clock: Clock, first_step: int = 0, elapsed_s: float = 0.0, **settings: Any) -> Pace:
+def make_pace(
+    clock: Clock, first_step: int = 0, elapsed_s: float = 0.0, recipe: dict[str, Any] | None = None, **settings: Any
+) -> Pace:
     stop: Any = SimpleNamespace(received=None)
     made = Pace(
-        TrainingSettings(data_dir="", **settings), BATCHES, stop,
+        TrainingSettings(data_dir="", **settings), Recipe(**recipe or {}), BATCHES, stop,
         first_step=first_step, elapsed_s=elapsed_s, started_at=clock.now, step_s=1.0,
     )  # fmt: skip
     made.stop = stop  # type: ignore[attr-defined]
@@ -118,3 +121,14 @@ def test_flags_change_the_rate(clock: Clock) -> None:
     assert made.lr_multiplier(9) == 1.0
     assert made.lr_multiplier(49) == pytest.approx(0.25)
     assert make_pace(clock, warmup_steps=1000).lr_multiplier(49) == 1.0  # no longer than the run
+
+
+def test_the_recipe_shapes_the_schedules(clock: Clock) -> None:
+    made = make_pace(clock, warmup_steps=10, min_lr=0.0)
+    assert [made.decay_multiplier(step) for step in (0, 25, 49, 60)] == [1.0] * 4
+    assert made.momentum(0) == 0.95
+    recipe = {"lr_schedule": "linear", "cooldown_share": 0.2, "decay_schedule": "rising", "momentum_warmup": 20}
+    made = make_pace(clock, warmup_steps=10, min_lr=0.0, recipe=recipe)
+    assert [made.lr_multiplier(step) for step in (4, 9, 39, 44, 49)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+    assert [made.decay_multiplier(step) for step in (0, 25, 49, 60)] == pytest.approx([0.0, 1.0, 1.96, 2.0])
+    assert [made.momentum(step) for step in (0, 10, 20)] == pytest.approx([0.85, 0.9, 0.95])

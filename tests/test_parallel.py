@@ -152,6 +152,26 @@ def test_sharded_in_two_is_one_run(tmp_path: Path, shards: Path, alone: Path) ->
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=needs_fsdp)])
+@pytest.mark.parametrize("scaling", ["rows", "neurons"])
+def test_variants_of_the_recipe_by_two_processes_are_one_run(
+    tmp_path: Path, shards: Path, scaling: str, parallel: str
+) -> None:
+    varied = (
+        *("--lr_schedule", "linear", "--decay_schedule", "dip", "--cautious_decay", "--muon_scaling", scaling),
+        *("--momentum_warmup", 20, "--embedding_decay", 0.1),
+    )
+    varied += ("--further_tokens", 0.5) if parallel == "ddp" else ()
+    result = run_command("pretraining.py", *arguments(shards, tmp_path / "alone", 4, *varied))
+    assert result.returncode == 0, result.stderr
+    more = (*varied, "--parallel", parallel)
+    result = finish(start(torchrun(2, *arguments(shards, tmp_path / "pair", 2, *more))))
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "pair", tmp_path / "alone")
+    moments = [name for name in load_file(newest(tmp_path / "pair") / "training.safetensors") if "row_moment" in name]
+    assert bool(moments) == (scaling == "neurons")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=needs_fsdp)])
 def test_a_chain_by_two_processes_is_that_of_one(tmp_path: Path, shards: Path, parallel: str) -> None:
     """The teacher is the same full model in each; with fsdp, too."""
     chain = ("--chain", 2, "--arch", "gpt2")

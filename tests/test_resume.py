@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import assert_user_error, call_command, command, curve, environment, n_reported, newest, small_run
 
+VARIED = (
+    *("--lr_schedule", "linear", "--decay_schedule", "dip", "--cautious_decay", "--muon_scaling", "neurons"),
+    *("--momentum_warmup", 40, "--embedding_decay", 0.1, "--further_tokens", 0.5),
+)
 ANEW = ("--shuffle", "documents", "--replace_rate", 0.1)
 
 
@@ -31,7 +35,13 @@ def run_and_kill(arguments: tuple[object, ...], output: Path, step: int) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "arch", "flags"),
-    [("muon", "modern", ANEW), ("muon", "modern", ()), ("adamw", "gpt2", ()), ("galore_adamw", "modern", ())],
+    [
+        ("muon", "modern", ANEW),
+        ("muon", "modern", VARIED),
+        ("muon", "modern", ()),
+        ("adamw", "gpt2", ()),
+        ("galore_adamw", "modern", ()),
+    ],
 )
 def test_killed_twice_equals_never_stopped(
     tmp_path: Path, short_shards: Path, optimizer: str, arch: str, flags: tuple[object, ...]

@@ -1,13 +1,15 @@
 """gptkit/training/schedules.py: values worked out by hand."""
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 
-from gptkit.training.schedules import learning_rate
+from gptkit.training.schedules import decay_multiplier, learning_rate, muon_momentum
 
 
-def rates(n: int, **changes: float) -> list[float]:
+def rates(n: int, **changes: Any) -> list[float]:
     settings = {"peak": 1.0, "final": 0.2, "warmup_steps": 4, "total_steps": 12} | changes
     return [learning_rate(step, **settings) for step in range(n)]
 
@@ -62,3 +64,32 @@ def test_never_leaves_its_bounds_and_never_climbs_after_the_warmup() -> None:
             assert falling == sorted(falling, reverse=True)
             assert max(series) == 1.0
             assert min(falling) >= 0.2 - 1e-12
+
+
+def test_linear_stays_at_the_peak_and_falls_in_the_cooldown() -> None:
+    """Four steps up; half of the twelve steps go down: from 1 at step 5 to 0.2 at step 11."""
+    expected = [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, *(0.2 + 0.8 * sixths / 6 for sixths in (5, 4, 3, 2, 1, 0))]
+    assert rates(12, schedule="linear", cooldown_share=0.5) == pytest.approx(expected)
+    assert rates(15, schedule="linear", cooldown_share=0.5)[12:] == pytest.approx([0.2] * 3)
+
+
+def test_a_linear_cooldown_begins_after_the_warmup_and_takes_a_step_at_least() -> None:
+    assert rates(12, schedule="linear", cooldown_share=1.0)[3:] == pytest.approx(np.linspace(1.0, 0.2, 9))
+    assert rates(12, schedule="linear", cooldown_share=0.001)[3:] == pytest.approx([1.0] * 8 + [0.2])
+    assert rates(1, schedule="linear", cooldown_share=0.5, warmup_steps=0, total_steps=1) == [1.0]
+
+
+def test_decay_multipliers() -> None:
+    shares = np.linspace(0, 1, 201)
+    assert {decay_multiplier("constant", x) for x in shares} == {1.0}
+    rising = [decay_multiplier("rising", x) for x in shares]
+    assert rising == pytest.approx(2 * shares)
+    assert np.mean(rising) == pytest.approx(1.0)
+    slowrun = np.interp(shares, [0, 0.15, 0.55, 1], [0.8, 0.8, 0.1, 0.93]) / 0.8  # as its authors write it
+    assert [decay_multiplier("dip", x) for x in shares] == pytest.approx(slowrun)
+    assert decay_multiplier("dip", 1.0) == pytest.approx(1.16, abs=0.005)
+
+
+def test_the_momentum_rises_over_its_warmup() -> None:
+    assert [muon_momentum(step, 4) for step in range(6)] == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95, 0.95])
+    assert muon_momentum(0, 0) == 0.95

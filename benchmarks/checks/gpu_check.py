@@ -33,7 +33,8 @@ from gptkit.training import checkpoints
 from gptkit.training import loss as training_loss
 from gptkit.training.compilation import make_loss
 from gptkit.training.loss import linear_cross_entropy
-from gptkit.training.optimizers import BETAS, EPS, build_optimizer, orthogonalize
+from gptkit.training.muon import orthogonalize
+from gptkit.training.optimizers import BETAS, EPS, build_optimizer
 
 LR = 2e-3
 N_FITTED = 30  # AdamW steps on one batch, after which the loss is no longer that of a uniform guess

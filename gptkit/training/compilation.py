@@ -23,6 +23,7 @@ from gptkit.base.processes import run_child
 from gptkit.distributed import fsdp
 from gptkit.distributed.process_group import main_process
 from gptkit.training.distillation import HiddenStates, Teacher
+from gptkit.training.further_tokens import FurtherTokens
 from gptkit.training.loss import linear_cross_entropy
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, each (B, T) -> mean, nats per token
@@ -92,17 +93,27 @@ def find_batch_size(try_rows: Callable[[int], object], batch_size: int) -> int |
     return None
 
 
-def make_loss(model: Any, hidden_states: HiddenStates, vocab_size: int, teacher: Teacher | None = None) -> Loss:
+def make_loss(
+    model: Any,
+    hidden_states: HiddenStates,
+    vocab_size: int,
+    teacher: Teacher | None = None,
+    further: FurtherTokens | None = None,
+) -> Loss:
     """Return the loss of a model; its `hidden_states`, (B, T) -> (B, T, C), may be compiled.
 
-    Where no gradients are computed, as in validation, it is the plain cross-entropy, without the teacher.
+    Where no gradients are computed, as in validation, it is the plain cross-entropy, without the teacher and further tokens.
     """
 
-    def loss(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss_of_batch(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         soft_targets = teacher.soft_targets(inputs) if teacher and torch.is_grad_enabled() else None
-        return linear_cross_entropy(hidden_states(inputs), model.head_weight, targets, vocab_size, soft_targets)
+        hidden = hidden_states(inputs)
+        loss = linear_cross_entropy(hidden, model.head_weight, targets, vocab_size, soft_targets)
+        if further and torch.is_grad_enabled():
+            return further.add_gradient(loss, hidden, model.head_weight, targets, vocab_size)
+        return loss
 
-    return fsdp.register_forward(model, loss)
+    return fsdp.register_forward(model, loss_of_batch)
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
@@ -128,6 +139,7 @@ def compile_and_time(
     device: torch.device,
     dtype: torch.dtype,
     teacher: Teacher | None = None,
+    further: FurtherTokens | None = None,
 ) -> tuple[Loss, dict[str, float]]:
     """Return the model's loss, compiled or not, and the seconds of each of PARTS of a micro-step, the teacher's included.
 
@@ -144,14 +156,16 @@ def compile_and_time(
         middle = time.monotonic()
         loss.backward()
         model.zero_grad(set_to_none=True)
+        if further:
+            further.projection.grad = None
         devices.synchronize(device)
         return middle - start, time.monotonic() - middle
 
-    chosen = make_loss(model, model.hidden_states, vocab_size, teacher)
+    chosen = make_loss(model, model.hidden_states, vocab_size, teacher, further)
     if compile:
         try:
             compiled_teacher = teacher.compiled() if teacher else None
-            compiled = make_loss(model, torch.compile(model.hidden_states), vocab_size, compiled_teacher)
+            compiled = make_loss(model, torch.compile(model.hidden_states), vocab_size, compiled_teacher, further)
             micro_step_s(compiled)
             chosen = compiled
         except Exception as error:  # the compiler's errors have no common class

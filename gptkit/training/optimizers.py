@@ -1,14 +1,13 @@
 """Optimizers over the parameters of a GPT, in a registry, and their state as plain tensors.
 
 AdamW: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization". Muon: Jordan et al. 2024, "Muon: An optimizer
-for hidden layers in neural networks" (kellerjordan.github.io/posts/muon). GaLore: Zhao et al. 2024, "GaLore:
+for hidden layers in neural networks" (kellerjordan.github.io/posts/muon), in muon.py. GaLore: Zhao et al. 2024, "GaLore:
 Memory-Efficient LLM Training by Gradient Low-Rank Projection" (arXiv 2403.03507), by its authors' galore-torch.
 
 To add one, add an entry to OPTIMIZERS: nothing else names an optimizer. A model is a module with the property
 head_weight, the matrix of its output head. Its block matrices are the weights of its other linear layers.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,27 +16,18 @@ import torch
 from torch import nn
 
 from gptkit.base.cli import UserError
-from gptkit.distributed.fsdp import full_tensor, local_shard, shard_like
+from gptkit.distributed.fsdp import shard_like
+from gptkit.training.muon import Group, MuonAdamW, MuonScaling
+from gptkit.training.schedules import MOMENTUM
 
 Optimizer = torch.optim.Optimizer
-Group = dict[str, Any]  # one of Optimizer.param_groups
 
 BETAS = (0.9, 0.95)  # GPT-3 (Brown et al. 2020), appendix B
 EPS = 1e-8
-MUON_MOMENTUM = 0.95
 HEAD_SHARE, VECTOR_SHARE = 0.2, 0.25  # of --adam_lr: the best tried (benchmarks/README.md)
-# The factors p + q s^2 + r s^4 by which Muon's steps multiply a singular value s, step by step: Amsel et al. 2025, "The Polar
-# Express" (arXiv 2505.16932), algorithm 1's table for singular values from 1e-3 to 1.
-POLAR_EXPRESS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-)
-SAFETY = 1.01
 # GaLore's setting for 60M to 130M parameters (table 2 and appendix C; its README's scale).
 GALORE = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+FURTHER = "further_tokens.projection"  # the name of the one matrix that is trained and not the model's
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -51,6 +41,8 @@ class OptimizerSpec:
     warmup_share: float  # of the steps of a run
     n_moments: int  # tensors of a parameter's size in its state, at least: for the estimate of memory
     state_keys: Callable[[Group], tuple[str, ...]]  # the names of a parameter's state tensors, by its group
+    late_keys: tuple[str, ...] = ()  # those of the state_keys that a run may turn on later
+    recipe_flags: tuple[str, ...] = ()  # of a run's recipe, what other optimizers do not have
     is_slow_to_start: bool = False  # its first step costs far more than others: it is not timed before a run
     needs_full_matrices: bool = False  # its step cannot be computed on shards of them
     require_package: Callable[[], object] = lambda: None  # raises UserError where its package is missing
@@ -90,6 +82,8 @@ class Hyperparameters:
     adam_lr: float  # peak of the embedding, for an optimizer of matrices alone
     weight_decay: float
     embedding_decay: float = 0.0  # of embedding and head, for an optimizer of matrices alone
+    cautious_decay: bool = False
+    muon_scaling: MuonScaling = "none"
 
 
 def build_optimizer(
@@ -100,25 +94,37 @@ def build_optimizer(
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
     embedding_decay: float = 0.0,
+    cautious_decay: bool = False,
+    muon_scaling: MuonScaling = "none",
+    further: nn.Parameter | None = None,
 ) -> Optimizer:
-    """Build the optimizer called `name` for a model; each of its groups has a "peak_lr".
+    """Build the optimizer called `name` for a model; each of its groups has a "peak_lr" and a "peak_decay".
 
-    lr and adam_lr are peak rates. Raises UserError where its package is not installed.
+    lr and adam_lr are peak rates; `further` is a matrix beside the model's, trained like those of its blocks. Raises UserError where its package is not installed.
     """
-    spec = OPTIMIZERS[name]
+    spec, parameters = OPTIMIZERS[name], ParameterGroups.of(model)
+    more = [] if further is None else [further]
+    parameters.blocks.extend(more)
     optimizer = spec.build(
-        ParameterGroups.of(model), Hyperparameters(lr, adam_lr, weight_decay, embedding_decay), dtype
+        parameters,
+        Hyperparameters(lr, adam_lr, weight_decay, embedding_decay, cautious_decay, muon_scaling),
+        dtype,
     )
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    assert sorted(grouped) == sorted(id(parameter) for parameter in (*model.parameters(), *more))
+    for group in optimizer.param_groups:
+        group["peak_decay"] = group["weight_decay"]
     cast(Any, optimizer).spec = spec
     return optimizer
 
 
-def set_learning_rate(optimizer: Optimizer, multiplier: float) -> None:
-    """Set each group's learning rate to `multiplier` (0 … 1) times its peak."""
+def set_schedules(optimizer: Optimizer, lr: float, decay: float = 1.0, momentum: float = MOMENTUM) -> None:
+    """Set each group's learning rate to `lr` times its peak, its weight decay to `decay` times its own, and Muon's momentum."""
     for group in optimizer.param_groups:
-        group["lr"] = multiplier * group["peak_lr"]
+        group["lr"] = lr * group["peak_lr"]
+        group["weight_decay"] = decay * group["peak_decay"]
+        if group.get("muon"):
+            group["momentum"] = momentum
 
 
 # AdamW
@@ -149,6 +155,7 @@ def _build_muon(parameters: ParameterGroups, settings: Hyperparameters, dtype: t
     groups: list[Group] = [
         {"params": parameters.blocks, "weight_decay": settings.weight_decay, "peak_lr": settings.lr, "muon": True}
     ]
+    groups[0] |= {"momentum": MOMENTUM, "scaling": settings.muon_scaling}
     embeddings = [p for p in parameters.embeddings if p is not parameters.head]
     for share, decay, members in (
         (HEAD_SHARE, settings.embedding_decay / HEAD_SHARE, [parameters.head]),
@@ -156,67 +163,16 @@ def _build_muon(parameters: ParameterGroups, settings: Hyperparameters, dtype: t
         (VECTOR_SHARE, 0.0, parameters.vectors),
     ):
         groups += [{"params": members, "weight_decay": decay, "peak_lr": share * settings.adam_lr, "muon": False}]
-    return MuonAdamW(groups, dtype, lr=settings.lr, betas=BETAS, eps=EPS, fused=parameters.can_fuse)
+    return MuonAdamW(
+        groups, dtype, settings.cautious_decay, lr=settings.lr, betas=BETAS, eps=EPS, fused=parameters.can_fuse
+    )
 
 
-class MuonAdamW(torch.optim.AdamW):
-    """Muon for the groups with muon=True, AdamW for the others.
-
-    Muon's step is the orthogonal matrix nearest to the momentum, so that each direction moves as far as any other. Its
-    size is sqrt(max(1, rows / columns)), as in the authors' code: the same change of each output's root mean square.
-    torch.optim.Muon is not used because it iterates in bfloat16, also where the hardware only emulates it; here it is
-    `dtype`. Of a sharded matrix each process keeps its shard of the momentum, and computes the step of the full matrix.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **options: Any) -> None:
-        super().__init__(groups, **options)
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all parameters; those of Muon's groups lose their gradient."""
-        for group in self.param_groups:
-            if group["muon"]:
-                self._muon_step(group)
-        super().step()  # skips parameters without a gradient
-
-    def _muon_step(self, group: Group) -> None:
-        by_shape = defaultdict(list)
-        for parameter in group["params"]:
-            by_shape[parameter.shape].append(parameter)
-        for (n_rows, n_columns), parameters in by_shape.items():
-            updates = []
-            for parameter in parameters:
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum, grad = local_shard(state["momentum"]), local_shard(parameter.grad)
-                momentum.lerp_(grad, 1 - MUON_MOMENTUM)
-                updates.append(full_tensor(grad.lerp(momentum, MUON_MOMENTUM), like=parameter))  # Nesterov's
-                parameter.grad = None
-            size = max(1.0, n_rows / n_columns) ** 0.5
-            steps = orthogonalize(torch.stack(updates), self.dtype)
-            for parameter, update in zip(parameters, steps, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(shard_like(update, like=parameter), alpha=-group["lr"] * size)
-
-
-def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return about U V^T for each matrix U S V^T: (n, rows, columns) -> (n, rows, columns).
-
-    Singular values from 1/1000 of the norm up come near 1, by Newton-Schulz steps with products in `dtype`; in bfloat16
-    those below 1/100 are lost in its rounding.
-    """
-    tall = matrices.size(-2) > matrices.size(-1)
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # a little below 1, so that rounding cannot exceed it
-    x = x.to(dtype)  # only now: a gradient may be too small for float16
-    for i, (p, q, r) in enumerate(POLAR_EXPRESS, 1):
-        if i < len(POLAR_EXPRESS):  # the authors' safety factor: in bfloat16 a value above 1 would diverge
-            p, q, r = p / SAFETY, q / SAFETY**3, r / SAFETY**5
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=q, alpha=r), x, beta=p)
-    return (x.mT if tall else x).to(matrices.dtype)
+def _muon_state(group: Group) -> tuple[str, ...]:
+    """Return the names of a parameter's state tensors."""
+    if not group["muon"]:
+        return ADAM_STATE
+    return ("momentum", "row_moment") if group["scaling"] == "neurons" else ("momentum",)
 
 
 # GaLore
@@ -288,7 +244,9 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         default_lr=0.02,
         warmup_share=0.02,
         n_moments=1,
-        state_keys=lambda group: ("momentum",) if group["muon"] else ADAM_STATE,
+        state_keys=_muon_state,
+        late_keys=("row_moment",),
+        recipe_flags=("cautious_decay", "muon_scaling", "momentum_warmup"),
     ),
     "adamw": OptimizerSpec(
         _build_adamw, default_lr=6e-4, warmup_share=0.05, n_moments=2, state_keys=lambda group: ADAM_STATE
@@ -312,9 +270,9 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 
 
 def _named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, tuple[nn.Parameter, Group]]:
-    """Return each parameter of the optimizer, with its group, by its name in the model."""
+    """Return each parameter of the optimizer, with its group, by its name in the model, or FURTHER."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
+    return {names.get(id(p), FURTHER): (p, group) for group in optimizer.param_groups for p in group["params"]}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -334,8 +292,11 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
     for name, (parameter, group) in _named_parameters(model, optimizer).items():
         state = {}
         for key in spec.state_keys(group):
+            if (key in spec.late_keys or name == FURTHER) and f"{key}.{name}" not in tensors:
+                continue  # it was turned on later
             # A copy: the state is kept, and what is read is mapped into memory, which keeps the file open.
             tensor = tensors[f"{key}.{name}"].to(parameter.device, copy=True)
             tensor = shard_like(tensor, like=parameter) if tensor.shape == parameter.shape else tensor
             state[key] = spec.from_tensor(key, tensor, group)
-        optimizer.state[parameter] = state
+        if state:
+            optimizer.state[parameter] = state

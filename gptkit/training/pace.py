@@ -9,12 +9,13 @@ from gptkit.data.batches import TrainingBatches
 from gptkit.distributed.process_group import main_process, sync_flags
 from gptkit.training.optimizers import OPTIMIZERS
 from gptkit.training.planning import CLOSING_S, steps_within
-from gptkit.training.schedules import learning_rate
+from gptkit.training.recipe import Recipe
+from gptkit.training.schedules import decay_multiplier, learning_rate, muon_momentum
 from gptkit.training.settings import TrainingSettings, budget_s, max_total_steps, peak_lr
 from gptkit.training.signals import StopSignals
 
 MAX_WARMUP_STEPS = 1000
-FINAL_SHARE = 0.05  # of the peak learning rate, at the end of the cosine
+FINAL_SHARE = 0.05  # of the peak learning rate, at the end of a run
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Pace:
     def __init__(
         self,
         settings: TrainingSettings,
+        recipe: Recipe,
         batches: TrainingBatches,
         stop: StopSignals,
         *,
@@ -46,7 +48,7 @@ class Pace:
         started_at: float,  # time.monotonic() of the command
         step_s: float,  # a first guess at the seconds per step
     ) -> None:
-        self._settings, self._stop = settings, stop
+        self._settings, self._recipe, self._stop = settings, recipe, stop
         self._total_steps = make_total_steps(settings, batches, first_step, elapsed_s, started_at, step_s)
         self.n_steps = main_process(self._total_steps)(first_step)  # may change with the machine's speed
         is_timed = settings.budget_minutes is not None
@@ -64,14 +66,34 @@ class Pace:
 
     def lr_multiplier(self, step: int) -> float:
         """Return the learning rate of a step (from 0) as a share of the peak."""
-        settings = self._settings
+        settings, recipe = self._settings, self._recipe
         final = FINAL_SHARE if settings.min_lr is None else settings.min_lr / peak_lr(settings)
         warmup_steps = settings.warmup_steps
         if warmup_steps is None:
             share = OPTIMIZERS[settings.optimizer].warmup_share
             warmup_steps = min(int(self.n_steps * share + 1e-9), MAX_WARMUP_STEPS)
         warmup_steps = min(warmup_steps, self.n_steps)
-        return learning_rate(step, peak=1.0, final=final, warmup_steps=warmup_steps, total_steps=self.n_steps)
+        return learning_rate(
+            step,
+            peak=1.0,
+            final=final,
+            warmup_steps=warmup_steps,
+            total_steps=self.n_steps,
+            schedule=recipe.lr_schedule,
+            cooldown_share=recipe.cooldown_share,
+        )
+
+    def share_done(self, step: int) -> float:
+        """Return the share of the run that is done before a step (from 0)."""
+        return min(step / self.n_steps, 1.0)
+
+    def decay_multiplier(self, step: int) -> float:
+        """Return the weight decay of a step (from 0) as a multiple of the recipe's."""
+        return decay_multiplier(self._recipe.decay_schedule, self.share_done(step))
+
+    def momentum(self, step: int) -> float:
+        """Return Muon's momentum for a step (from 0)."""
+        return muon_momentum(step, self._recipe.momentum_warmup)
 
     def after_step(self, step: int) -> Due:
         """Return what is due after `step` steps; all processes agree on it, by one collective."""

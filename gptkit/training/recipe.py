@@ -12,6 +12,8 @@ from typing import Any
 from gptkit.base.cli import UserError, as_flag, parse, setting
 from gptkit.base.files import as_dict
 from gptkit.data.batches import Shuffle
+from gptkit.training.muon import MuonScaling
+from gptkit.training.schedules import DecaySchedule, LRSchedule
 
 MANY_EPOCHS = 3.0  # of them, or more: the regularized recipe
 # How much the weights shrink per epoch at the peak rate, as an exponent: rate x decay x steps per epoch. It fits texts,
@@ -65,6 +67,47 @@ class RecipeSettings:
         at_least=0,
         group="regularization",
     )
+    lr_schedule: LRSchedule | None = setting(
+        None,
+        "after the warmup, lower the learning rate along a cosine, or keep it and lower it linearly over the last"
+        " --cooldown_share of the steps (default: cosine)",
+        group="optimizer",
+    )
+    cooldown_share: float | None = setting(
+        None,
+        "with --lr_schedule linear: the share of the steps over which the rate falls (default: 0.5)",
+        more_than=0,
+        at_most=1,
+        group="optimizer",
+    )
+    decay_schedule: DecaySchedule | None = setting(
+        None,
+        "multiply the weight decays over the run by 1, by 0 rising to 2, or by 1 dipping to 1/8 in the middle and back"
+        " (default: constant)",
+        group="regularization",
+    )
+    cautious_decay: bool | None = setting(
+        None, "with muon: decay only weights that the step does not move away from zero", group="regularization"
+    )
+    muon_scaling: MuonScaling | None = setting(
+        None,
+        "with muon: normalize the rows of the momentum before it is orthogonalized (rows), or those of the step after it"
+        " (neurons, NorMuon) (default: none)",
+        group="optimizer",
+    )
+    further_tokens: float | None = setting(
+        None,
+        "predict the token after the next too, by a projection that the model does not keep: the weight of that loss at the"
+        " start, from which it falls to 0 at the end (default: 0, not at all)",
+        at_least=0,
+        group="regularization",
+    )
+    momentum_warmup: int | None = setting(
+        None,
+        "with muon: raise the momentum from 0.85 to 0.95 over the first so many steps (default: 0)",
+        at_least=0,
+        group="optimizer",
+    )
 
 
 @dataclass(frozen=True)
@@ -77,6 +120,13 @@ class Recipe:
     shuffle: Shuffle = "windows"
     replace_rate: float = 0.0
     average_epochs: float = 0.0
+    lr_schedule: LRSchedule = "cosine"
+    cooldown_share: float = 0.5
+    decay_schedule: DecaySchedule = "constant"
+    cautious_decay: bool = False
+    muon_scaling: MuonScaling = "none"
+    momentum_warmup: int = 0
+    further_tokens: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from gptkit.training.compilation import (
     time_optimizer_step,
 )
 from gptkit.training.distillation import Teacher
+from gptkit.training.further_tokens import FurtherTokens
 from gptkit.training.guard import as_count, as_scaler_state, as_sum
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, load_optimizer_tensors, optimizer_tensors
 from gptkit.training.planning import Plan, flops_per_token
@@ -63,6 +64,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype  # of matrix products
     teacher: Teacher | None = None  # of --distill_from
+    further: FurtherTokens | None = None  # of --further_tokens
     step: int = 0  # optimizer steps done
     elapsed_s: float = 0.0  # of training, when the newest checkpoint was written
     best_val_loss: float | None = None  # nats per token, of the checkpoints saved, as Saver.save takes it
@@ -100,7 +102,7 @@ class Run:
         compiled = self.device.type == "cuda" if self.settings.compile is None else self.settings.compile
         measure = functools.partial(
             compile_and_time, self.model, self.model.config.vocab_size,
-            device=self.device, dtype=self.dtype, teacher=self.teacher,
+            device=self.device, dtype=self.dtype, teacher=self.teacher, further=self.further,
         )  # fmt: skip
         loss = None
         try:
@@ -140,6 +142,8 @@ class Run:
         3.2): this divides them by it, once, and then adapts it, down where one overflowed. The optimizer's own step
         follows, not GradScaler.step: that leaves an overflow to the fused AdamW, which knows nothing of Muon's matrices.
         """
+        if self.further:
+            self.further.average_gradient()
         self.scaler.unscale_(self.optimizer)
         self.scaler.update()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
@@ -217,6 +221,7 @@ class Run:
         """
         weights = fsdp.full_tensors(self.model.state_dict(), keep)
         training = fsdp.full_tensors(optimizer_tensors(self.model, self.optimizer), keep)
+        training |= self.further.tensors() if self.further else {}
         training |= process_group.gather_rng_states(devices.get_rng_states(self.device))
         return weights, training, fsdp.full_tensors(self.average.tensors, keep)
 
@@ -230,6 +235,8 @@ class Run:
         self.model.load_state_dict(fsdp.shard_tensors(weights, self.model.state_dict()))
         load_optimizer_tensors(self.model, self.optimizer, training)
         self.average.load(averaged)
+        if self.further:
+            self.further.load(training)
         states = process_group.select_rng_states(training)
         if process_group.is_main_process() or states:
             devices.set_rng_states(states, self.device)

@@ -109,7 +109,7 @@ class TrainingSettings(RecipeSettings):
     )
     min_lr: float | None = setting(
         None,
-        "learning rate at the end of the cosine (default: a twentieth of --lr)",
+        "learning rate at the end of the run (default: a twentieth of --lr)",
         at_least=0,
         group="optimizer",
     )
@@ -225,6 +225,9 @@ def check_training_settings(settings: TrainingSettings, n_processes: int) -> Non
     """Raise UserError where training settings conflict, or a package is missing."""
     spec = OPTIMIZERS[settings.optimizer]
     spec.require_package()
+    for name, other in ((flag, key) for key, each in OPTIMIZERS.items() for flag in each.recipe_flags):
+        if name not in spec.recipe_flags and getattr(settings, name) not in (None, getattr(Recipe, name)):
+            raise UserError(f"--{name} needs --optimizer {other}, and this is {settings.optimizer}; leave it out")
     if settings.pretokenized_dir and not settings.use_pretokenized:
         raise UserError(
             f"--pretokenized_dir {settings.pretokenized_dir} is given without --use_pretokenized; add that flag"
@@ -253,10 +256,19 @@ def peak_lr(settings: TrainingSettings) -> float:
     return settings.lr or OPTIMIZERS[settings.optimizer].default_lr
 
 
-def configure_optimizer(settings: TrainingSettings, recipe: Recipe, model: nn.Module, dtype: torch.dtype) -> Optimizer:
-    """Build the optimizer of a run for a model; dtype is that of the run's matrix products."""
+def configure_optimizer(
+    settings: TrainingSettings,
+    recipe: Recipe,
+    model: nn.Module,
+    dtype: torch.dtype,
+    further: nn.Parameter | None = None,
+) -> Optimizer:
+    """Build the optimizer of a run for a model, and for a matrix beside it; dtype is that of the run's matrix products."""
     rates = peak_lr(settings), settings.adam_lr
-    return build_optimizer(model, settings.optimizer, *rates, recipe.weight_decay, dtype, recipe.embedding_decay)
+    decays = {name: getattr(recipe, name) for name in ("weight_decay", "embedding_decay", "cautious_decay")}
+    return build_optimizer(
+        model, settings.optimizer, *rates, dtype=dtype, muon_scaling=recipe.muon_scaling, further=further, **decays
+    )
 
 
 def max_total_steps(settings: TrainingSettings, batches: TrainingBatches) -> int:
