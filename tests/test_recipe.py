@@ -71,7 +71,7 @@ def test_how_often_the_text_is_read_is_said(n_epochs: float, expected: str) -> N
     reading = Reading(5000, 100, n_epochs)
     text, chosen = describe_recipe(choose_recipe(RecipeSettings(), reading, LR, ADAM_LR), reading).splitlines()
     assert text.startswith(expected)
-    assert chosen.startswith("recipe: drop_rate 0.")
+    assert chosen.startswith("recipe: drop_rate 0." if n_epochs >= MANY_EPOCHS else "recipe: that of text")
 
 
 def test_a_checkpoint_gives_its_recipe_and_a_flag_changes_it() -> None:

@@ -95,18 +95,18 @@ class RecipeSettings:
         " (neurons, NorMuon) (default: none)",
         group="optimizer",
     )
+    momentum_warmup: int | None = setting(
+        None,
+        "with muon: raise the momentum from 0.85 to 0.95 over the first so many steps (default: 0)",
+        at_least=0,
+        group="optimizer",
+    )
     further_tokens: float | None = setting(
         None,
         "predict the token after the next too, by a projection that the model does not keep: the weight of that loss at the"
         " start, from which it falls to 0 at the end (default: 0, not at all)",
         at_least=0,
         group="regularization",
-    )
-    momentum_warmup: int | None = setting(
-        None,
-        "with muon: raise the momentum from 0.85 to 0.95 over the first so many steps (default: 0)",
-        at_least=0,
-        group="optimizer",
     )
 
 
@@ -170,8 +170,9 @@ def describe_recipe(recipe: Recipe, reading: Reading) -> str:
         means = "more than it deserves; more text, a larger model or --chain 2 gains more than further epochs"
     elif reading.n_epochs >= MANY_EPOCHS:
         means = f"worth {reading.worth / reading.n_tokens:.1f} times as much text, if it is not learnt by heart"
-    settings = ", ".join(f"{field.name} {getattr(recipe, field.name)}" for field in fields(recipe))
-    return f"text: {read}, {means}\nrecipe: {settings}"
+    chosen = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    settings = ", ".join(f"{name} {value}" for name, value in chosen.items() if value != getattr(Recipe(), name))
+    return f"text: {read}, {means}\nrecipe: {settings or 'that of text which is read once'}"
 
 
 def saved_recipe(settings: RecipeSettings, state: Mapping[str, Any]) -> Recipe:
