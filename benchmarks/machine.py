@@ -56,12 +56,11 @@ def log(message: str) -> None:
 
 
 def script(name: str, **flags: object) -> list[str]:
-    """Return the command line of one of the project's scripts."""
-    return [
-        sys.executable,
-        str(ROOT / name),
-        *(part for key, value in flags.items() for part in (f"--{key}", str(value))),
-    ]
+    """Return the command line of one of the project's scripts; True stands for a flag without a value."""
+    command = [sys.executable, str(ROOT / name)]
+    for key, value in flags.items():
+        command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    return command
 
 
 def torchrun(n_processes: int, command: list[str], *flags: str) -> list[str]:
