@@ -24,6 +24,7 @@ from gptkit.training import checkpoints
 from gptkit.training.loading import load_checkpoint
 from gptkit.training.loss import linear_cross_entropy
 from gptkit.training.optimizers import build_optimizer
+from gptkit.training.recipe import Recipe
 from gptkit.training.run import Run
 
 CPU = torch.device("cpu")
@@ -72,7 +73,8 @@ def run_of(model: GPTModel, optimizer: str, dtype: torch.dtype) -> Run:
     settings = SimpleNamespace(grad_clip=1e9)
     built = build_optimizer(model, optimizer, 1e-3, 1e-3, 0.0, dtype)
     nothing: Any = None
-    return Run(settings, *[nothing] * 6, model, built, CPU, dtype)  # type: ignore[arg-type]
+    plan, batches = SimpleNamespace(recipe=Recipe()), SimpleNamespace(steps_per_epoch=1)
+    return Run(settings, nothing, nothing, plan, nothing, batches, nothing, model, built, CPU, dtype)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("arch", ["modern", "gpt2"])
