@@ -109,7 +109,10 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> boo
         tokens = open_token_folder(config, output_dir, tokenizer, locks)
         streams = tokens.open()
         sizes = sizes_within(teacher, model_sizes(config, tokenizer.vocab_size, state))
-        plan = choose_plan(config, sizes, GPTModel, state, len(streams["train"]), started_at, device, dtype)
+        plan = choose_plan(
+            config, sizes, GPTModel, state, len(streams["train"]), started_at, device, dtype, teacher,
+            is_pretrained=config.init_from is not None,
+        )  # fmt: skip
         identity |= plan.identity() | {"tokens": tokens.fingerprint}
         require_same_run(checkpoint, state, identity, plan)
         batches, validation = make_batches(config, plan, streams, tokenizer.end_of_text_id)

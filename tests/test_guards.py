@@ -227,8 +227,8 @@ def test_which_settings_may_change_and_which_may_not(tmp_path: Path, short_shard
         "--optimizer": ("muon", "--optimizer", "(adamw, now muon)"),
         "--seed": (7, "--seed", "(123, now 7)"),
         "--val_fraction": (0.3, "--val_fraction", "(0.01, now 0.3)"),
-        "--n_layers": (2, "model (--model_size and the dimensions)"),
-        "--drop_rate": (0.2, "model (--model_size and the dimensions)"),
+        "--n_layers": (2, "model (--model_size, the dimensions or --drop_rate)"),
+        "--drop_rate": (0.2, "model (--model_size, the dimensions or --drop_rate)"),
     }
     for flag, (value, *named) in may_not.items():
         assert_user_error(call_command("pretraining.py", *arguments, flag, value), "another", *map(str, named))

@@ -175,7 +175,9 @@ def test_little_text_gets_a_smaller_model_than_new_text_in_the_same_time(capsys:
         ({"n_epochs": 16}, math.inf, 16.0),
         ({"max_tokens": 5000}, math.inf, 5.0),
         ({"max_steps": 100, "n_epochs": 2}, math.inf, 2.0),
-        ({"max_steps": 100}, math.inf, 100 * 8 * 4 / 1000),
+        ({"max_steps": 100}, math.inf, 1.0),
+        ({"max_steps": 500, "n_epochs": 30}, math.inf, 500 * 8 * 4 / 1000),
+        ({"max_steps": 50, "max_tokens": 9000}, math.inf, 50 * 8 * 4 / 1000),
         ({}, 20_000.0, 20.0),
         ({"n_epochs": 2}, 20_000.0, 2.0),
         ({"n_epochs": 30}, 20_000.0, 20.0),
@@ -189,3 +191,10 @@ def test_how_often_the_text_will_be_read(
     assert f"is read {n_epochs:.1f} times" in capsys.readouterr().out
     assert (plan.recipe.shuffle == "documents") == (n_epochs >= 3)
     assert plan.model.drop_rate == plan.recipe.drop_rate
+
+
+@pytest.mark.parametrize(("optimizer", "is_pretrained"), [("adamw", False), ("muon", True)])
+def test_other_optimizers_and_pretrained_weights_keep_the_plain_decay(optimizer: str, is_pretrained: bool) -> None:
+    settings = TrainingSettings(data_dir="text", n_epochs=16, optimizer=optimizer)
+    recipe = planning.finish_plan(Plan(MODEL, 8, 1), settings, 1000, math.inf, is_pretrained).recipe
+    assert (recipe.weight_decay, recipe.embedding_decay, recipe.shuffle) == (0.1, 0.0, "documents")

@@ -14,7 +14,7 @@ LR, ADAM_LR = 0.02, 0.01
 
 
 def choose(n_epochs: float, n_tokens: int = 500_000, tokens_per_step: int = 2048, **given: Any) -> Recipe:
-    return choose_recipe(RecipeSettings(**given), Reading(n_tokens, tokens_per_step, n_epochs), LR, ADAM_LR)
+    return choose_recipe(RecipeSettings(**given), Reading(n_tokens, tokens_per_step, n_epochs), (LR, ADAM_LR))
 
 
 def test_settings_and_recipe_have_the_same_fields() -> None:
@@ -39,6 +39,21 @@ def test_weights_shrink_by_the_same_share_per_epoch_for_any_text_batch_and_rate(
         assert found.average_epochs == pytest.approx(16 * recipe.AVERAGE_SHARE, rel=0.01)
 
 
+@pytest.mark.parametrize("n_epochs", [3, 30, 1e6])
+@pytest.mark.parametrize("steps_per_epoch", [1, 2, 20, 500])
+def test_no_step_shrinks_the_weights_by_much(n_epochs: float, steps_per_epoch: int) -> None:
+    found = choose(n_epochs, 2048 * steps_per_epoch)
+    for shrinkage in (LR * found.weight_decay, ADAM_LR * found.embedding_decay):
+        assert 0 < shrinkage <= 1.01 * recipe.MAX_SHRINKAGE_PER_STEP
+    assert found.average_epochs <= recipe.AVERAGE_SHARE * recipe.MAX_USEFUL_EPOCHS
+
+
+def test_without_rates_the_decays_stay_plain() -> None:
+    found = choose_recipe(RecipeSettings(), Reading(500_000, 2048, 16), None)
+    assert (found.weight_decay, found.embedding_decay) == (Recipe.weight_decay, Recipe.embedding_decay)
+    assert (found.shuffle, found.drop_rate) == ("documents", 0.1)
+
+
 def test_dropout_grows_with_the_epochs_up_to_a_bound() -> None:
     assert [choose(n_epochs).drop_rate for n_epochs in (4, 8, 1000)] == [0.025, 0.05, 0.2]
 
@@ -61,15 +76,15 @@ def test_a_token_is_worth_less_each_time_it_is_read() -> None:
 @pytest.mark.parametrize(
     ("n_epochs", "expected"),
     [
-        (0.25, "text: 25% of the 5,000 tokens are read, each once, as good as new text"),
-        (2.0, "text: each of the 5,000 tokens is read 2.0 times, as good as new text"),
+        (0.25, "text: 25% of the 5,000 tokens are read, each once"),
+        (2.0, "text: each of the 5,000 tokens is read 2.0 times, nearly as good as new text"),
         (16.0, "text: each of the 5,000 tokens is read 16.0 times, worth 10.6 times as much text"),
         (300.0, "text: each of the 5,000 tokens is read 300.0 times, more than it deserves"),
     ],
 )
 def test_how_often_the_text_is_read_is_said(n_epochs: float, expected: str) -> None:
     reading = Reading(5000, 100, n_epochs)
-    text, chosen = describe_recipe(choose_recipe(RecipeSettings(), reading, LR, ADAM_LR), reading).splitlines()
+    text, chosen = describe_recipe(choose_recipe(RecipeSettings(), reading, (LR, ADAM_LR)), reading).splitlines()
     assert text.startswith(expected)
     assert chosen.startswith("recipe: drop_rate 0." if n_epochs >= MANY_EPOCHS else "recipe: that of text")
 

@@ -74,7 +74,10 @@ def load_teacher(
             )
         loaded.append(model)
         print(f"teacher: {folder}, {sum(p.numel() for p in model.parameters()):,} parameters, {share:g} of the loss")
-        weights = weights_sha256(folder, AVERAGED_FILE if is_averaged else MODEL_FILE)
+        try:
+            weights = weights_sha256(folder, AVERAGED_FILE if is_averaged else MODEL_FILE)
+        except OSError as error:  # its run, which trains, has removed it meanwhile
+            raise UserError(f"--distill_from {exp_dir}: {error}; run the same command again")
         return {"weights": weights, "name": f"{folder}, {weights[:8]}"}, read_state(folder)["identity"]["model"]
 
     identity, dimensions = load()

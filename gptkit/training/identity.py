@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from gptkit.training.recipe import Recipe
 
 # What a checkpoint's run must share with the one that resumes it, and what a message calls it.
 IDENTITY = {
-    "model": "model (--model_size and the dimensions)",
+    "model": "model (--model_size, the dimensions or --drop_rate)",
     "tokenizer": "tokenizer (--tokenizer and its name or path)",
     "tokens": "text (--data_dir)",
     "sequences_per_step": "number of sequences per step (--batch_size times --grad_accum_steps times processes)",
@@ -28,7 +28,7 @@ NOT_PRINTED = ("model", "tokenizer", "tokens")  # too long to print
 # What may change within a run, and changes its result.
 RECIPE = (
     "lr", "adam_lr", "min_lr", "warmup_steps", "grad_clip", "dtype", "distill_weight",
-    *(field.name for field in fields(Recipe)),
+    *(field.name for field in fields(Recipe) if field.name != "drop_rate"),  # that is the model's
 )  # fmt: skip
 LENGTH = ("n_epochs", "max_tokens", "max_steps", "budget_minutes")
 
@@ -72,7 +72,7 @@ def find_difference(before: Mapping[str, Any], identity: Mapping[str, Any]) -> s
 
 def warn_changed_settings(before: Any, settings: Mapping[str, Any], step: int) -> None:
     """Print a note on standard error for each setting that has changed since a checkpoint, and what that means."""
-    before = as_dict(before)
+    before = asdict(Recipe()) | as_dict(before)  # an older version had fewer settings
     changed = [name for name in (*RECIPE, *LENGTH) if name in before and before[name] != settings[name]]
     for name in changed:
         means = "the schedule stretches to the new length" if name in LENGTH else f"it holds from step {step} on"

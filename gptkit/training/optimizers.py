@@ -246,7 +246,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         n_moments=1,
         state_keys=_muon_state,
         late_keys=("row_moment",),
-        recipe_flags=("cautious_decay", "muon_scaling", "momentum_warmup"),
+        recipe_flags=("embedding_decay", "cautious_decay", "muon_scaling", "momentum_warmup"),
     ),
     "adamw": OptimizerSpec(
         _build_adamw, default_lr=6e-4, warmup_share=0.05, n_moments=2, state_keys=lambda group: ADAM_STATE

@@ -17,7 +17,9 @@ from gptkit.base.cli import UserError, format_duration
 from gptkit.base.files import as_dict
 from gptkit.distributed.process_group import main_process, world_size
 from gptkit.training.compilation import compile_and_time, time_optimizer_step
-from gptkit.training.recipe import Reading, Recipe, choose_recipe, describe_recipe, saved_recipe
+from gptkit.training.distillation import Teacher
+from gptkit.training.optimizers import OPTIMIZERS
+from gptkit.training.recipe import Reading, Recipe, choose_recipe, describe_recipe, saved_recipe, worth_of
 from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, configure_optimizer, peak_lr
 
 # Of the models tried on one core of a CPU for 2.5 minutes, the best ones saw 1.5 to 2.7 tokens for each parameter of
@@ -100,13 +102,15 @@ def choose_plan(
     started_at: float,
     device: torch.device,
     dtype: torch.dtype,
+    teacher: Teacher | None = None,
+    is_pretrained: bool = False,  # whether its weights are those of --init_from
 ) -> Plan:
     """Return the plan that the settings ask for; what they leave to the budget is chosen by measuring this machine.
 
     `sizes` are the models to choose from, from small to large; a single one is taken. `build` makes a model from its
     dimensions. A run that resumes, whose `state` is given, keeps what it chose at its start. Raises UserError.
     """
-    n_processes = world_size()
+    n_processes, n_training_tokens = world_size(), max(n_training_tokens, 1)
     if state and settings.budget_minutes is not None:
         (model,) = sizes.values()
         before = saved_plan(model, settings, state)
@@ -117,7 +121,7 @@ def choose_plan(
         plan = Plan(model, settings.batch_size or BATCH_SIZE, settings.grad_accum_steps or 1, n_processes)
         if state:
             return resume_plan(plan, settings, state)
-        return finish_plan(plan, settings, n_training_tokens, math.inf)
+        return finish_plan(plan, settings, n_training_tokens, math.inf, is_pretrained)
     left_s = budget_s(settings) - (time.monotonic() - started_at)
     if left_s < MIN_TRAINING_S:
         raise UserError(
@@ -127,29 +131,32 @@ def choose_plan(
     plan, total_tokens = plan_for_budget(
         left_s - CLOSING_S,
         sizes,
-        lambda model: measure_tokens_per_s(settings, model, build, device, dtype),
+        lambda model: measure_tokens_per_s(settings, model, build, device, dtype, teacher),
         n_training_tokens,
         device.type,
         settings.batch_size,
         settings.grad_accum_steps,
         n_processes,
     )
-    return finish_plan(plan, settings, n_training_tokens, total_tokens)
+    return finish_plan(plan, settings, n_training_tokens, total_tokens, is_pretrained)
 
 
-def finish_plan(plan: Plan, settings: TrainingSettings, n_training_tokens: int, total_tokens: float) -> Plan:
+def finish_plan(
+    plan: Plan, settings: TrainingSettings, n_training_tokens: int, total_tokens: float, is_pretrained: bool = False
+) -> Plan:
     """Return the plan with a recipe that suits how often the text is read, and print both.
 
     total_tokens is how many a budget has time for, infinite without one.
     """
     tokens_per_step = plan.sequences_per_step * plan.model.context_length
-    most = [total_tokens, settings.max_tokens or math.inf, tokens_per_step * (settings.max_steps or math.inf)]
-    if math.isinf(min(most)):
-        most.append(n_training_tokens * (settings.n_epochs or 1))
-    elif settings.n_epochs:
-        most.append(n_training_tokens * settings.n_epochs)
+    is_limited = not math.isinf(total_tokens) or settings.max_tokens is not None
+    n_epochs = settings.n_epochs or (math.inf if is_limited else 1)  # as max_total_steps has it
+    most = [total_tokens, n_epochs * n_training_tokens, settings.max_tokens or math.inf]
+    most.append(tokens_per_step * (settings.max_steps or math.inf))
     reading = Reading(n_training_tokens, tokens_per_step, min(most) / n_training_tokens)
-    recipe = choose_recipe(settings, reading, peak_lr(settings), settings.adam_lr)
+    # The decays were measured with Muon from new weights: other optimizers and --init_from keep the plain ones.
+    decays = "embedding_decay" in OPTIMIZERS[settings.optimizer].recipe_flags and not is_pretrained
+    recipe = choose_recipe(settings, reading, (peak_lr(settings), settings.adam_lr) if decays else None)
     print(describe_recipe(recipe, reading), flush=True)
     return plan.with_recipe(recipe)
 
@@ -174,7 +181,7 @@ def plan_for_budget(
         speed = n_processes * tokens_per_s(model)
         total_tokens = left_s * speed
         n_epochs = total_tokens / n_training_tokens
-        worth = Reading(n_training_tokens, 1, n_epochs).worth
+        worth = worth_of(n_training_tokens, n_epochs)
         per_parameter = worth / n_block_parameters(model)
         print(
             f"{size}: {speed:,.0f} tokens/s, so {total_tokens:,.0f} tokens in {format_duration(left_s)}: the text"
@@ -234,6 +241,7 @@ def measure_tokens_per_s(
     build: Callable[[Any], nn.Module],
     device: torch.device,
     dtype: torch.dtype,
+    teacher: Teacher | None,
 ) -> float:
     """Measure the speed of training on this machine, by a few steps of a new model on random tokens.
 
@@ -244,7 +252,7 @@ def measure_tokens_per_s(
     n_sequences = max((1024 if device.type == "cpu" else 16_384) // dimensions.context_length, 1)
     ids = torch.randint(dimensions.vocab_size, (n_sequences, dimensions.context_length + 1))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    _, parts_s = compile_and_time(model, dimensions.vocab_size, False, batch, device, dtype)
+    _, parts_s = compile_and_time(model, dimensions.vocab_size, False, batch, device, dtype, teacher)
     seconds = sum(parts_s.values()) + time_optimizer_step(
         model, lambda: configure_optimizer(settings, Recipe(), model, dtype), device
     )

@@ -22,7 +22,8 @@ MANY_EPOCHS = 3.0  # of them, or more: the regularized recipe
 # lie at 1.9 to 5.1.
 SHRINKAGE = 0.65
 DROP_PER_EPOCH, MAX_DROP_RATE = 0.1 / 16, 0.2  # 0.1 was better than none for 16 epochs, and for 4 it was worse
-MAX_USEFUL_EPOCHS = 40.0
+MAX_USEFUL_EPOCHS = 40.0  # more were not tried, and change the recipe no further
+MAX_SHRINKAGE_PER_STEP = 0.05  # with few steps per epoch more would be left of no step
 AVERAGE_SHARE = 0.15  # of the epochs of a run
 # Reading a token again is worth less each time, by this time constant in epochs (Muennighoff et al., section 4).
 REPETITION_EPOCHS = 15.4
@@ -33,7 +34,7 @@ class RecipeSettings:
     """The flags of a recipe; None leaves the choice to the planner."""
 
     drop_rate: float | None = setting(
-        None, "dropout (default: by how often the text is read)", at_least=0, group="regularization"
+        None, "dropout (default: by how often the text is read)", at_least=0, less_than=1, group="regularization"
     )
     weight_decay: float | None = setting(
         None,
@@ -139,33 +140,42 @@ class Reading:
 
     @property
     def worth(self) -> float:
-        """Return how many new tokens would teach as much (Muennighoff et al. 2023, equation 5)."""
-        repeated = 1 - math.exp(-max(self.n_epochs - 1, 0) / REPETITION_EPOCHS)
-        return self.n_tokens * (min(self.n_epochs, 1) + REPETITION_EPOCHS * repeated)
+        """Return how many new tokens would teach as much."""
+        return worth_of(self.n_tokens, self.n_epochs)
 
 
-def choose_recipe(settings: RecipeSettings, reading: Reading, lr: float, adam_lr: float) -> Recipe:
-    """Return the recipe for a run, with what the settings ask for; lr and adam_lr are the peak rates."""
-    recipe = Recipe()
-    if reading.n_epochs >= MANY_EPOCHS:
-        per_rate = SHRINKAGE * reading.n_epochs**0.5 * reading.tokens_per_step / reading.n_tokens
+def worth_of(n_tokens: int, n_epochs: float) -> float:
+    """Return how many new tokens would teach as much as n_tokens read n_epochs times (Muennighoff et al., equation 5)."""
+    repeated = 1 - math.exp(-max(n_epochs - 1, 0) / REPETITION_EPOCHS)
+    return n_tokens * (min(n_epochs, 1) + REPETITION_EPOCHS * repeated)
+
+
+def choose_recipe(settings: RecipeSettings, reading: Reading, rates: tuple[float, float] | None) -> Recipe:
+    """Return the recipe for a run, with what the settings ask for.
+
+    `rates` are the peak rates of matrices and embedding; None leaves the decays as they are for text that is read once.
+    """
+    recipe, n_epochs = Recipe(), min(reading.n_epochs, MAX_USEFUL_EPOCHS)
+    if n_epochs >= MANY_EPOCHS:
         recipe = replace(
             recipe,
-            drop_rate=round(min(DROP_PER_EPOCH * reading.n_epochs, MAX_DROP_RATE), 3),
-            weight_decay=float(f"{per_rate / lr:.3g}"),
-            embedding_decay=float(f"{per_rate / adam_lr:.3g}"),
+            drop_rate=round(min(DROP_PER_EPOCH * n_epochs, MAX_DROP_RATE), 3),
             shuffle="documents",
-            average_epochs=float(f"{AVERAGE_SHARE * reading.n_epochs:.3g}"),
+            average_epochs=float(f"{AVERAGE_SHARE * n_epochs:.3g}"),
         )
+        if rates:
+            per_step = SHRINKAGE * n_epochs**0.5 * reading.tokens_per_step / reading.n_tokens
+            decays = [float(f"{min(per_step, MAX_SHRINKAGE_PER_STEP) / rate:.3g}") for rate in rates]
+            recipe = replace(recipe, weight_decay=decays[0], embedding_decay=decays[1])
     return with_given(recipe, settings)
 
 
 def describe_recipe(recipe: Recipe, reading: Reading) -> str:
     """Describe in two lines how often the text is read, what that means, and the recipe."""
+    means = "nearly as good as new text"
     read = f"each of the {reading.n_tokens:,} tokens is read {reading.n_epochs:.1f} times"
     if reading.n_epochs < 1:
-        read = f"{reading.n_epochs:.0%} of the {reading.n_tokens:,} tokens are read, each once"
-    means = "as good as new text"
+        read, means = f"{reading.n_epochs:.0%} of the {reading.n_tokens:,} tokens are read", "each once"
     if reading.n_epochs >= MAX_USEFUL_EPOCHS:
         means = "more than it deserves; more text, a larger model or --chain 2 gains more than further epochs"
     elif reading.n_epochs >= MANY_EPOCHS:
