@@ -151,8 +151,7 @@ def test_sharded_in_two_is_one_run(tmp_path: Path, shards: Path, alone: Path) ->
     assert isinstance(model, GPTModel)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=needs_fsdp)])
-@pytest.mark.parametrize("scaling", ["rows", "neurons"])
+@pytest.mark.parametrize(("scaling", "parallel"), [("rows", "ddp"), pytest.param("neurons", "fsdp", marks=needs_fsdp)])
 def test_variants_of_the_recipe_by_two_processes_are_one_run(
     tmp_path: Path, shards: Path, scaling: str, parallel: str
 ) -> None:
