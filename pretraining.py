@@ -143,7 +143,7 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> boo
 def train(
     run: Run, guard: Guard, saver: Saver, started_at: float, stop: StopSignals, session_end: dict[str, Any]
 ) -> bool:
-    """Train until the run is finished, or has to stop, with reports, samples and checkpoints; return which.
+    """Train until the run is finished or has to stop, with reports, samples and checkpoints. Return whether it is finished.
 
     How the session ended is written into session_end.
     """

@@ -112,7 +112,7 @@ def in_order(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def earlier_rows(name: str, conditions: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the rows that are in the result file. Raises UserError where they are of another machine or other conditions."""
+    """Return the rows that are in the result file. Raises UserError where they were measured otherwise."""
     path = result_path(name)
     if not path.exists():
         return {}

@@ -65,7 +65,7 @@ def test_a_flag_wins_also_where_it_is_zero() -> None:
 
 
 def test_a_token_is_worth_less_each_time_it_is_read() -> None:
-    worth = [Reading(1000, 1, n_epochs).worth for n_epochs in (0.5, 1, 4, 16, 64, 1e9)]
+    worth = [recipe.worth_of(1000, n_epochs) for n_epochs in (0.5, 1, 4, 16, 64, 1e9)]
     assert worth[:2] == [500, 1000]
     assert worth[2] == pytest.approx(1000 * (1 + 15.4 * (1 - math.exp(-3 / 15.4))))
     assert 3600 < worth[2] < 4000  # "nearly as good as new text"

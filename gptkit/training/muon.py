@@ -91,9 +91,7 @@ class MuonAdamW(torch.optim.AdamW):
                 matrices = torch.nn.functional.normalize(matrices, dim=-1)
             steps = orthogonalize(matrices, self.dtype)
             for parameter, full_step in zip(parameters, steps, strict=True):
-                if (
-                    group["scaling"] == "neurons"
-                ):  # on the full matrix in each process, so that each has all row moments
+                if group["scaling"] == "neurons":  # on full matrices, so that each process has all row moments
                     state = self.state[parameter]
                     state["row_moment"] = balance_rows(full_step, state.get("row_moment"))
                 step, decay = shard_like(full_step, like=parameter), group["lr"] * group["weight_decay"]

@@ -93,23 +93,18 @@ def build_optimizer(
     adam_lr: float,
     weight_decay: float,
     dtype: torch.dtype = torch.float32,
-    embedding_decay: float = 0.0,
-    cautious_decay: bool = False,
-    muon_scaling: MuonScaling = "none",
     further: nn.Parameter | None = None,
+    **variants: Any,
 ) -> Optimizer:
     """Build the optimizer called `name` for a model; each of its groups has a "peak_lr" and a "peak_decay".
 
-    lr and adam_lr are peak rates; `further` is a matrix beside the model's, trained like those of its blocks. Raises UserError where its package is not installed.
+    lr and adam_lr are peak rates; `further` is a matrix beside the model's, trained like those of its blocks; `variants`
+    are further fields of Hyperparameters. Raises UserError where its package is not installed.
     """
     spec, parameters = OPTIMIZERS[name], ParameterGroups.of(model)
     more = [] if further is None else [further]
     parameters.blocks.extend(more)
-    optimizer = spec.build(
-        parameters,
-        Hyperparameters(lr, adam_lr, weight_decay, embedding_decay, cautious_decay, muon_scaling),
-        dtype,
-    )
+    optimizer = spec.build(parameters, Hyperparameters(lr, adam_lr, weight_decay, **variants), dtype)
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in (*model.parameters(), *more))
     for group in optimizer.param_groups:

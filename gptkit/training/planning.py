@@ -20,7 +20,7 @@ from gptkit.training.compilation import compile_and_time, time_optimizer_step
 from gptkit.training.distillation import Teacher
 from gptkit.training.optimizers import OPTIMIZERS
 from gptkit.training.recipe import Reading, Recipe, choose_recipe, describe_recipe, saved_recipe, worth_of
-from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, configure_optimizer, peak_lr
+from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, configure_optimizer, most_epochs, peak_lr
 
 # Of the models tried on one core of a CPU for 2.5 minutes, the best ones saw 1.5 to 2.7 tokens for each parameter of
 # their blocks (benchmarks/README.md). Hoffmann et al. 2022 found 20 where the whole model counts and the
@@ -113,7 +113,7 @@ def choose_plan(
     n_processes, n_training_tokens = world_size(), max(n_training_tokens, 1)
     if state and settings.budget_minutes is not None:
         (model,) = sizes.values()
-        before = saved_plan(model, settings, state)
+        before = saved_plan(model, state)
         batch = settings.batch_size or before.batch_size, settings.grad_accum_steps or before.grad_accum_steps
         return resume_plan(Plan(model, *batch, n_processes), settings, state)
     if settings.budget_minutes is None:
@@ -149,9 +149,7 @@ def finish_plan(
     total_tokens is how many a budget has time for, infinite without one.
     """
     tokens_per_step = plan.sequences_per_step * plan.model.context_length
-    is_limited = not math.isinf(total_tokens) or settings.max_tokens is not None
-    n_epochs = settings.n_epochs or (math.inf if is_limited else 1)  # as max_total_steps has it
-    most = [total_tokens, n_epochs * n_training_tokens, settings.max_tokens or math.inf]
+    most = [total_tokens, most_epochs(settings) * n_training_tokens, settings.max_tokens or math.inf]
     most.append(tokens_per_step * (settings.max_steps or math.inf))
     reading = Reading(n_training_tokens, tokens_per_step, min(most) / n_training_tokens)
     # The decays were measured with Muon from new weights: other optimizers and --init_from keep the plain ones.
@@ -287,17 +285,16 @@ def resume_plan(plan: Plan, settings: TrainingSettings, state: Mapping[str, Any]
     saved, names = as_dict(state.get("plan")), ("batch_size", "grad_accum_steps")
     is_same_command = all(as_dict(state.get("settings")).get(name) == getattr(settings, name) for name in names)
     if is_same_command and saved.keys() >= set(names):  # other runs have none, or a damaged one
-        before = saved_plan(plan.model, settings, state)
+        before = saved_plan(plan.model, state)
         if before.sequences_per_step != plan.sequences_per_step:
             plan = before.for_processes(plan.n_processes)
     return plan.with_recipe(saved_recipe(settings, state))
 
 
-def saved_plan(model: Any, settings: TrainingSettings, state: Mapping[str, Any]) -> Plan:
-    """Return the plan that a checkpoint's state holds, with what the settings ask for now. Raises UserError."""
+def saved_plan(model: Any, state: Mapping[str, Any]) -> Plan:
+    """Return the plan whose batch a checkpoint's state holds, without its recipe. Raises UserError."""
     try:
         saved = state["plan"]
-        plan = Plan(model, saved["batch_size"], saved["grad_accum_steps"], saved.get("n_processes", 1))
-        return plan.with_recipe(saved_recipe(settings, state))
+        return Plan(model, saved["batch_size"], saved["grad_accum_steps"], saved.get("n_processes", 1))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"the newest checkpoint is damaged ({error!r}); remove it to resume from an older one")

@@ -138,11 +138,6 @@ class Reading:
     tokens_per_step: int
     n_epochs: float
 
-    @property
-    def worth(self) -> float:
-        """Return how many new tokens would teach as much."""
-        return worth_of(self.n_tokens, self.n_epochs)
-
 
 def worth_of(n_tokens: int, n_epochs: float) -> float:
     """Return how many new tokens would teach as much as n_tokens read n_epochs times (Muennighoff et al., equation 5)."""
@@ -179,7 +174,7 @@ def describe_recipe(recipe: Recipe, reading: Reading) -> str:
     if reading.n_epochs >= MAX_USEFUL_EPOCHS:
         means = "more than it deserves; more text, a larger model or --chain 2 gains more than further epochs"
     elif reading.n_epochs >= MANY_EPOCHS:
-        means = f"worth {reading.worth / reading.n_tokens:.1f} times as much text, if it is not learnt by heart"
+        means = f"worth {worth_of(1, reading.n_epochs):.1f} times as much text, if it is not learnt by heart"
     chosen = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     settings = ", ".join(f"{name} {value}" for name, value in chosen.items() if value != getattr(Recipe(), name))
     return f"text: {read}, {means}\nrecipe: {settings or 'that of text which is read once'}"

@@ -265,16 +265,18 @@ def configure_optimizer(
 ) -> Optimizer:
     """Build the optimizer of a run for a model, and for a matrix beside it; dtype is that of the run's matrix products."""
     rates = peak_lr(settings), settings.adam_lr
-    decays = {name: getattr(recipe, name) for name in ("weight_decay", "embedding_decay", "cautious_decay")}
-    return build_optimizer(
-        model, settings.optimizer, *rates, dtype=dtype, muon_scaling=recipe.muon_scaling, further=further, **decays
-    )
+    variants = {name: getattr(recipe, name) for name in ("embedding_decay", "cautious_decay", "muon_scaling")}
+    return build_optimizer(model, settings.optimizer, *rates, recipe.weight_decay, dtype, further, **variants)
+
+
+def most_epochs(settings: TrainingSettings) -> int:
+    """Return the most passes over the text that a run may make: --n_epochs, else as many as another limit allows, else 1."""
+    return settings.n_epochs or (sys.maxsize if settings.budget_minutes or settings.max_tokens else 1)
 
 
 def max_total_steps(settings: TrainingSettings, batches: TrainingBatches) -> int:
     """Return the number of steps after which a run ends, whatever time it has."""
-    n_epochs = settings.n_epochs or (sys.maxsize if settings.budget_minutes or settings.max_tokens else 1)
-    limits = [n_epochs * batches.steps_per_epoch, settings.max_steps or sys.maxsize]
+    limits = [most_epochs(settings) * batches.steps_per_epoch, settings.max_steps or sys.maxsize]
     return min(*limits, max((settings.max_tokens or sys.maxsize) // batches.tokens_per_step, 1))
 
 
