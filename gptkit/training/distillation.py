@@ -16,7 +16,7 @@ from gptkit.base.paths import existing_path
 from gptkit.distributed.process_group import broadcast_parameters, is_main_process, main_process
 from gptkit.text.tokenizer import Tokenizer
 from gptkit.training.checkpoints import AVERAGED_FILE, MODEL_FILE, SUMS_FILE, SUMS_LINE, read_state
-from gptkit.training.loading import load_chosen
+from gptkit.training.loading import checkpoint_name, load_chosen
 from gptkit.training.loss import SoftTargets
 from gptkit.training.settings import TrainingSettings
 
@@ -73,7 +73,9 @@ def load_teacher(
                 f"--distill_from {exp_dir} has another tokenizer than this run; give that run's, or name another one"
             )
         loaded.append(model)
-        print(f"teacher: {folder}, {sum(p.numel() for p in model.parameters()):,} parameters, {share:g} of the loss")
+        print(
+            f"teacher: {checkpoint_name(folder, is_averaged)}, {sum(p.numel() for p in model.parameters()):,} parameters, {share:g} of the loss"
+        )
         try:
             weights = weights_sha256(folder, AVERAGED_FILE if is_averaged else MODEL_FILE)
         except OSError as error:  # its run, which trains, has removed it meanwhile
