@@ -15,7 +15,8 @@ lowest validation loss, which is that of a hundredth of the track's own text:
 
 The rules: one stock model at the end, no other text, no choosing by the held-out works (--development scores on other
 works, for choosing settings), and three seeds where a difference is claimed. A contender may be run alone: its runs are
-added to those in the result file, which must have been measured on the same machine under the same conditions.
+added to those in the result file, which must have been measured on the same machine under the same conditions. Where
+each has cores of its own, several may run at a time, each in a process and a --work_dir of its own.
 
     python benchmarks/aozora.py --track 1M --jsonl_path SUBSET --heldout_path HELDOUT --work_dir WORK \\
         --before_dir CHECKOUT --nanogpt_dir CHECKOUT --nanochat_dir CHECKOUT
@@ -145,7 +146,7 @@ def main(config: AozoraConfig) -> None:
         "scored_on": DEVELOPMENT if config.development else HELDOUT,
         **versions("torch"),
     }
-    found = earlier_runs(name, conditions)
+    earlier_runs(name, conditions)  # refuses others before training, not after
     folder = Path(config.work_dir) / config.track
     text_path = prepare_documents(config.track, config.jsonl_path, config.heldout_path, folder)
     tokenizer, data = prepare_tokens(folder / "text", folder, config.vocab_size)
@@ -156,6 +157,7 @@ def main(config: AozoraConfig) -> None:
     for contender in config.contenders:
         for seed in map(int, config.seeds):
             for variant, figures in RUNNERS[contender](setup, seed):
+                found = earlier_runs(name, conditions)  # again: another process may have added to them
                 found.setdefault(contender, {})[f"{variant}, seed {seed}"] = figures
                 log(f"{contender}, {variant}, seed {seed}: {figures['bits_per_char']}")
                 content = save_result(name, conditions | {"contenders": found} | compare(found, track))
