@@ -35,6 +35,7 @@ from gptkit.text.tokenizer import Tokenizer, TokenizerSettings
 from gptkit.training import checkpoints
 from gptkit.training.bigram_init import initialize_from_bigrams
 from gptkit.training.chain import run_chain
+from gptkit.training.characters import characters_of
 from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, oom_as_user_error, restart
 from gptkit.training.distillation import load_teacher, sizes_within
 from gptkit.training.further_tokens import make_further_tokens
@@ -120,7 +121,8 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> boo
             model = build_model(config, plan, batches, checkpoint is None, device, dtype)
             further = make_further_tokens(model, plan.recipe.further_tokens, plan.model.context_length, config.parallel)
             projection = further.projection if further else None
-            optimizer = configure_optimizer(config, plan.recipe, model, dtype, projection)
+            shared = characters_of(tokenizer, model.tok_emb.weight) if plan.recipe.share_characters else None
+            optimizer = configure_optimizer(config, plan.recipe, model, dtype, projection, shared)
             run = Run(
                 config, tokenizer, tokens, plan, identity, batches, validation, model, optimizer, device, dtype,
                 teacher, further,

@@ -157,7 +157,7 @@ def test_variants_of_the_recipe_by_two_processes_are_one_run(
 ) -> None:
     varied = (
         *("--lr_schedule", "linear", "--decay_schedule", "dip", "--cautious_decay", "--muon_scaling", scaling),
-        *("--momentum_warmup", 20, "--embedding_decay", 0.1),
+        *("--momentum_warmup", 20, "--embedding_decay", 0.1, "--share_characters", 0.5),
     )
     varied += ("--further_tokens", 0.5) if parallel == "ddp" else ()
     result = run_command("pretraining.py", *arguments(shards, tmp_path / "alone", 4, *varied))

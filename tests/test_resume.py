@@ -13,7 +13,7 @@ from conftest import assert_user_error, call_command, command, curve, environmen
 
 VARIED = (
     *("--lr_schedule", "linear", "--decay_schedule", "dip", "--cautious_decay", "--muon_scaling", "neurons"),
-    *("--momentum_warmup", 40, "--embedding_decay", 0.1, "--further_tokens", 0.5),
+    *("--momentum_warmup", 40, "--embedding_decay", 0.1, "--share_characters", 0.5, "--further_tokens", 0.5),
 )
 ANEW = ("--shuffle", "documents", "--replace_rate", 0.1)
 

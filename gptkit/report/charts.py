@@ -31,10 +31,22 @@ class Curve:
 
 def line_chart(title: str, x_label: str, curves: Sequence[Curve], from_zero: bool = False) -> str:
     """Return a figure of the curves as HTML, or a note where no curve has points. With `from_zero` the y axis begins at 0."""
-    curves = [replace(curve, points=thin(curve.points)) for curve in curves if curve.points]
+    curves = [curve for curve in curves if curve.points]
     caption = f"<figcaption>{html.escape(title)}</figcaption>"
     if not curves:
         return f'<figure>{caption}<p class="none">まだ記録がありません</p></figure>'
+    drawn, numbers = draw_plot(x_label, curves, from_zero)
+    drawn += f'<line class="cursor" x1="{LEFT}" x2="{LEFT}" y1="{TOP}" y2="{BOTTOM}"/>'
+    data = html.escape(json.dumps(numbers, ensure_ascii=False))
+    return (
+        f'<figure data-chart="{data}">{caption}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
+        f' aria-label="{html.escape(title)}">{drawn}</svg><div class="tip" hidden></div></figure>'
+    )
+
+
+def draw_plot(x_label: str, curves: Sequence[Curve], from_zero: bool = False) -> tuple[str, dict[str, object]]:
+    """Return axes and curves as elements of an SVG of WIDTH x HEIGHT, and their numbers; each curve has points."""
+    curves = [replace(curve, points=thin(curve.points)) for curve in curves]
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
     x_ticks = ticks(min(xs), max(xs))
@@ -54,18 +66,13 @@ def line_chart(title: str, x_label: str, curves: Sequence[Curve], from_zero: boo
             x, _ = to_svg(mark, y_range[0])
             drawn.append(f'<line class="mark c{colour}" x1="{x}" x2="{x}" y1="{TOP}" y2="{BOTTOM}"/>')
     drawn += [_draw_curve(curve, to_svg) for curve in curves]
-    drawn.append(f'<line class="cursor" x1="{LEFT}" x2="{LEFT}" y1="{TOP}" y2="{BOTTOM}"/>')
-    numbers = {
+    numbers: dict[str, object] = {
         "plot": [WIDTH, LEFT, RIGHT],
         "x": x_range,
         "xLabel": x_label,
         "curves": [{"name": c.name, "colour": c.colour, "faint": c.is_faint, "points": c.points} for c in curves],
     }
-    data = html.escape(json.dumps(numbers, ensure_ascii=False))
-    return (
-        f'<figure data-chart="{data}">{caption}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
-        f' aria-label="{html.escape(title)}">{"".join(drawn)}</svg><div class="tip" hidden></div></figure>'
-    )
+    return "".join(drawn), numbers
 
 
 def _draw_axes(x_label: str, x_ticks: Iterable[float], y_ticks: Sequence[float], to_svg: Projection) -> str:

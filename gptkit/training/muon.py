@@ -12,10 +12,12 @@ from typing import Any, Literal
 import torch
 
 from gptkit.distributed.fsdp import full_tensor, local_shard, shard_like
+from gptkit.training.characters import SharedCharacters
 
 Group = dict[str, Any]  # one of Optimizer.param_groups
 MuonScaling = Literal["none", "rows", "neurons"]
 
+CHARACTER_STATE = ("character_avg", "character_avg_sq")  # the moments of the vectors that tokens share
 ROW_DECAY = 0.95  # of the row moments of "neurons", as in NorMuon's code
 
 # The factors p + q s^2 + r s^4 by which Muon's steps multiply a singular value s, step by step: Amsel et al. 2025, "The Polar
@@ -40,12 +42,20 @@ class MuonAdamW(torch.optim.AdamW):
 
     The scaling "rows" divides each row of the momentum by its norm before that; "neurons" divides each row of the step by
     the running root mean square of that row's steps, and keeps the norm of the matrix. With cautious_decay only those
-    entries decay that the step does not move away from zero.
+    entries decay that the step does not move away from zero. Groups of AdamW with a "character_share" above 0 make a
+    second step, of the vectors that tokens have in common (characters.py), at that share of their rate.
     """
 
-    def __init__(self, groups: list[Group], dtype: torch.dtype, cautious_decay: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        groups: list[Group],
+        dtype: torch.dtype,
+        cautious_decay: bool = False,
+        characters: SharedCharacters | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(groups, **options)
-        self.dtype, self.cautious_decay = dtype, cautious_decay
+        self.dtype, self.cautious_decay, self.characters = dtype, cautious_decay, characters
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -60,6 +70,8 @@ class MuonAdamW(torch.optim.AdamW):
         super().step()  # skips parameters without a gradient
         for group, decay in zip(self.param_groups, decays, strict=True):
             group["weight_decay"] = decay
+            if group.get("character_share"):
+                self._character_step(group)
 
     def _decay_before_adamw(self, group: Group) -> None:
         """Decay what AdamW's step will not move away from zero: the step has the sign of the first moment that it updates."""
@@ -70,6 +82,25 @@ class MuonAdamW(torch.optim.AdamW):
             if state:
                 update.add_(local_shard(state["exp_avg"]), alpha=group["betas"][0])
             decay_cautiously(local_shard(parameter), update, group["lr"] * group["weight_decay"])
+
+    def _character_step(self, group: Group) -> None:
+        """Add AdamW's steps of the shared vectors to the rows that have them; after the rows' own steps."""
+        assert self.characters
+        beta1, beta2 = group["betas"]
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            gradient = self.characters.of_shared.sum(full_tensor(local_shard(parameter.grad), like=parameter))  # (F, C)
+            if CHARACTER_STATE[0] not in state:
+                state |= {key: torch.zeros_like(gradient) for key in CHARACTER_STATE}
+            mean, mean_square = (state[key] for key in CHARACTER_STATE)
+            mean.lerp_(gradient, 1 - beta1)
+            mean_square.lerp_(gradient.square(), 1 - beta2)
+            n_steps = float(state["step"])
+            root = (mean_square / (1 - beta2**n_steps)).sqrt_().add_(group["eps"])
+            step = self.characters.of_rows.sum(mean / (1 - beta1**n_steps) / root)  # (V, C)
+            parameter.add_(shard_like(step, like=parameter), alpha=-group["lr"] * group["character_share"])
 
     def _muon_step(self, group: Group) -> None:
         by_shape = defaultdict(list)

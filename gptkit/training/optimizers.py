@@ -17,7 +17,8 @@ from torch import nn
 
 from gptkit.base.cli import UserError
 from gptkit.distributed.fsdp import shard_like
-from gptkit.training.muon import Group, MuonAdamW, MuonScaling
+from gptkit.training.characters import SharedCharacters
+from gptkit.training.muon import CHARACTER_STATE, Group, MuonAdamW, MuonScaling
 from gptkit.training.schedules import MOMENTUM
 
 Optimizer = torch.optim.Optimizer
@@ -41,7 +42,7 @@ class OptimizerSpec:
     warmup_share: float  # of the steps of a run
     n_moments: int  # tensors of a parameter's size in its state, at least: for the estimate of memory
     state_keys: Callable[[Group], tuple[str, ...]]  # the names of a parameter's state tensors, by its group
-    late_keys: tuple[str, ...] = ()  # those of the state_keys that a run may turn on later
+    late_keys: tuple[str, ...] = ()  # those of the state_keys that a run may turn on later, and that are never sharded
     recipe_flags: tuple[str, ...] = ()  # of a run's recipe, what other optimizers do not have
     is_slow_to_start: bool = False  # its first step costs far more than others: it is not timed before a run
     needs_full_matrices: bool = False  # its step cannot be computed on shards of them
@@ -84,6 +85,8 @@ class Hyperparameters:
     embedding_decay: float = 0.0  # of embedding and head, for an optimizer of matrices alone
     cautious_decay: bool = False
     muon_scaling: MuonScaling = "none"
+    share_characters: float = 0.0  # of the rates of embedding and head, for the vectors that their rows have in common
+    characters: SharedCharacters | None = None  # needed for that
 
 
 def build_optimizer(
@@ -152,21 +155,23 @@ def _build_muon(parameters: ParameterGroups, settings: Hyperparameters, dtype: t
     ]
     groups[0] |= {"momentum": MOMENTUM, "scaling": settings.muon_scaling}
     embeddings = [p for p in parameters.embeddings if p is not parameters.head]
+    of_tokens = {id(p) for p in parameters.embeddings if p.shape == parameters.head.shape}  # not those of positions
     for share, decay, members in (
         (HEAD_SHARE, settings.embedding_decay / HEAD_SHARE, [parameters.head]),
         (1.0, settings.embedding_decay, embeddings),
         (VECTOR_SHARE, 0.0, parameters.vectors),
     ):
         groups += [{"params": members, "weight_decay": decay, "peak_lr": share * settings.adam_lr, "muon": False}]
-    return MuonAdamW(
-        groups, dtype, settings.cautious_decay, lr=settings.lr, betas=BETAS, eps=EPS, fused=parameters.can_fuse
-    )
+        if all(id(p) in of_tokens for p in members):
+            groups[-1]["character_share"] = settings.share_characters
+    options = {"lr": settings.lr, "betas": BETAS, "eps": EPS, "fused": parameters.can_fuse}
+    return MuonAdamW(groups, dtype, settings.cautious_decay, settings.characters, **options)
 
 
 def _muon_state(group: Group) -> tuple[str, ...]:
     """Return the names of a parameter's state tensors."""
     if not group["muon"]:
-        return ADAM_STATE
+        return (*ADAM_STATE, *CHARACTER_STATE) if group.get("character_share") else ADAM_STATE
     return ("momentum", "row_moment") if group["scaling"] == "neurons" else ("momentum",)
 
 
@@ -240,8 +245,8 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         warmup_share=0.02,
         n_moments=1,
         state_keys=_muon_state,
-        late_keys=("row_moment",),
-        recipe_flags=("embedding_decay", "cautious_decay", "muon_scaling", "momentum_warmup"),
+        late_keys=("row_moment", *CHARACTER_STATE),
+        recipe_flags=("embedding_decay", "cautious_decay", "muon_scaling", "momentum_warmup", "share_characters"),
     ),
     "adamw": OptimizerSpec(
         _build_adamw, default_lr=6e-4, warmup_share=0.05, n_moments=2, state_keys=lambda group: ADAM_STATE
@@ -291,7 +296,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
                 continue  # it was turned on later
             # A copy: the state is kept, and what is read is mapped into memory, which keeps the file open.
             tensor = tensors[f"{key}.{name}"].to(parameter.device, copy=True)
-            tensor = shard_like(tensor, like=parameter) if tensor.shape == parameter.shape else tensor
+            if tensor.shape == parameter.shape and key not in spec.late_keys:
+                tensor = shard_like(tensor, like=parameter)
             state[key] = spec.from_tensor(key, tensor, group)
         if state:
             optimizer.state[parameter] = state

@@ -102,6 +102,13 @@ class RecipeSettings:
         at_least=0,
         group="optimizer",
     )
+    share_characters: float | None = setting(
+        None,
+        "with muon: move tokens that have characters in common together as well, at this share of their learning rate; 0:"
+        " only each by itself (default: by how often the text is read)",
+        at_least=0,
+        group="optimizer",
+    )
     further_tokens: float | None = setting(
         None,
         "predict the token after the next too, by a projection that the model does not keep: the weight of that loss at the"
@@ -127,6 +134,7 @@ class Recipe:
     cautious_decay: bool = False
     muon_scaling: MuonScaling = "none"
     momentum_warmup: int = 0
+    share_characters: float = 0.0
     further_tokens: float = 0.0
 
 

@@ -16,6 +16,7 @@ from gptkit.base.devices import DtypeName
 from gptkit.data.batches import TrainingBatches
 from gptkit.distributed import fsdp
 from gptkit.distributed.process_group import Parallelism
+from gptkit.training.characters import SharedCharacters
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, build_optimizer
 from gptkit.training.recipe import Recipe, RecipeSettings
 
@@ -262,10 +263,15 @@ def configure_optimizer(
     model: nn.Module,
     dtype: torch.dtype,
     further: nn.Parameter | None = None,
+    characters: SharedCharacters | None = None,
 ) -> Optimizer:
-    """Build the optimizer of a run for a model, and for a matrix beside it; dtype is that of the run's matrix products."""
+    """Build the optimizer of a run for a model, and for a matrix beside it; dtype is that of the run's matrix products.
+
+    `characters` are needed where the recipe shares them.
+    """
     rates = peak_lr(settings), settings.adam_lr
-    variants = {name: getattr(recipe, name) for name in ("embedding_decay", "cautious_decay", "muon_scaling")}
+    names = ("embedding_decay", "cautious_decay", "muon_scaling", "share_characters")
+    variants = {name: getattr(recipe, name) for name in names} | {"characters": characters}
     return build_optimizer(model, settings.optimizer, *rates, recipe.weight_decay, dtype, further, **variants)
 
 
