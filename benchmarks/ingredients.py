@@ -44,6 +44,8 @@ ROWS: dict[str, dict[str, object]] = {
     "NorMuon": {"muon_scaling": "neurons"},
     "Muon's momentum rising over 300 steps": {"momentum_warmup": 300},
     "the token after the next too": {"further_tokens": 0.3},
+    "no shared characters": {"share_characters": 0},
+    "characters shared at the full rate": {"share_characters": 1},
     "half of both learning rates": {"lr": 0.01, "adam_lr": 0.01},
     "AdamW (lr 4e-3) in place of Muon": {"optimizer": "adamw", "lr": "4e-3"},
 }  # fmt: skip
@@ -53,7 +55,7 @@ ROWS: dict[str, dict[str, object]] = {
 class IngredientsConfig:
     """Measure what each ingredient of the recipe for many epochs gives, one changed at a time."""
 
-    track: Literal["sample", "350k", "1M"] = setting("350k", "the list of documents, of aozora.py")
+    track: Literal["sample", "350k", "1M", "4M"] = setting("350k", "the list of documents, of aozora.py")
     model_size: str = setting("micro", "the model of all runs")
     n_epochs: int = setting(16, "passes over the text", at_least=1)
     rows: tuple[str, ...] = setting((), "ingredients to measure now (default: all)")

@@ -144,12 +144,12 @@ def sizes_for(*widths: int) -> dict[str, GPTConfig]:
     return {str(width): GPTConfig(emb_dim=width, **base) for width in widths}  # type: ignore[arg-type]
 
 
-def plan_for(n_training_tokens: int, left_s: float = 1000.0) -> tuple[Plan, float]:
+def plan_for(n_training_tokens: int, left_s: float = 1000.0, is_regularized: bool = False) -> tuple[Plan, float]:
     def tokens_per_s(model: GPTConfig) -> float:
         return 1e11 / planning.flops_per_token(model)
 
     return planning.plan_for_budget(
-        left_s, sizes_for(64, 128, 256, 512), tokens_per_s, n_training_tokens, "cpu", None, None
+        left_s, sizes_for(64, 128, 256, 512), tokens_per_s, n_training_tokens, "cpu", None, None, 1, is_regularized
     )
 
 
@@ -166,6 +166,19 @@ def test_little_text_gets_a_smaller_model_than_new_text_in_the_same_time(capsys:
     assert 16.4 * 100_000 / n_parameters >= planning.TOKENS_PER_PARAMETER
     larger = planning.n_block_parameters(sizes_for(2 * forever.model.emb_dim).popitem()[1])
     assert 16.4 * 100_000 / larger < planning.TOKENS_PER_PARAMETER
+
+
+@pytest.mark.parametrize("left_s", [50.0, 300.0, 1000.0, 1e6])
+def test_a_regularized_model_may_be_larger_if_it_reads_its_text_often(left_s: float) -> None:
+    n_tokens = 110_000
+    plain, _ = plan_for(n_tokens, left_s)
+    regularized, total_tokens = plan_for(n_tokens, left_s, is_regularized=True)
+    n_parameters = planning.n_block_parameters(regularized.model)
+    assert n_parameters >= planning.n_block_parameters(plain.model)
+    if n_parameters > planning.n_block_parameters(plain.model):
+        assert total_tokens >= planning.ENOUGH_EPOCHS * n_tokens
+        assert n_parameters <= planning.PARAMETERS_PER_TOKEN * n_tokens
+    assert (regularized != plain) == (left_s >= 300)
 
 
 @pytest.mark.parametrize(

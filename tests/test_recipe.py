@@ -25,7 +25,7 @@ def test_settings_and_recipe_have_the_same_fields() -> None:
 
 @pytest.mark.parametrize("n_epochs", [0.01, 1, MANY_EPOCHS - 0.01])
 def test_few_epochs_keep_the_recipe_of_one(n_epochs: float) -> None:
-    assert choose(n_epochs) == Recipe()
+    assert choose(n_epochs) == Recipe(share_characters=recipe.CHARACTER_SHARE)
 
 
 def test_weights_shrink_by_the_same_share_per_epoch_for_any_text_batch_and_rate() -> None:
@@ -51,7 +51,7 @@ def test_no_step_shrinks_the_weights_by_much(n_epochs: float, steps_per_epoch: i
 def test_without_rates_the_decays_stay_plain() -> None:
     found = choose_recipe(RecipeSettings(), Reading(500_000, 2048, 16), None)
     assert (found.weight_decay, found.embedding_decay) == (Recipe.weight_decay, Recipe.embedding_decay)
-    assert (found.shuffle, found.drop_rate) == ("documents", 0.1)
+    assert (found.shuffle, found.drop_rate, found.share_characters) == ("documents", 0.1, 0.0)
 
 
 def test_dropout_grows_with_the_epochs_up_to_a_bound() -> None:
@@ -86,7 +86,8 @@ def test_how_often_the_text_is_read_is_said(n_epochs: float, expected: str) -> N
     reading = Reading(5000, 100, n_epochs)
     text, chosen = describe_recipe(choose_recipe(RecipeSettings(), reading, (LR, ADAM_LR)), reading).splitlines()
     assert text.startswith(expected)
-    assert chosen.startswith("recipe: drop_rate 0." if n_epochs >= MANY_EPOCHS else "recipe: that of text")
+    assert chosen.startswith("recipe: drop_rate 0." if n_epochs >= MANY_EPOCHS else "recipe: share_characters 0.5")
+    assert describe_recipe(Recipe(), reading).endswith("\nrecipe: that of text which is read once")
 
 
 def test_a_checkpoint_gives_its_recipe_and_a_flag_changes_it() -> None:

@@ -96,11 +96,12 @@ class MuonAdamW(torch.optim.AdamW):
                 state |= {key: torch.zeros_like(gradient) for key in CHARACTER_STATE}
             mean, mean_square = (state[key] for key in CHARACTER_STATE)
             mean.lerp_(gradient, 1 - beta1)
-            mean_square.lerp_(gradient.square(), 1 - beta2)
-            n_steps = float(state["step"])
-            root = (mean_square / (1 - beta2**n_steps)).sqrt_().add_(group["eps"])
-            step = self.characters.of_rows.sum(mean / (1 - beta1**n_steps) / root)  # (V, C)
-            parameter.add_(shard_like(step, like=parameter), alpha=-group["lr"] * group["character_share"])
+            mean_square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            correction1, correction2 = (1 - beta ** float(state["step"]) for beta in group["betas"])
+            root = torch.sqrt(mean_square, out=gradient).add_(group["eps"] * correction2**0.5)
+            step = self.characters.of_rows.sum(torch.div(mean, root, out=root))  # (V, C)
+            lr = group["lr"] * group["character_share"] * correction2**0.5 / correction1
+            parameter.add_(shard_like(step, like=parameter), alpha=-lr)
 
     def _muon_step(self, group: Group) -> None:
         by_shape = defaultdict(list)

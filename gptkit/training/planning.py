@@ -26,6 +26,10 @@ from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, con
 # their blocks (benchmarks/README.md). Hoffmann et al. 2022 found 20 where the whole model counts and the
 # text is English; a small model pays for its vocabulary besides.
 TOKENS_PER_PARAMETER = 2.0
+# Where the decays of the recipe hold the weights, a model is large enough for more: of those that read a text of 350,000 or
+# 1 million characters about so often in equal time the largest was the best, up to so many parameters of the blocks per
+# token of the text (benchmarks/README.md). The models of NanoGPT Slowrun have 12 and 27.
+ENOUGH_EPOCHS, PARAMETERS_PER_TOKEN = 7.0, 16.0
 # Optimizer steps in a run: 1,000 for a million tokens, where a batch of 1,024 was the best tried, growing with
 # the cube root of the tokens, so that batch and steps both grow. Only the first was measured (benchmarks/README.md).
 STEPS, STEPS_TOKENS, STEPS_POWER = 1000, 1e6, 1 / 3
@@ -137,8 +141,14 @@ def choose_plan(
         settings.batch_size,
         settings.grad_accum_steps,
         n_processes,
+        is_regularized=has_rates(settings, is_pretrained),
     )
     return finish_plan(plan, settings, n_training_tokens, total_tokens, is_pretrained)
+
+
+def has_rates(settings: TrainingSettings, is_pretrained: bool) -> bool:
+    """Return whether the rates of a run are those with which the recipe was measured: Muon's, from new weights."""
+    return "embedding_decay" in OPTIMIZERS[settings.optimizer].recipe_flags and not is_pretrained
 
 
 def finish_plan(
@@ -152,9 +162,8 @@ def finish_plan(
     most = [total_tokens, most_epochs(settings) * n_training_tokens, settings.max_tokens or math.inf]
     most.append(tokens_per_step * (settings.max_steps or math.inf))
     reading = Reading(n_training_tokens, tokens_per_step, min(most) / n_training_tokens)
-    # The decays were measured with Muon from new weights: other optimizers and --init_from keep the plain ones.
-    decays = "embedding_decay" in OPTIMIZERS[settings.optimizer].recipe_flags and not is_pretrained
-    recipe = choose_recipe(settings, reading, (peak_lr(settings), settings.adam_lr) if decays else None)
+    rates = (peak_lr(settings), settings.adam_lr) if has_rates(settings, is_pretrained) else None
+    recipe = choose_recipe(settings, reading, rates)
     print(describe_recipe(recipe, reading), flush=True)
     return plan.with_recipe(recipe)
 
@@ -168,11 +177,13 @@ def plan_for_budget(
     batch_size: int | None,
     grad_accum_steps: int | None,
     n_processes: int = 1,
+    is_regularized: bool = True,
 ) -> tuple[Plan, float]:
     """Return the largest model for which left_s seconds are worth enough tokens, its batch, and the tokens that it reads.
 
-    `sizes` lead from small to large by name; a single one is taken. tokens_per_s is the speed of one process; n_processes
-    are taken to be as many times as fast. Prints what was measured and chosen.
+    Enough are TOKENS_PER_PARAMETER, or ENOUGH_EPOCHS of the text where the recipe regularizes. `sizes` lead from small to
+    large by name; a single one is taken. tokens_per_s is the speed of one process; n_processes are taken to be as many
+    times as fast. Prints what was measured and chosen.
     """
     chosen = None
     for size, model in sizes.items():
@@ -180,13 +191,15 @@ def plan_for_budget(
         total_tokens = left_s * speed
         n_epochs = total_tokens / n_training_tokens
         worth = worth_of(n_training_tokens, n_epochs)
-        per_parameter = worth / n_block_parameters(model)
+        n_parameters = n_block_parameters(model)
+        per_parameter = worth / n_parameters
+        is_often = n_epochs >= ENOUGH_EPOCHS and n_parameters <= PARAMETERS_PER_TOKEN * n_training_tokens
         print(
             f"{size}: {speed:,.0f} tokens/s, so {total_tokens:,.0f} tokens in {format_duration(left_s)}: the text"
             f" {n_epochs:.2f} times, worth {worth:,.0f} new tokens, {per_parameter:.1f} per parameter of the blocks",
             flush=True,
         )
-        if chosen and per_parameter < TOKENS_PER_PARAMETER:
+        if chosen and per_parameter < TOKENS_PER_PARAMETER and not (is_regularized and is_often):
             break  # larger ones see still fewer
         chosen = size, model, total_tokens
     assert chosen
@@ -201,6 +214,7 @@ def plan_for_budget(
     why = "as asked for"
     if len(sizes) > 1:
         why = f"the largest with {TOKENS_PER_PARAMETER:g} such tokens per parameter"
+        why += f" or {ENOUGH_EPOCHS:g} epochs" if is_regularized else ""
     print(
         f"chosen: {size}, {why}; {plan.batch_size} x {plan.grad_accum_steps}{processes} sequences per step, for about"
         f" {n_steps:,.0f} steps",

@@ -17,14 +17,15 @@ from gptkit.training.schedules import DecaySchedule, LRSchedule
 
 MANY_EPOCHS = 3.0  # of them, or more: the regularized recipe
 # How much the weights shrink per epoch at the peak rate, as an exponent: rate x decay x steps per epoch. It fits texts,
-# batches and rates of any size, and grows with the square root of the epochs: of those tried 1 to 1.5 was the best for 4
-# epochs and 2.5 for 16. The 16-epoch optima of Kim et al. 2025, "Pre-training under infinite compute" (arXiv 2509.14786),
+# batches and rates of any size, and grows with the square root of the epochs: of those tried 2.5 to 4 were the best for 8
+# epochs, and 4 for 16. The 16-epoch optima of Kim et al. 2025, "Pre-training under infinite compute" (arXiv 2509.14786),
 # lie at 1.9 to 5.1.
-SHRINKAGE = 0.65
+SHRINKAGE = 1.0
 DROP_PER_EPOCH, MAX_DROP_RATE = 0.1 / 16, 0.2  # 0.1 was better than none for 16 epochs, and for 4 it was worse
 MAX_USEFUL_EPOCHS = 40.0  # more were not tried, and change the recipe no further
 MAX_SHRINKAGE_PER_STEP = 0.05  # with few steps per epoch more would be left of no step
 AVERAGE_SHARE = 0.15  # of the epochs of a run
+CHARACTER_SHARE = 0.5  # of the rates, for text read once as for text read often
 # Reading a token again is worth less each time, by this time constant in epochs (Muennighoff et al., section 4).
 REPETITION_EPOCHS = 15.4
 
@@ -105,7 +106,7 @@ class RecipeSettings:
     share_characters: float | None = setting(
         None,
         "with muon: move tokens that have characters in common together as well, at this share of their learning rate; 0:"
-        " only each by itself (default: by how often the text is read)",
+        " only each by itself (default: 0.5 in a new model)",
         at_least=0,
         group="optimizer",
     )
@@ -156,9 +157,13 @@ def worth_of(n_tokens: int, n_epochs: float) -> float:
 def choose_recipe(settings: RecipeSettings, reading: Reading, rates: tuple[float, float] | None) -> Recipe:
     """Return the recipe for a run, with what the settings ask for.
 
-    `rates` are the peak rates of matrices and embedding; None leaves the decays as they are for text that is read once.
+    `rates` are the peak rates of matrices and embedding; None leaves the decays as they are for text that is read once, and
+    tokens each to itself.
     """
-    recipe, n_epochs = Recipe(), min(reading.n_epochs, MAX_USEFUL_EPOCHS)
+    recipe, n_epochs = (
+        Recipe(share_characters=CHARACTER_SHARE if rates else 0.0),
+        min(reading.n_epochs, MAX_USEFUL_EPOCHS),
+    )
     if n_epochs >= MANY_EPOCHS:
         recipe = replace(
             recipe,
