@@ -306,15 +306,20 @@ def train_project(setup: Setup, seed: int, project: Path, name: str, **given: in
 # Comparison
 
 
-def bits_of(runs: Mapping[str, Any]) -> dict[str, float]:
-    """Return the bits per character at the end and at best of the variant with the lowest validation loss.
+def variant_of(runs: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """Return the variant with the lowest validation loss, a mean over its seeds, and its runs.
 
-    Both are means over the seeds; a run is known by its variant and its seed.
+    A run is known by its variant and its seed.
     """
     variants: dict[str, list[Any]] = {}
     for name, figures in runs.items():
         variants.setdefault(name.rpartition(", seed ")[0], []).append(figures)
-    chosen = min(variants.values(), key=lambda found: mean(figures["best_val_loss"] for figures in found))
+    return min(variants.items(), key=lambda item: mean(figures["best_val_loss"] for figures in item[1]))
+
+
+def bits_of(runs: Mapping[str, Any]) -> dict[str, float]:
+    """Return the bits per character at the end and at best of the variant that counts: means over the seeds."""
+    _, chosen = variant_of(runs)
     return {which: mean(figures["bits_per_char"][which] for figures in chosen) for which in (END, BEST)}
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -471,6 +472,14 @@ def test_aozora_trains_the_peers_on_a_fixed_list_and_adds_to_its_result(
     assert list(second["contenders"]["nanogpt"]) == ["1x64, seed 123", "1x64, seed 7"]
     refused = call_command("benchmarks/aozora.py", *again, "--minutes", 3)
     assert_user_error(refused, "measured with minutes 5, not 3")
+
+    picture = tmp_path / "curves.svg"
+    drawn = call_command("benchmarks/curves.py", "--track", "sample", "--output_path", picture)
+    assert drawn.returncode == 0, drawn.stderr
+    elements = [element.attrib for element in ElementTree.fromstring(picture.read_text()).iter()]
+    assert len([each for each in elements if each.get("class", "").startswith("curve c") and "points" in each]) == 2
+    missing = call_command("benchmarks/curves.py", "--track", "1M", "--output_path", picture)
+    assert_user_error(missing, "--track 1M", "aozora_1M.json")
 
 
 @pytest.mark.slow
