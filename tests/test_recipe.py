@@ -55,7 +55,7 @@ def test_without_rates_the_decays_stay_plain() -> None:
 
 
 def test_dropout_grows_with_the_epochs_up_to_a_bound() -> None:
-    assert [choose(n_epochs).drop_rate for n_epochs in (4, 8, 1000)] == [0.025, 0.05, 0.2]
+    assert [choose(n_epochs).drop_rate for n_epochs in (3, 4, 10, 16, 1000)] == [0, 0, 0.05, 0.1, 0.2]
 
 
 def test_a_flag_wins_also_where_it_is_zero() -> None:

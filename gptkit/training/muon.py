@@ -97,11 +97,12 @@ class MuonAdamW(torch.optim.AdamW):
             mean, mean_square = (state[key] for key in CHARACTER_STATE)
             mean.lerp_(gradient, 1 - beta1)
             mean_square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            correction1, correction2 = (1 - beta ** float(state["step"]) for beta in group["betas"])
-            root = torch.sqrt(mean_square, out=gradient).add_(group["eps"] * correction2**0.5)
+            # Tensors, as the number of steps is one, so that nothing waits for a GPU.
+            correction1, correction2 = (1 - beta ** state["step"] for beta in group["betas"])
+            root = torch.sqrt(mean_square, out=gradient).add_(group["eps"] * correction2.sqrt())
             step = self.characters.of_rows.sum(torch.div(mean, root, out=root))  # (V, C)
-            lr = group["lr"] * group["character_share"] * correction2**0.5 / correction1
-            parameter.add_(shard_like(step, like=parameter), alpha=-lr)
+            step.mul_(correction2.sqrt() / correction1)
+            parameter.add_(shard_like(step, like=parameter), alpha=-group["lr"] * group["character_share"])
 
     def _muon_step(self, group: Group) -> None:
         by_shape = defaultdict(list)
