@@ -29,7 +29,7 @@ TOKENS_PER_PARAMETER = 2.0
 # Where the decays of the recipe hold the weights, a model is large enough for more: of those that read a text of 350,000 or
 # 1 million characters about so often in equal time the largest was the best, up to so many parameters of the blocks per
 # token of the text (benchmarks/README.md). The models of NanoGPT Slowrun have 12 and 27.
-ENOUGH_EPOCHS, PARAMETERS_PER_TOKEN = 7.0, 16.0
+ENOUGH_EPOCHS, PARAMETERS_PER_TOKEN = 5.0, 16.0
 # Optimizer steps in a run: 1,000 for a million tokens, where a batch of 1,024 was the best tried, growing with
 # the cube root of the tokens, so that batch and steps both grow. Only the first was measured (benchmarks/README.md).
 STEPS, STEPS_TOKENS, STEPS_POWER = 1000, 1e6, 1 / 3

@@ -25,7 +25,7 @@ SHRINKAGE = 1.0
 FREE_EPOCHS, DROP_PER_EPOCH, MAX_DROP_RATE = 4.0, 0.1 / 12, 0.2
 MAX_USEFUL_EPOCHS = 40.0  # more were not tried, and change the recipe no further
 MAX_SHRINKAGE_PER_STEP = 0.1  # with few steps per epoch more would be left of no step; 0.08 was better than 0.05
-AVERAGE_SHARE = 0.1  # of the epochs of a run
+AVERAGE_SHARE = 0.15  # of the epochs of a run
 CHARACTER_SHARE = 0.5  # of the rates, for text read once as for text read often
 # Reading a token again is worth less each time, by this time constant in epochs (Muennighoff et al., section 4).
 REPETITION_EPOCHS = 15.4
