@@ -8,7 +8,8 @@ from conftest import call_command, newest, small_run
 from safetensors.torch import load_file
 from test_optimizers import tiny_model
 
-from gptkit.training.characters import Bags, SharedCharacters, share_characters
+from gpt_model import GPTConfig, GPTModel
+from gptkit.training.characters import Bags, SharedCharacters, characters_of, share_characters
 from gptkit.training.muon import CHARACTER_STATE
 from gptkit.training.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_schedules
 
@@ -27,11 +28,11 @@ def test_tokens_share_their_first_their_last_and_each_character() -> None:
     assert torch.equal(matrix.T, matrix_of(found.of_shared, 12))
     in_common = matrix @ matrix.T
     row = {token: number for number, token in enumerate(TOKENS)}
-    assert matrix.sum(1).tolist() == [0, 0, 3, 4, 4, 3, 0, 4, 5, 5, 0, 0]  # first, last, and each character
+    assert matrix.sum(1).tolist() == [0, 0, 3, 4, 4, 3, 0, 3, 5, 5, 0, 0]  # first, last, and each kind of character
     assert in_common[row["猫"], row["猫が"]] == 2  # first, any
     assert in_common[row["猫"], row["子猫"]] == 2  # last, any
     assert in_common[row["猫が"], row["子猫"]] == 1
-    assert in_common[row["猫"], row["猫猫"]] == 1 + 1 + 2  # a character counts as often as it occurs
+    assert in_common[row["猫"], row["猫猫"]] == 3  # however often it occurs: a run of blanks would move too far
     assert in_common[row["食べる"], row["食べた"]] == 3
     assert in_common[row["が"], row["子猫"]] == 0
 
@@ -73,7 +74,9 @@ def test_the_step_is_that_of_adamw_over_sums_of_vectors(arch: str, name: str) ->
 
 
 def test_positions_share_nothing() -> None:
-    model = tiny_model("gpt2")
+    """Also where there are as many as tokens."""
+    model = GPTModel(GPTConfig(vocab_size=64, context_length=64, emb_dim=32, n_layers=1, n_heads=4, arch="gpt2"))
+    assert model.pos_emb.weight.shape == model.tok_emb.weight.shape
     shared = share_characters(TOKENS, len(model.tok_emb.weight))
     optimizer = build_optimizer(model, "muon", 0.1, ADAM_LR, 0.0, share_characters=SHARE, characters=shared)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -108,6 +111,31 @@ def test_the_state_goes_through_a_file() -> None:
     second_model.load_state_dict(weights)
     load_optimizer_tensors(second_model, second, tensors)
     assert all(map(torch.equal, trained(second_model, second, range(2, 4)), expected))
+
+
+def test_moments_of_other_tokens_are_dropped() -> None:
+    """As where another version of a tokenizer's library decodes otherwise."""
+    model = tiny_model("modern")
+    state: dict[str, torch.Tensor] = {}
+    for tokens in (TOKENS, TOKENS[:-1]):
+        shared = share_characters(tokens, len(model.tok_emb.weight))
+        optimizer = build_optimizer(model, "muon", 0.1, 0.02, 0.1, share_characters=SHARE, characters=shared)
+        if state:
+            load_optimizer_tensors(model, optimizer, state)
+        trained(model, optimizer, range(2))
+        state = optimizer_tensors(model, optimizer)
+        assert len(state[f"{CHARACTER_STATE[0]}.tok_emb.weight"]) == shared.n_shared
+
+
+def test_the_marks_of_wordpiece_are_no_characters() -> None:
+    class WordPiece:
+        vocab_size = 3
+
+        def decode(self, ids: list[int]) -> str:
+            return ["で", "##で", "##"][ids[0]]
+
+    found = characters_of(WordPiece(), torch.zeros(4, 2))  # type: ignore[arg-type]
+    assert matrix_of(found.of_rows, found.n_shared).tolist() == [[1, 1, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]]
 
 
 def test_it_may_be_turned_on_and_off_in_a_run(short_shards: Path, tmp_path: Path) -> None:

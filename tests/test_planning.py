@@ -149,7 +149,16 @@ def plan_for(n_training_tokens: int, left_s: float = 1000.0, is_regularized: boo
         return 1e11 / planning.flops_per_token(model)
 
     return planning.plan_for_budget(
-        left_s, sizes_for(64, 128, 256, 512), tokens_per_s, n_training_tokens, "cpu", None, None, 1, is_regularized
+        left_s,
+        sizes_for(64, 128, 256, 512),
+        tokens_per_s,
+        n_training_tokens,
+        "cpu",
+        None,
+        None,
+        1,
+        math.inf,
+        is_regularized,
     )
 
 
@@ -179,6 +188,23 @@ def test_a_regularized_model_may_be_larger_if_it_reads_its_text_often(left_s: fl
         assert total_tokens >= planning.ENOUGH_EPOCHS * n_tokens
         assert n_parameters <= planning.PARAMETERS_PER_TOKEN * n_tokens
     assert (regularized != plain) == (left_s >= 300)
+
+
+def test_what_a_run_may_not_read_does_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+    """As with --n_epochs 1 beside a budget: a larger model would not read the text more often."""
+    sizes, n_tokens = sizes_for(64, 128, 256, 512), 110_000
+
+    def choose(most_tokens: float) -> tuple[Plan, float]:
+        def tokens_per_s(model: GPTConfig) -> float:
+            return 1e11 / planning.flops_per_token(model)
+
+        return planning.plan_for_budget(1000.0, sizes, tokens_per_s, n_tokens, "cpu", None, None, 1, most_tokens)
+
+    once, total_tokens = choose(n_tokens)
+    assert total_tokens == n_tokens
+    assert "the text 1.00 times" in capsys.readouterr().out
+    often, _ = choose(math.inf)
+    assert planning.n_block_parameters(once.model) < planning.n_block_parameters(often.model)
 
 
 @pytest.mark.parametrize(

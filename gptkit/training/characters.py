@@ -2,7 +2,7 @@
 
 AdamW moves each row of embedding and head by what that token alone has seen. In Japanese most tokens of two or more
 characters are rare, while their characters are frequent and mean much. Here a row is thought of as the sum of a vector of
-its own and of vectors that tokens share: one for their first character, one for their last, and one for each that they
+its own and of vectors that tokens share: one for their first character, one for their last, and one for each kind that they
 have, as fastText's words are sums over their n-grams (Bojanowski et al. 2017, arXiv 1607.04606). Only the sums exist: the
 gradient of a shared vector is the sum of those of the rows that have it, and its AdamW step is added to each of these
 rows. Where all the vectors decay alike, so does their sum, so that nothing else is to be kept, and the model remains
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from gptkit.text.tokenizer import Tokenizer
 
 UNREADABLE = "\ufffd"  # in what a token of single bytes decodes to
+CONTINUATION = "##"  # before what WordPiece's tokens within a word decode to
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def share_characters(tokens: Sequence[str], n_rows: int, device: str = "cpu") ->
     of_rows: list[list[int]] = [[] for _ in range(n_rows)]
     for row, text in zip(of_rows, tokens, strict=False):
         if text and UNREADABLE not in text:
-            roles = [("first", text[0]), ("last", text[-1]), *(("any", character) for character in text)]
+            roles = [("first", text[0]), ("last", text[-1]), *(("any", character) for character in dict.fromkeys(text))]
             row += [numbers.setdefault(role, len(numbers)) for role in roles]
     of_shared: list[list[int]] = [[] for _ in numbers]
     for row_number, row in enumerate(of_rows):
@@ -65,7 +66,8 @@ def share_characters(tokens: Sequence[str], n_rows: int, device: str = "cpu") ->
 def characters_of(tokenizer: Tokenizer, embedding: torch.Tensor) -> SharedCharacters:
     """Return which rows of a model's embedding (V, C) share characters."""
     device = "cpu" if embedding.device.type == "mps" else str(embedding.device)  # not every torch sums there
-    return share_characters([tokenizer.decode([i]) for i in range(tokenizer.vocab_size)], len(embedding), device)
+    tokens = [tokenizer.decode([i]).removeprefix(CONTINUATION) for i in range(tokenizer.vocab_size)]
+    return share_characters(tokens, len(embedding), device)
 
 
 def _bags(members: Sequence[Sequence[int]], device: str) -> Bags:

@@ -43,7 +43,8 @@ class MuonAdamW(torch.optim.AdamW):
     The scaling "rows" divides each row of the momentum by its norm before that; "neurons" divides each row of the step by
     the running root mean square of that row's steps, and keeps the norm of the matrix. With cautious_decay only those
     entries decay that the step does not move away from zero. Groups of AdamW with a "character_share" above 0 make a
-    second step, of the vectors that tokens have in common (characters.py), at that share of their rate.
+    second step, of the vectors that tokens have in common (characters.py), at that share of their rate; cautious_decay
+    does not look at it.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class MuonAdamW(torch.optim.AdamW):
                 continue
             state = self.state[parameter]
             gradient = self.characters.of_shared.sum(full_tensor(local_shard(parameter.grad), like=parameter))  # (F, C)
-            if CHARACTER_STATE[0] not in state:
+            if CHARACTER_STATE[0] not in state or state[CHARACTER_STATE[0]].shape != gradient.shape:  # of other tokens
                 state |= {key: torch.zeros_like(gradient) for key in CHARACTER_STATE}
             mean, mean_square = (state[key] for key in CHARACTER_STATE)
             mean.lerp_(gradient, 1 - beta1)

@@ -5,7 +5,7 @@ for hidden layers in neural networks" (kellerjordan.github.io/posts/muon), in mu
 Memory-Efficient LLM Training by Gradient Low-Rank Projection" (arXiv 2403.03507), by its authors' galore-torch.
 
 To add one, add an entry to OPTIMIZERS: nothing else names an optimizer. A model is a module with the property
-head_weight, the matrix of its output head. Its block matrices are the weights of its other linear layers.
+head_weight, the matrix of its output head, and the embedding tok_emb. Its block matrices are the weights of its other linear layers.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,6 +58,7 @@ class ParameterGroups:
     blocks: list[nn.Parameter]  # the matrices of the blocks
     embeddings: list[nn.Parameter]  # embeddings and head
     head: nn.Parameter  # also an embedding where the two are tied
+    tokens: nn.Parameter  # the embedding of tokens
     vectors: list[nn.Parameter]  # biases and norms
 
     @classmethod
@@ -67,7 +68,8 @@ class ParameterGroups:
         linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - {id(head)}
         blocks = [parameter for parameter in model.parameters() if id(parameter) in linear]
         embeddings = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in linear]
-        return cls(blocks, embeddings, head, [p for p in model.parameters() if p.dim() < 2])
+        tokens = cast(nn.Parameter, cast(nn.Embedding, model.tok_emb).weight)
+        return cls(blocks, embeddings, head, tokens, [p for p in model.parameters() if p.dim() < 2])
 
     @property
     def can_fuse(self) -> bool:
@@ -155,15 +157,15 @@ def _build_muon(parameters: ParameterGroups, settings: Hyperparameters, dtype: t
     ]
     groups[0] |= {"momentum": MOMENTUM, "scaling": settings.muon_scaling}
     embeddings = [p for p in parameters.embeddings if p is not parameters.head]
-    of_tokens = {id(p) for p in parameters.embeddings if p.shape == parameters.head.shape}  # not those of positions
-    for share, decay, members in (
-        (HEAD_SHARE, settings.embedding_decay / HEAD_SHARE, [parameters.head]),
-        (1.0, settings.embedding_decay, embeddings),
-        (VECTOR_SHARE, 0.0, parameters.vectors),
+    for share, decay, character_share, members in (
+        (HEAD_SHARE, settings.embedding_decay / HEAD_SHARE, settings.share_characters, [parameters.head]),
+        (1.0, settings.embedding_decay, settings.share_characters, [p for p in embeddings if p is parameters.tokens]),
+        (1.0, settings.embedding_decay, 0.0, [p for p in embeddings if p is not parameters.tokens]),  # of positions
+        (VECTOR_SHARE, 0.0, 0.0, parameters.vectors),
     ):
-        groups += [{"params": members, "weight_decay": decay, "peak_lr": share * settings.adam_lr, "muon": False}]
-        if all(id(p) in of_tokens for p in members):
-            groups[-1]["character_share"] = settings.share_characters
+        if members:
+            rates = {"peak_lr": share * settings.adam_lr, "character_share": character_share}
+            groups.append({"params": members, "weight_decay": decay, "muon": False, **rates})
     options = {"lr": settings.lr, "betas": BETAS, "eps": EPS, "fused": parameters.can_fuse}
     return MuonAdamW(groups, dtype, settings.cautious_decay, settings.characters, **options)
 

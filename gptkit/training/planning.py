@@ -141,7 +141,9 @@ def choose_plan(
         settings.batch_size,
         settings.grad_accum_steps,
         n_processes,
-        is_regularized=has_rates(settings, is_pretrained),
+        most_tokens=min(most_epochs(settings) * n_training_tokens, settings.max_tokens or math.inf),
+        is_regularized=has_rates(settings, is_pretrained)
+        and 0 not in (settings.weight_decay, settings.embedding_decay),
     )
     return finish_plan(plan, settings, n_training_tokens, total_tokens, is_pretrained)
 
@@ -177,18 +179,20 @@ def plan_for_budget(
     batch_size: int | None,
     grad_accum_steps: int | None,
     n_processes: int = 1,
+    most_tokens: float = math.inf,
     is_regularized: bool = True,
 ) -> tuple[Plan, float]:
     """Return the largest model for which left_s seconds are worth enough tokens, its batch, and the tokens that it reads.
 
-    Enough are TOKENS_PER_PARAMETER, or ENOUGH_EPOCHS of the text where the recipe regularizes. `sizes` lead from small to
-    large by name; a single one is taken. tokens_per_s is the speed of one process; n_processes are taken to be as many
-    times as fast. Prints what was measured and chosen.
+    Enough are TOKENS_PER_PARAMETER, or where the recipe regularizes ENOUGH_EPOCHS of the text, with at most
+    PARAMETERS_PER_TOKEN of it. `sizes` lead from small to large by name; a single one is taken. tokens_per_s is the speed of
+    one process; n_processes are taken to be as many times as fast. The run reads most_tokens at most. Prints what was
+    measured and chosen.
     """
     chosen = None
     for size, model in sizes.items():
         speed = n_processes * tokens_per_s(model)
-        total_tokens = left_s * speed
+        total_tokens = min(left_s * speed, most_tokens)
         n_epochs = total_tokens / n_training_tokens
         worth = worth_of(n_training_tokens, n_epochs)
         n_parameters = n_block_parameters(model)
@@ -214,7 +218,8 @@ def plan_for_budget(
     why = "as asked for"
     if len(sizes) > 1:
         why = f"the largest with {TOKENS_PER_PARAMETER:g} such tokens per parameter"
-        why += f" or {ENOUGH_EPOCHS:g} epochs" if is_regularized else ""
+        if is_regularized:
+            why += f", or {ENOUGH_EPOCHS:g} epochs and {PARAMETERS_PER_TOKEN:g} parameters per token of the text"
     print(
         f"chosen: {size}, {why}; {plan.batch_size} x {plan.grad_accum_steps}{processes} sequences per step, for about"
         f" {n_steps:,.0f} steps",
