@@ -1,6 +1,8 @@
-"""Draw what aozora.py measured: validation loss over the epochs of each contender, as a picture for docs/recipe.md.
+"""Draw what aozora.py measured: validation loss over the epochs of each contender, as an SVG.
 
-python benchmarks/curves.py --track 1M --output_path docs/recipe_1M.svg
+The variant and the seed of a contender are chosen as aozora.py chooses the variant that counts. For example
+
+    python benchmarks/curves.py --track 1M --output_path curves.svg
 """
 
 import html

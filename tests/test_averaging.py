@@ -67,7 +67,7 @@ def averaging_run(shards: Path, output: Path, *more: object) -> tuple[object, ..
 def averaged(tmp_path_factory: pytest.TempPathFactory, short_shards: Path) -> Path:
     """Return the folder of an averaging run; do not change it."""
     output = tmp_path_factory.mktemp("averaged") / "model_checkpoints"
-    result = call_command("pretraining.py", *averaging_run(short_shards, output, "--print_sample_iter", 30))
+    result = call_command("pretraining.py", *averaging_run(short_shards, output, "--print_sample_iter", 10))
     assert result.returncode == 0, result.stderr
     return output
 
@@ -165,7 +165,7 @@ def test_an_average_of_another_model_is_refused(damage: dict[str, torch.Tensor])
 
 def test_a_run_averages_and_changes_nothing_else(tmp_path: Path, short_shards: Path, averaged: Path) -> None:
     output = tmp_path / "plain"
-    flags = averaging_run(short_shards, output, "--print_sample_iter", 30, "--average_epochs", 0)
+    flags = averaging_run(short_shards, output, "--print_sample_iter", 10, "--average_epochs", 0)
     assert call_command("pretraining.py", *flags).returncode == 0
     for step in (10, 20, 30):
         folder, other = (each / f"step_{step:08d}" for each in (output, averaged))
@@ -180,6 +180,8 @@ def test_a_run_averages_and_changes_nothing_else(tmp_path: Path, short_shards: P
         report | {"averaged_val_loss": 0} for report in curve(averaged)
     ]
     assert state_of(newest(averaged))["best_val_loss"] == min(r["averaged_val_loss"] for r in curve(averaged))
+    samples = [(each / "samples.jsonl").read_text("utf-8") for each in (output, averaged)]
+    assert samples[0] != samples[1]  # the average writes
 
 
 def test_the_reported_loss_is_that_of_the_averaged_weights(averaged: Path, short_shards: Path) -> None:
@@ -231,7 +233,7 @@ def test_a_run_that_resumes_has_the_same_average(tmp_path: Path, short_shards: P
     shutil.copytree(averaged, output, symlinks=True)
     for step in (20, 30):
         shutil.rmtree(output / f"step_{step:08d}")
-    result = call_command("pretraining.py", *averaging_run(short_shards, output, "--print_sample_iter", 30))
+    result = call_command("pretraining.py", *averaging_run(short_shards, output, "--print_sample_iter", 10))
     assert result.returncode == 0, result.stderr
     assert "note:" not in result.stderr
     for file in (AVERAGED_FILE, MODEL_FILE, TRAINING_FILE):

@@ -11,7 +11,13 @@ from test_optimizers import tiny_model
 from gpt_model import GPTConfig, GPTModel
 from gptkit.training.characters import Bags, SharedCharacters, characters_of, share_characters
 from gptkit.training.muon import CHARACTER_STATE
-from gptkit.training.optimizers import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_schedules
+from gptkit.training.optimizers import (
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_schedules,
+    state_bytes,
+)
 
 TOKENS = ["", "", "猫", "猫が", "子猫", "が", "\ufffd", "猫猫", "食べる", "食べた"]
 SHARE, ADAM_LR, DECAY = 0.5, 0.02, 0.3
@@ -111,6 +117,19 @@ def test_the_state_goes_through_a_file() -> None:
     second_model.load_state_dict(weights)
     load_optimizer_tensors(second_model, second, tensors)
     assert all(map(torch.equal, trained(second_model, second, range(2, 4)), expected))
+
+
+def test_the_estimate_of_the_state_counts_what_is_shared() -> None:
+    model = tiny_model("modern")
+    shared = share_characters(TOKENS, len(model.tok_emb.weight))
+    estimates, found = [], 0
+    for share in (0.0, SHARE):
+        optimizer = build_optimizer(model, "muon", 0.1, 0.02, 0.1, share_characters=share, characters=shared)
+        trained(model, optimizer, range(1))
+        state = optimizer_tensors(model, optimizer)
+        found = sum(tensor.nbytes for name, tensor in state.items() if name.startswith(CHARACTER_STATE))
+        estimates.append(state_bytes(optimizer))
+    assert estimates[1] - estimates[0] == found > 0
 
 
 def test_moments_of_other_tokens_are_dropped() -> None:

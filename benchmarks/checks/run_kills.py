@@ -2,9 +2,10 @@
 
 This is done for AdamW, Muon and GaLore in turn, with dropout, two micro-steps per step, and two epochs, and then for
 the ingredients of the recipe for many epochs: averaged weights, decay of everything by a schedule, documents in a new
-order, replaced tokens, and a teacher. Each run is killed again and again, every second time while a checkpoint is being
-written (its temporary folder is there before the kill and after it), and otherwise at a random moment after the process
-started. A run that ends is compared with one that was never killed, and another begins. Needs galore-torch.
+order, replaced tokens, shared characters, and a teacher. Each run is killed again and again, every second time while a
+checkpoint is being written (its temporary folder is there before the kill and after it), and otherwise at a random moment
+after the process started. A run that ends is compared with one that was never killed, and another begins. Needs
+galore-torch.
 
     python benchmarks/checks/run_kills.py --data_dir dataset/sample_001 --tokenizer_path dataset/sample/tokenizer
 """

@@ -118,6 +118,19 @@ def build_optimizer(
     return optimizer
 
 
+def state_bytes(optimizer: Optimizer) -> int:
+    """Estimate the bytes of an optimizer's state: n_moments for each parameter, and those of what its rows share."""
+    spec: OptimizerSpec = cast(Any, optimizer).spec
+    characters: SharedCharacters | None = getattr(optimizer, "characters", None)
+    total = 0
+    for group in optimizer.param_groups:
+        total += sum(spec.n_moments * p.numel() * p.element_size() for p in group["params"])
+        if characters and group.get("character_share"):
+            n_moments = len(CHARACTER_STATE) * characters.n_shared
+            total += sum(n_moments * p.size(1) * p.element_size() for p in group["params"])
+    return total
+
+
 def set_schedules(optimizer: Optimizer, lr: float, decay: float = 1.0, momentum: float = MOMENTUM) -> None:
     """Set each group's learning rate to `lr` times its peak, its weight decay to `decay` times its own, and Muon's momentum."""
     for group in optimizer.param_groups:

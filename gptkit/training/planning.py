@@ -26,9 +26,9 @@ from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, con
 # their blocks (benchmarks/README.md). Hoffmann et al. 2022 found 20 where the whole model counts and the
 # text is English; a small model pays for its vocabulary besides.
 TOKENS_PER_PARAMETER = 2.0
-# Where the decays of the recipe hold the weights, a model is large enough for more: of those that read a text of 350,000 or
-# 1 million characters about so often in equal time the largest was the best, up to so many parameters of the blocks per
-# token of the text (benchmarks/README.md). The models of NanoGPT Slowrun have 12 and 27.
+# Where the decays of the recipe hold the weights, a larger model is better: of micro to mini on texts of 350,000 and 1 million
+# characters the largest was, where it read its text 5.5 to 8 times, with up to so many parameters of the blocks per token of
+# the text. NanoGPT Slowrun's first model has 12 (github.com/qlabs-eng/slowrun, README).
 ENOUGH_EPOCHS, PARAMETERS_PER_TOKEN = 5.0, 16.0
 # Optimizer steps in a run: 1,000 for a million tokens, where a batch of 1,024 was the best tried, growing with
 # the cube root of the tokens, so that batch and steps both grow. Only the first was measured (benchmarks/README.md).
@@ -141,16 +141,21 @@ def choose_plan(
         settings.batch_size,
         settings.grad_accum_steps,
         n_processes,
-        most_tokens=min(most_epochs(settings) * n_training_tokens, settings.max_tokens or math.inf),
-        is_regularized=has_rates(settings, is_pretrained)
+        limit=most_tokens(settings, n_training_tokens),
+        is_regularized=plans_decays(settings, is_pretrained)
         and 0 not in (settings.weight_decay, settings.embedding_decay),
     )
     return finish_plan(plan, settings, n_training_tokens, total_tokens, is_pretrained)
 
 
-def has_rates(settings: TrainingSettings, is_pretrained: bool) -> bool:
-    """Return whether the rates of a run are those with which the recipe was measured: Muon's, from new weights."""
+def plans_decays(settings: TrainingSettings, is_pretrained: bool) -> bool:
+    """Return whether the planner chooses decays: they were measured with Muon, from new weights."""
     return "embedding_decay" in OPTIMIZERS[settings.optimizer].recipe_flags and not is_pretrained
+
+
+def most_tokens(settings: TrainingSettings, n_training_tokens: int) -> float:
+    """Return the most tokens that a run may read by --n_epochs and --max_tokens."""
+    return min(most_epochs(settings) * n_training_tokens, settings.max_tokens or math.inf)
 
 
 def finish_plan(
@@ -161,10 +166,9 @@ def finish_plan(
     total_tokens is how many a budget has time for, infinite without one.
     """
     tokens_per_step = plan.sequences_per_step * plan.model.context_length
-    most = [total_tokens, most_epochs(settings) * n_training_tokens, settings.max_tokens or math.inf]
-    most.append(tokens_per_step * (settings.max_steps or math.inf))
-    reading = Reading(n_training_tokens, tokens_per_step, min(most) / n_training_tokens)
-    rates = (peak_lr(settings), settings.adam_lr) if has_rates(settings, is_pretrained) else None
+    most = min(most_tokens(settings, n_training_tokens), tokens_per_step * (settings.max_steps or math.inf))
+    reading = Reading(n_training_tokens, tokens_per_step, min(total_tokens, most) / n_training_tokens)
+    rates = (peak_lr(settings), settings.adam_lr) if plans_decays(settings, is_pretrained) else None
     recipe = choose_recipe(settings, reading, rates)
     print(describe_recipe(recipe, reading), flush=True)
     return plan.with_recipe(recipe)
@@ -179,20 +183,20 @@ def plan_for_budget(
     batch_size: int | None,
     grad_accum_steps: int | None,
     n_processes: int = 1,
-    most_tokens: float = math.inf,
+    limit: float = math.inf,
     is_regularized: bool = True,
 ) -> tuple[Plan, float]:
     """Return the largest model for which left_s seconds are worth enough tokens, its batch, and the tokens that it reads.
 
     Enough are TOKENS_PER_PARAMETER, or where the recipe regularizes ENOUGH_EPOCHS of the text, with at most
     PARAMETERS_PER_TOKEN of it. `sizes` lead from small to large by name; a single one is taken. tokens_per_s is the speed of
-    one process; n_processes are taken to be as many times as fast. The run reads most_tokens at most. Prints what was
+    one process; n_processes are taken to be as many times as fast. The run reads `limit` tokens at most. Prints what was
     measured and chosen.
     """
     chosen = None
     for size, model in sizes.items():
         speed = n_processes * tokens_per_s(model)
-        total_tokens = min(left_s * speed, most_tokens)
+        total_tokens = min(left_s * speed, limit)
         n_epochs = total_tokens / n_training_tokens
         worth = worth_of(n_training_tokens, n_epochs)
         n_parameters = n_block_parameters(model)

@@ -39,7 +39,7 @@ from gptkit.training.compilation import (
 from gptkit.training.distillation import Teacher
 from gptkit.training.further_tokens import FurtherTokens
 from gptkit.training.guard import as_count, as_scaler_state, as_sum
-from gptkit.training.optimizers import OPTIMIZERS, Optimizer, load_optimizer_tensors, optimizer_tensors
+from gptkit.training.optimizers import OPTIMIZERS, Optimizer, load_optimizer_tensors, optimizer_tensors, state_bytes
 from gptkit.training.planning import Plan, flops_per_token
 from gptkit.training.run_log import CURVE_FILE, RUN_FILE, RUN_FORMAT
 from gptkit.training.settings import BATCH_SIZE, TrainingSettings, configure_optimizer
@@ -121,9 +121,9 @@ class Run:
         parts_s = {"reading": reading_s, **parts_s}
         step_s = {name: self.grad_accum_steps * seconds for name, seconds in parts_s.items()}
         if self.step == 0 and not OPTIMIZERS[self.settings.optimizer].is_slow_to_start:
-            recipe, characters = self.plan.recipe, getattr(self.optimizer, "characters", None)
+            more = {"characters": getattr(self.optimizer, "characters", None)}
             build = functools.partial(
-                configure_optimizer, self.settings, recipe, self.model, self.dtype, None, characters
+                configure_optimizer, self.settings, self.plan.recipe, self.model, self.dtype, **more
             )
             step_s["optimizer"] = time_optimizer_step(self.model, build, self.device)
         return step_s
@@ -265,12 +265,6 @@ def make_batches(
     return batches, validation_batches(streams["val"], length, size, settings.eval_iter)
 
 
-def optimizer_state_bytes(run: Run) -> int:
-    """Estimate the bytes of the optimizer's state, from the number of moments that it keeps for each parameter."""
-    n_moments = OPTIMIZERS[run.settings.optimizer].n_moments
-    return sum(n_moments * p.numel() * p.element_size() for p in run.model.parameters())
-
-
 def choose_device_and_dtype(settings: TrainingSettings) -> tuple[torch.device, torch.dtype]:
     """Return the device of this process and the dtype of the run's matrix products. Raises UserError."""
     device = devices.choose_device(process_group.device_of_rank(settings.device))
@@ -286,7 +280,7 @@ def choose_device_and_dtype(settings: TrainingSettings) -> tuple[torch.device, t
 def require_disk_space(run: Run) -> None:
     """Raise UserError where the disk has no room for a checkpoint."""
     n_models = 2 if run.average.is_on else 1
-    needed = n_models * sum(tensor.nbytes for tensor in run.model.state_dict().values()) + optimizer_state_bytes(run)
+    needed = n_models * sum(tensor.nbytes for tensor in run.model.state_dict().values()) + state_bytes(run.optimizer)
     free = free_bytes(run.output_dir)
     if free < needed:
         raise UserError(
@@ -302,7 +296,7 @@ def announce(run: Run, n_steps: int, step_s: Mapping[str, float]) -> None:
     plan, batches = run.plan, run.batches
     left, context_length = n_steps - run.step, run.model.config.context_length
     n_shards = plan.n_processes if run.settings.parallel == "fsdp" else 1
-    memory_bytes = devices.peak_memory_bytes(run.device) + optimizer_state_bytes(run) / n_shards
+    memory_bytes = devices.peak_memory_bytes(run.device) + state_bytes(run.optimizer) / n_shards
     total_s = sum(step_s.values())
     shares = ", ".join(f"{name} {seconds / total_s:.1%}" for name, seconds in step_s.items())
     tokens_per_s = batches.tokens_per_step / total_s
