@@ -2,7 +2,8 @@
 
 All runs have the same model, text and number of steps, so that they may run side by side on a busy machine (--jobs).
 They are scored on the development works of aozora_lists.py, whose authors wrote nothing of the text: by their last
-weights, and by the averaged ones. Times are given, but are those of a machine that does other things too.
+weights, and by the averaged ones. The teacher of a distilled run is the run of the planner's recipe with the same seed,
+which must lie in --work_dir or run now. Times are given, but are those of a machine that does other things too.
 
     python benchmarks/ingredients.py --jsonl_path SUBSET --work_dir WORK
     python benchmarks/ingredients.py --jsonl_path SUBSET --work_dir WORK --rows "no dropout" --seeds 1 2 3
@@ -48,6 +49,8 @@ ROWS: dict[str, dict[str, object]] = {
     "characters shared at the full rate": {"share_characters": 1},
     "half of both learning rates": {"lr": 0.01, "adam_lr": 0.01},
     "AdamW (lr 4e-3) in place of Muon": {"optimizer": "adamw", "lr": "4e-3"},
+    "distilled from the planner's recipe": {"distill_from": BASE},
+    "distilled from it, 0.7 of the loss": {"distill_from": BASE, "distill_weight": 0.7},
 }  # fmt: skip
 
 
@@ -81,8 +84,11 @@ def main(config: IngredientsConfig) -> None:
     conditions |= {"scored_on": DEVELOPMENT}
     found = earlier_rows(name, conditions)
 
+    def output_dir_of(row: str, seed: str) -> Path:
+        return folder / f"ingredient_{config.model_size}_{config.n_epochs}_{list(ROWS).index(row)}_{seed}"
+
     def measure(row: str, seed: str) -> None:
-        output_dir = folder / f"ingredient_{list(ROWS).index(row)}_{seed}"
+        output_dir = output_dir_of(row, seed)
         flags: dict[str, object] = {
             "budget_minutes": None,
             "model_size": config.model_size,
@@ -90,6 +96,8 @@ def main(config: IngredientsConfig) -> None:
             "seed": seed,
         }
         flags |= {"max_steps": config.max_steps, "device": "cpu", "eval_freq": 100, **ROWS[row]}
+        if "distill_from" in flags:
+            flags["distill_from"] = output_dir_of(BASE, seed)
         trained = train_ours(data, tokenizer, 0.0, output_dir, flags, variables={"OMP_NUM_THREADS": "1"})
         bits = {
             which: round(evaluate_ours(output_dir, text_path, {"checkpoint": which, "device": "cpu"}), 4)
@@ -100,11 +108,18 @@ def main(config: IngredientsConfig) -> None:
         found.setdefault(row, {})[f"seed {seed}"] = figures | {"seconds": trained["seconds"]}
         log(f"{row}, seed {seed}: {bits}")
 
+    content = ""
     with ThreadPoolExecutor(config.jobs) as pool:
-        runs = [pool.submit(measure, row, seed) for seed in config.seeds for row in rows]
-        for run in runs:
-            run.result()
-            content = save_result(name, conditions | {"rows": in_order(found)} | against_base(found))
+        for distilled in (False, True):  # a teacher is trained first
+            runs = [
+                pool.submit(measure, row, seed)
+                for seed in config.seeds
+                for row in rows
+                if ("distill_from" in ROWS[row]) == distilled
+            ]
+            for run in runs:
+                run.result()
+                content = save_result(name, conditions | {"rows": in_order(found)} | against_base(found))
     print(content, end="")
 
 
