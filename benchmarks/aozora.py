@@ -26,7 +26,7 @@ each has cores of its own, several may run at a time, each in a process and a --
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -41,7 +41,7 @@ from quality import (
     END,
     Peer,
     evaluate_ours,
-    last_and_best,
+    losses_of,
     open_streams,
     prepare_tokens,
     train_and_score,
@@ -297,26 +297,6 @@ def train_project(setup: Setup, seed: int, project: Path, name: str, **given: in
         "tokens": trained["tokens"],
         "seconds": trained["seconds"],
         "revision": revision_of(project),
-    }
-
-
-def losses_of(reports: Sequence[Mapping[str, Any]], n_tokens: int) -> dict[str, Any]:
-    """Return the figures of a run's reports on a text of n_tokens: the losses of the weights that are scored.
-
-    Those are averaged where there is an average; "not_averaged" has the last and lowest loss of the others.
-    """
-
-    def losses(name: str) -> dict[str, Any]:
-        return last_and_best(
-            [
-                (report["tokens"] / n_tokens, report["train_loss"], report.get(name, report["val_loss"]))
-                for report in reports
-            ]
-        )
-
-    plain = losses("val_loss")
-    return losses("averaged_val_loss") | {
-        "not_averaged": {name: plain[name] for name in ("last_val_loss", "best_val_loss")}
     }
 
 

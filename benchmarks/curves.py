@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aozora import variant_of
+from aozora import RUNNERS, variant_of
 from machine import log, result_path
 
 from gptkit.base.cli import UserError, run_command, setting
@@ -47,22 +47,25 @@ def main(config: CurvesConfig) -> None:
 def draw(result: Mapping[str, Any]) -> str:
     """Return an SVG with the curve of each contender's variant that counts, by its first seed."""
     curves = []
-    for n, (name, runs) in enumerate(result["contenders"].items()):
-        variant, (run, *_) = variant_of(runs)
+    for n, name in enumerate(RUNNERS):  # the same colour in each picture
+        if name not in result["contenders"]:
+            continue
+        variant, (run, *_) = variant_of(result["contenders"][name])
         points = [(float(epochs), float(val_loss)) for epochs, _, val_loss in run["curve"]]
         size = "" if run["size"] in variant else f"{run['size']}, "
         curves.append(Curve(f"{name} ({size}{variant})", n, points))
     drawn, _ = draw_plot("epochs", curves)
-    height = HEIGHT + LEGEND_LINE * len(curves) + 6
+    title = f"Validation loss (nats per token), track {result['track']}, {result['minutes']:g} minutes each"
+    height = HEIGHT + LEGEND_LINE * (len(curves) + 1) + 6
     styles = STYLE + "".join(f".c{n} {{ --c: {colour} }}" for n, colour in enumerate(COLOURS))
-    legend = ""
-    for n, curve in enumerate(curves):
-        y = HEIGHT + LEGEND_LINE * n + 8
-        legend += f'<line class="curve c{n}" x1="{LEFT}" x2="{LEFT + 24}" y1="{y}" y2="{y}"/>'
+    legend = f'<text x="{LEFT}" y="{HEIGHT + 12.5}">{title}</text>'
+    for line, curve in enumerate(curves, 1):
+        y = HEIGHT + LEGEND_LINE * line + 8
+        legend += f'<line class="curve c{curve.colour}" x1="{LEFT}" x2="{LEFT + 24}" y1="{y}" y2="{y}"/>'
         legend += f'<text x="{LEFT + 32}" y="{y + 4.5}">{html.escape(curve.name)}</text>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
-        f"<title>Validation loss (nats per token)</title><style>{styles}</style>{drawn}{legend}</svg>\n"
+        f"<title>{title}</title><style>{styles}</style>{drawn}{legend}</svg>\n"
     )
 
 

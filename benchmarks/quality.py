@@ -134,6 +134,26 @@ def last_and_best(curve: Sequence[tuple[float, float, float]]) -> dict[str, Any]
     return {"last_val_loss": last, "best_val_loss": lowest, "epochs": rounded[-1][0], "curve": rounded}
 
 
+def losses_of(reports: Sequence[Mapping[str, Any]], n_tokens: int) -> dict[str, Any]:
+    """Return the figures of a run's reports on a text of n_tokens: the losses of the weights that are scored.
+
+    Those are averaged where there is an average; "not_averaged" has the last and lowest loss of the others.
+    """
+
+    def losses(name: str) -> dict[str, Any]:
+        return last_and_best(
+            [
+                (report["tokens"] / n_tokens, report["train_loss"], report.get(name, report["val_loss"]))
+                for report in reports
+            ]
+        )
+
+    plain = losses("val_loss")
+    return losses("averaged_val_loss") | {
+        "not_averaged": {name: plain[name] for name in ("last_val_loss", "best_val_loss")}
+    }
+
+
 def train_peer(
     peer: Peer,
     streams: Mapping[str, TokenStream],
