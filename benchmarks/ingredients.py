@@ -83,6 +83,9 @@ def main(config: IngredientsConfig) -> None:
     conditions = {name: getattr(config, name) for name in ("track", "model_size", "n_epochs", "vocab_size")}
     conditions |= {"scored_on": DEVELOPMENT}
     found = earlier_rows(name, conditions)
+    untaught = [seed for seed in config.seeds if f"seed {seed}" not in found.get(BASE, {})]
+    if untaught and BASE not in rows and any("distill_from" in ROWS[row] for row in rows):
+        raise UserError(f"the teacher with seed {untaught[0]} is missing; name {BASE!r} among --rows too")
 
     def output_dir_of(row: str, seed: str) -> Path:
         return folder / f"ingredient_{config.model_size}_{config.n_epochs}_{list(ROWS).index(row)}_{seed}"

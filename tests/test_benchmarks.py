@@ -558,6 +558,8 @@ def test_ingredients_are_compared_with_the_recipe_of_the_planner(results: Path, 
     first = result_of(call_command, name, results, "ingredients.py", *flags, *rows)
     assert first["more_bits_per_char_than_the_base"] == {}
     distilled, base_row = "distilled from the planner's recipe", "the planner's recipe"
+    untaught = call_command("benchmarks/ingredients.py", *flags, "--rows", distilled)
+    assert_user_error(untaught, "the teacher with seed 1 is missing", base_row)
     found = result_of(call_command, name, results, "ingredients.py", *flags, "--rows", distilled, base_row)
     assert list(found["rows"]) == [base_row, "no dropout", distilled]
     logs = [path.read_text("utf-8") for path in (tmp_path / "work" / "sample").glob("ingredient_nano_3_*_1.log")]

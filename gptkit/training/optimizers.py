@@ -5,7 +5,8 @@ for hidden layers in neural networks" (kellerjordan.github.io/posts/muon), in mu
 Memory-Efficient LLM Training by Gradient Low-Rank Projection" (arXiv 2403.03507), by its authors' galore-torch.
 
 To add one, add an entry to OPTIMIZERS: nothing else names an optimizer. A model is a module with the property
-head_weight, the matrix of its output head, and the embedding tok_emb. Its block matrices are the weights of its other linear layers.
+head_weight, the matrix of its output head, and the embedding tok_emb. Its block matrices are the weights of its other
+linear layers.
 """
 
 from collections.abc import Callable, Mapping

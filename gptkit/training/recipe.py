@@ -24,9 +24,8 @@ SHRINKAGE = 1.0
 # Dropout of 0.1 was better than none for 16 epochs, and for 4 and 8 it was worse.
 FREE_EPOCHS, DROP_PER_EPOCH, MAX_DROP_RATE = 4.0, 0.1 / 12, 0.2
 MAX_USEFUL_EPOCHS = 40.0  # more were not tried, and change the recipe no further
-MAX_SHRINKAGE_PER_STEP = (
-    0.1  # with few steps per epoch more would be left of no step; 0.05 let a text of 35 steps be learnt by heart
-)
+# With few steps per epoch more would leave little of each step, and 0.05 let a text of 35 steps per epoch be learnt by heart.
+MAX_SHRINKAGE_PER_STEP = 0.1
 AVERAGE_SHARE = 0.15  # of the epochs of a run
 CHARACTER_SHARE = 0.5  # of the rates, for text read once as for text read often
 # Reading a token again is worth less each time, by this time constant in epochs (Muennighoff et al., section 4).

@@ -121,9 +121,9 @@ class Run:
         parts_s = {"reading": reading_s, **parts_s}
         step_s = {name: self.grad_accum_steps * seconds for name, seconds in parts_s.items()}
         if self.step == 0 and not OPTIMIZERS[self.settings.optimizer].is_slow_to_start:
-            more = {"characters": getattr(self.optimizer, "characters", None)}
+            characters = getattr(self.optimizer, "characters", None)
             build = functools.partial(
-                configure_optimizer, self.settings, self.plan.recipe, self.model, self.dtype, **more
+                configure_optimizer, self.settings, self.plan.recipe, self.model, self.dtype, characters=characters
             )
             step_s["optimizer"] = time_optimizer_step(self.model, build, self.device)
         return step_s
