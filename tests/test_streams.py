@@ -190,6 +190,30 @@ def test_a_stream_that_the_user_sends_to_run_log_is_not_copied(tmp_path: Path, s
     assert (output / "run.log").read_text("utf-8").count("step 10/10") == (1 if stream == "stdout" else 0)
 
 
+def test_a_signal_while_a_line_is_logged_does_not_log_it_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal arrives as the file has taken the line, and its handler prints one itself, on the same stream."""
+    stream = OutputStream(io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    stream.log = LogFile(tmp_path / "log")
+    write, numbers = os.write, [signal.SIGUSR1]
+
+    def write_and_receive(descriptor: int, data: bytes) -> int:
+        n_written = write(descriptor, data)
+        if numbers:
+            signal.raise_signal(numbers.pop())
+        return n_written
+
+    monkeypatch.setattr(os, "write", write_and_receive)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: print("a signal", file=stream, flush=True))
+    try:
+        print("a line", file=stream, flush=True)
+        stream.write("a half")
+        numbers.append(signal.SIGUSR1)
+        stream.flush()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert sorted((tmp_path / "log").read_text("utf-8").splitlines()) == ["a halfa signal", "a line", "a signal"]
+
+
 # Real runs on streams that are gone
 
 Stream = tuple[int, Callable[[], None]]  # a descriptor to write to, and what makes it fail

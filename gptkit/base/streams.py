@@ -85,17 +85,17 @@ class OutputStream(io.TextIOWrapper):
     def write(self, text: str) -> int:
         if self.log is not None and text:
             is_bar, is_end_of_bar = text.startswith("\r"), self._is_after_bar and text == "\n"
-            if not (is_bar or is_end_of_bar):
-                self._line += text.replace("\r\n", "\n").replace("\r", "\n")
+            new = "" if is_bar or is_end_of_bar else text.replace("\r\n", "\n").replace("\r", "\n")
             self._is_after_bar = is_bar
-            lines, newline, self._line = self._line.rpartition("\n")
+            line, self._line = self._line + new, ""  # taken first: a signal's handler may print within any call
+            lines, newline, self._line = line.rpartition("\n")
             self.log.append(lines + newline)
         return super().write(text)
 
     def flush(self) -> None:
         if self.log is not None:  # the interpreter flushes at its end, too
-            self.log.append(self._line)
-            self._line = ""
+            line, self._line = self._line, ""
+            self.log.append(line)
         super().flush()
 
 
@@ -110,10 +110,13 @@ class LogFile:
 
     def append(self, text: str) -> None:
         """Append a text. No failure raises."""
-        self._unwritten = (self._unwritten + text.encode(errors="backslashreplace"))[-MAX_UNWRITTEN:]
-        with contextlib.suppress(OSError):
-            while self._unwritten:
-                self._unwritten = self._unwritten[os.write(self._descriptor, self._unwritten) :]
+        new = text.encode(errors="backslashreplace")
+        rest, self._unwritten = self._unwritten + new, b""  # taken first, as in OutputStream.write
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:
+            self._unwritten = (rest + self._unwritten)[-MAX_UNWRITTEN:]
 
     def is_written_by(self, stream: Any) -> bool:
         """Return whether a stream was redirected to this file."""
