@@ -36,7 +36,7 @@ from gptkit.training import checkpoints
 from gptkit.training.bigram_init import initialize_from_bigrams
 from gptkit.training.chain import run_chain
 from gptkit.training.characters import characters_of
-from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, oom_as_user_error, restart
+from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, compiles, oom_as_user_error, restart
 from gptkit.training.distillation import load_teacher, sizes_within
 from gptkit.training.further_tokens import make_further_tokens
 from gptkit.training.guard import Guard
@@ -44,7 +44,7 @@ from gptkit.training.identity import require_same_run, run_identity, warn_change
 from gptkit.training.loading import load_run_tokenizer
 from gptkit.training.loggers import import_logger, open_logger
 from gptkit.training.optimizers import set_schedules
-from gptkit.training.pace import Pace, is_finished
+from gptkit.training.pace import Pace, is_finished, time_left_s
 from gptkit.training.planning import Plan, choose_plan
 from gptkit.training.run import (
     Run,
@@ -205,7 +205,8 @@ def train(
 
 def start_session(run: Run, started_at: float, stop: StopSignals) -> tuple[Pace, RunLog]:
     """Compile and time a step, announce the run, and return its pace and its log."""
-    step_s = run.compile()
+    left_s = time_left_s(run.settings, run.elapsed_s, started_at)
+    step_s = run.compile(compiles(run.settings.compile, run.device, left_s))
     pace = Pace(
         run.settings, run.plan.recipe, run.batches, stop,
         first_step=run.step, elapsed_s=run.elapsed_s, started_at=started_at, step_s=sum(step_s.values()),

@@ -14,7 +14,17 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, SAMPLE_TOKENIZER, assert_user_error, call_command, command, environment, write_jsonl
+from conftest import (
+    ROOT,
+    SAMPLE,
+    SAMPLE_TOKENIZER,
+    assert_user_error,
+    call_command,
+    command,
+    environment,
+    run_command,
+    write_jsonl,
+)
 
 TINY = ("--n_heads", 2, "--vocab_size", 500, "--context_length", 16, "--batch_size", 2, "--device", "cpu")
 # Stand-ins with the interfaces of the real ones.
@@ -550,6 +560,14 @@ def test_flags_that_aozora_refuses(results: Path, tmp_path: Path, flags: tuple[o
 
 
 @pytest.mark.slow
+def test_what_the_compiler_gives_is_measured_in_turns(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # it takes half a minute, and tests/test_compilation.py has it
+    flags = ("--sizes", "nano", "--threads", 1, "--vocab_size", 64, "--batch_tokens", 128, "--n_rounds", 1)
+    (run,) = result_of(run_command, "compile_gain", results, "compile_gain.py", *flags)["runs"].values()
+    eager, compiled = (run["micro_step_s"][name] for name in ("eager", "compiled"))
+    assert run["times_as_fast"] == pytest.approx(eager / compiled, rel=0.1)
+
+
 def test_ingredients_are_compared_with_the_recipe_of_the_planner(results: Path, tmp_path: Path) -> None:
     flags = ("--track", "sample", "--jsonl_path", SAMPLE, "--work_dir", tmp_path / "work", "--vocab_size", 500)
     flags = (*flags, "--model_size", "nano", "--n_epochs", 3, "--max_steps", 4)

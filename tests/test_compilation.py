@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from gptkit.base import devices
 from gptkit.training.compilation import (
     BatchTooLarge,
     compile_and_time,
+    compiles,
     find_batch_size,
     next_smaller_batch,
     oom_as_user_error,
@@ -98,6 +100,56 @@ def test_failure_to_compile_is_a_warning(monkeypatch: pytest.MonkeyPatch, capsys
     assert_loss_of(model, loss_of_batch(*batch), batch)
     warning = capsys.readouterr().err
     assert warning == "warning: --compile failed (RuntimeError: no compiler was found); continuing without it\n"
+
+
+@pytest.mark.parametrize(
+    ("compile", "device", "left_s", "expected"),
+    [
+        (None, CUDA, 20.0, True),
+        (None, CUDA, math.inf, True),
+        (None, CPU, 599.0, False),
+        (None, CPU, 600.0, True),
+        (None, CPU, math.inf, False),  # without a budget
+        (None, torch.device("mps"), 3600.0, False),
+        (True, CPU, 20.0, True),
+        (False, CPU, 3600.0, False),
+        (False, CUDA, math.inf, False),
+    ],
+)
+def test_where_a_model_is_compiled(compile: bool | None, device: torch.device, left_s: float, expected: bool) -> None:
+    assert compiles(compile, device, left_s) == expected
+
+
+@pytest.mark.usefixtures("sample_tokens")
+@pytest.mark.parametrize(
+    ("flags", "is_compiled"),
+    [
+        (("--budget_minutes", 30), True),
+        (("--budget_minutes", 5), False),
+        (("--budget_minutes", 30, "--no-compile"), False),
+    ],
+)
+def test_a_run_with_time_for_it_is_compiled_on_the_cpu(
+    tmp_path: Path, sample_shards: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...], is_compiled: bool
+) -> None:
+    """Only training: validation would be compiled once more, since it computes no gradients."""
+    with_gradients = []
+
+    def compiler(hidden_states: HiddenStates) -> HiddenStates:
+        def compiled(ids: torch.Tensor) -> torch.Tensor:
+            with_gradients.append(torch.is_grad_enabled())
+            return hidden_states(ids)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    data = (*SAMPLE_TOKENS, "--data_dir", sample_shards, "--use_pretokenized", "--device", "cpu")
+    few = ("--bigram_steps", 0, "--eval_freq", 1, "--eval_iter", 1, "--max_steps", 3, "--output_dir", tmp_path / "out")
+    result = call_command("pretraining.py", *data, *TINY_MODEL, *few, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "finished 3 steps" in result.stdout
+    assert bool(with_gradients) == is_compiled
+    assert all(with_gradients)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])

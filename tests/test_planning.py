@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import Clock
 
-from gpt_model import GPTConfig
+from gpt_model import GPTConfig, GPTModel
 from gptkit.base.cli import UserError
 from gptkit.training import planning
 from gptkit.training.planning import Plan, resume_plan, sequences_per_step, steps_within
@@ -238,3 +239,17 @@ def test_other_optimizers_and_pretrained_weights_keep_the_plain_decay(optimizer:
     settings = TrainingSettings(data_dir="text", n_epochs=16, optimizer=optimizer)
     recipe = planning.finish_plan(Plan(MODEL, 8, 1), settings, 1000, math.inf, is_pretrained).recipe
     assert (recipe.weight_decay, recipe.embedding_decay, recipe.shuffle) == (0.1, 0.0, "documents")
+
+
+@pytest.mark.parametrize(("is_compiled", "forward_s"), [(False, 2.4), (True, 2.0)])
+def test_a_run_that_will_be_compiled_is_foreseen_faster(
+    monkeypatch: pytest.MonkeyPatch, is_compiled: bool, forward_s: float
+) -> None:
+    parts_s = {"forward": 1.0, "backward": 1.4}
+    monkeypatch.setattr(planning, "compile_and_time", lambda *arguments: (None, parts_s))
+    monkeypatch.setattr(planning, "time_optimizer_step", lambda *arguments: 0.5)
+    settings = TrainingSettings(data_dir="text", budget_minutes=30)
+    cpu = torch.device("cpu")
+    speed = planning.measure_tokens_per_s(settings, MODEL, GPTModel, cpu, torch.float32, None, is_compiled)
+    n_tokens = 1024 // MODEL.context_length * MODEL.context_length
+    assert speed == pytest.approx(n_tokens / (forward_s + 0.5))

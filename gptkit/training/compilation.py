@@ -6,6 +6,7 @@ Shapes: B batch, T time, C channels.
 import contextlib
 import functools
 import gc
+import math
 import os
 import sys
 import time
@@ -28,6 +29,10 @@ from gptkit.training.loss import linear_cross_entropy
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, each (B, T) -> mean, nats per token
 PARTS = ("forward", "backward")
+
+# On a CPU of two cores the compiler takes 27 to 40 seconds, and forward and backward are then 1.16 to 1.24 times as fast
+# (micro and mini, one and two threads; benchmarks/compile_gain.py): of a shorter time it would take as much as it gives.
+WORTH_COMPILING_S, COMPILING_S, COMPILED_SPEEDUP = 600.0, 35.0, 1.2
 
 
 class BatchTooLarge(UserError):
@@ -129,6 +134,17 @@ def _checkpointed(forward: Callable[..., torch.Tensor], *args: Any) -> torch.Ten
     if not torch.is_grad_enabled():
         return forward(*args)
     return checkpoint(forward, *args, use_reentrant=False)
+
+
+@main_process
+def compiles(compile: bool | None, device: torch.device, left_s: float) -> bool:
+    """Return whether a session compiles its model: as asked for, on CUDA, or on a CPU where a budget has time for it.
+
+    left_s are the seconds of the budget that remain, infinite without one: how long such a run takes is not known.
+    """
+    if compile is not None:
+        return compile
+    return device.type == "cuda" or (device.type == "cpu" and WORTH_COMPILING_S <= left_s < math.inf)
 
 
 def compile_and_time(

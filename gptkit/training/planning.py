@@ -16,7 +16,13 @@ from gptkit.base import devices
 from gptkit.base.cli import UserError, format_duration
 from gptkit.base.files import as_dict
 from gptkit.distributed.process_group import main_process, world_size
-from gptkit.training.compilation import compile_and_time, time_optimizer_step
+from gptkit.training.compilation import (
+    COMPILED_SPEEDUP,
+    COMPILING_S,
+    compile_and_time,
+    compiles,
+    time_optimizer_step,
+)
 from gptkit.training.distillation import Teacher
 from gptkit.training.optimizers import OPTIMIZERS
 from gptkit.training.recipe import Reading, Recipe, choose_recipe, describe_recipe, saved_recipe, worth_of
@@ -132,10 +138,11 @@ def choose_plan(
             f"--budget_minutes {settings.budget_minutes} are over before training begins; give more, or tokenize the"
             " text first (pretokenize.py)"
         )
+    is_compiled = device.type == "cpu" and compiles(settings.compile, device, left_s)
     plan, total_tokens = plan_for_budget(
-        left_s - CLOSING_S,
+        left_s - CLOSING_S - (COMPILING_S if is_compiled else 0),
         sizes,
-        lambda model: measure_tokens_per_s(settings, model, build, device, dtype, teacher),
+        lambda model: measure_tokens_per_s(settings, model, build, device, dtype, teacher, is_compiled),
         n_training_tokens,
         device.type,
         settings.batch_size,
@@ -263,10 +270,11 @@ def measure_tokens_per_s(
     device: torch.device,
     dtype: torch.dtype,
     teacher: Teacher | None,
+    is_compiled: bool,
 ) -> float:
     """Measure the speed of training on this machine, by a few steps of a new model on random tokens.
 
-    It changes no random stream.
+    None is compiled for that; is_compiled tells that the run will be. It changes no random stream.
     """
     states = devices.get_rng_states(device)
     model = build(dimensions).to(device)
@@ -274,9 +282,8 @@ def measure_tokens_per_s(
     ids = torch.randint(dimensions.vocab_size, (n_sequences, dimensions.context_length + 1))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     _, parts_s = compile_and_time(model, dimensions.vocab_size, False, batch, device, dtype, teacher)
-    seconds = sum(parts_s.values()) + time_optimizer_step(
-        model, lambda: configure_optimizer(settings, Recipe(), model, dtype), device
-    )
+    seconds = sum(parts_s.values()) / (COMPILED_SPEEDUP if is_compiled else 1)
+    seconds += time_optimizer_step(model, lambda: configure_optimizer(settings, Recipe(), model, dtype), device)
     devices.set_rng_states(states, device)
     return batch[0].numel() / seconds
 

@@ -34,6 +34,7 @@ from gptkit.training.compilation import (
     Loss,
     compile_and_time,
     find_batch_size,
+    make_loss,
     time_optimizer_step,
 )
 from gptkit.training.distillation import Teacher
@@ -69,6 +70,7 @@ class Run:
     elapsed_s: float = 0.0  # of training, when the newest checkpoint was written
     best_val_loss: float | None = None  # nats per token, of the checkpoints saved, as Saver.save takes it
     loss: Loss = dataclasses.field(init=False)  # inputs, targets: (B, T) -> mean; compile() sets it
+    validation_loss: Loss = dataclasses.field(init=False)  # the same, without gradients
     average: WeightAverage = dataclasses.field(init=False)  # does nothing unless the recipe averages
     scaler: torch.amp.GradScaler = dataclasses.field(init=False)  # does nothing unless dtype is float16
     loss_scale: float = dataclasses.field(init=False)  # the scaler's after the last step
@@ -90,8 +92,8 @@ class Run:
 
     # Training
 
-    def compile(self) -> dict[str, float]:
-        """Compile the loss where that is asked for, and return the seconds of each part of an optimizer step.
+    def compile(self, compiled: bool) -> dict[str, float]:
+        """Make the loss, compiled or not, and return the seconds of each part of an optimizer step.
 
         Raises BatchTooLarge, with a batch that was seen to fit, where memory runs out.
         """
@@ -99,7 +101,6 @@ class Run:
         start = time.monotonic()
         batch = self.batches.micro_batch(self.step, 0)
         reading_s = time.monotonic() - start
-        compiled = self.device.type == "cuda" if self.settings.compile is None else self.settings.compile
         measure = functools.partial(
             compile_and_time, self.model, self.model.config.vocab_size,
             device=self.device, dtype=self.dtype, teacher=self.teacher, further=self.further,
@@ -115,7 +116,9 @@ class Run:
                 lambda n: measure(compile=False, batch=(batch[0][:n], batch[1][:n])), self.plan.batch_size
             )
             raise BatchTooLarge(self.plan.batch_size, self.grad_accum_steps, size, fits=True)
-        self.loss = loss
+        self.loss = self.validation_loss = loss
+        if compiled and self.device.type != "cuda":  # without gradients it would be compiled once more, for as long
+            self.validation_loss = make_loss(self.model, self.model.hidden_states, self.model.config.vocab_size)
         if self.settings.parallel == "ddp":
             self.loss = process_group.wrap_ddp(self.model, loss, self.device)
         parts_s = {"reading": reading_s, **parts_s}
@@ -169,7 +172,7 @@ class Run:
 
         Where weights are averaged, that of the average is there too, as averaged_val_loss.
         """
-        arguments = self.model, self.loss, self.validation, self.device, self.dtype
+        arguments = self.model, self.validation_loss, self.validation, self.device, self.dtype
         losses = {"val_loss": mean_loss(*arguments)}
         if self.average.is_on:
             with self.average.swapped_in():

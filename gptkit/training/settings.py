@@ -202,7 +202,10 @@ class TrainingSettings(RecipeSettings):
         group="device",
     )
     compile: bool | None = setting(
-        None, "torch.compile the model (default: on CUDA); where that fails, continue without", group="device"
+        None,
+        "torch.compile the model (default: on CUDA, and on a CPU with 10 minutes of --budget_minutes left); where that"
+        " fails, continue without",
+        group="device",
     )
     activation_checkpointing: bool = setting(
         False,

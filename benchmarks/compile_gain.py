@@ -1,0 +1,94 @@
+"""Measure what torch.compile gives a micro-step of training on this CPU: eager and compiled in turns, in one process.
+
+Each size and number of threads has a process of its own, since what an earlier one compiled would be found again; the
+compiler's cache is a new, empty one. Behind COMPILED_SPEEDUP and COMPILING_S of gptkit/training/compilation.py.
+
+    python benchmarks/compile_gain.py
+"""
+
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from machine import log, versions, write_result
+
+from gpt_model import PRESETS, GPTConfig, GPTModel
+from gptkit.base import devices
+from gptkit.base.cli import run_command, setting
+from gptkit.training.compilation import compile_and_time
+
+N_WARM_UP = 2  # micro-steps of each before those that count
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileGainConfig:
+    """Measure how long torch.compile takes on this CPU, and how much faster training is then."""
+
+    sizes: tuple[str, ...] = setting(("micro", "mini"), "models: names of --model_size")
+    threads: tuple[str, ...] = setting(("1", "2"), "threads that compute")
+    vocab_size: int = setting(4096, "tokens of the vocabulary", at_least=1)
+    batch_tokens: int = setting(4096, "tokens of a micro-step", at_least=1)
+    n_rounds: int = setting(10, "micro-steps of each", at_least=1)
+
+
+def main(config: CompileGainConfig) -> None:
+    found = {}
+    for size in config.sizes:
+        for threads in config.threads:
+            name = f"{size}, {threads} threads"
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                found[name] = pool.submit(measure, config, size, int(threads)).result()
+            log(f"{name}: {found[name]}")
+    write_result("compile_gain", {"batch_tokens": config.batch_tokens, "runs": found, **versions("torch")})
+
+
+def measure(config: CompileGainConfig, size: str, threads: int) -> dict[str, Any]:
+    """Return the seconds that compiling takes, and those of a micro-step, forward and backward, eager and compiled."""
+    torch.set_num_threads(threads)
+    cache = tempfile.TemporaryDirectory()  # removed when the process ends
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
+    device = torch.device("cpu")
+    devices.keep_freed_memory(device)
+    dtype = devices.choose_dtype("auto", device, training=True)
+    preset: dict[str, Any] = PRESETS[size]
+    dimensions = GPTConfig(config.vocab_size, arch="modern", **preset)
+    n_sequences = max(config.batch_tokens // dimensions.context_length, 1)
+    ids = torch.randint(config.vocab_size, (n_sequences, dimensions.context_length + 1))
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    model = GPTModel(dimensions)
+    losses, compile_s = {}, 0.0
+    for name, compiled in (("eager", False), ("compiled", True)):
+        began = time.perf_counter()
+        losses[name], parts_s = compile_and_time(model, config.vocab_size, compiled, batch, device, dtype)
+        compile_s = time.perf_counter() - began - 4 * sum(parts_s.values())  # which it has timed itself
+
+    def step_s(loss: Callable[..., torch.Tensor]) -> float:
+        began = time.perf_counter()
+        with devices.autocast(device, dtype):
+            loss(*batch).backward()
+        seconds = time.perf_counter() - began
+        model.zero_grad(set_to_none=True)
+        return seconds
+
+    seconds: dict[str, list[float]] = {name: [] for name in losses}
+    for i in range(N_WARM_UP + config.n_rounds):
+        for name in list(losses)[:: 1 if i % 2 else -1]:
+            seconds[name].append(step_s(losses[name]))
+    medians = {name: statistics.median(each[N_WARM_UP:]) for name, each in seconds.items()}
+    return {
+        "dtype": devices.dtype_name(dtype),
+        "compile_s": round(compile_s, 1),
+        "micro_step_s": {name: round(median, 4) for name, median in medians.items()},
+        "times_as_fast": round(medians["eager"] / medians["compiled"], 3),
+    }
+
+
+if __name__ == "__main__":
+    run_command(CompileGainConfig, main)
