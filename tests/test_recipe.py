@@ -10,11 +10,13 @@ from gptkit.base.cli import UserError
 from gptkit.training import recipe
 from gptkit.training.recipe import MANY_EPOCHS, Reading, Recipe, RecipeSettings, choose_recipe, describe_recipe
 
-LR, ADAM_LR = 0.02, 0.01
+LR = 0.02
 
 
-def choose(n_epochs: float, n_tokens: int = 500_000, tokens_per_step: int = 2048, **given: Any) -> Recipe:
-    return choose_recipe(RecipeSettings(**given), Reading(n_tokens, tokens_per_step, n_epochs), (LR, ADAM_LR))
+def choose(
+    n_epochs: float, n_tokens: int = 500_000, tokens_per_step: int = 2048, width: int = 128, **given: Any
+) -> Recipe:
+    return choose_recipe(RecipeSettings(**given), Reading(n_tokens, tokens_per_step, n_epochs, width), LR)
 
 
 def test_settings_and_recipe_have_the_same_fields() -> None:
@@ -25,14 +27,15 @@ def test_settings_and_recipe_have_the_same_fields() -> None:
 
 @pytest.mark.parametrize("n_epochs", [0.01, 1, MANY_EPOCHS - 0.01])
 def test_few_epochs_keep_the_recipe_of_one(n_epochs: float) -> None:
-    assert choose(n_epochs) == Recipe(share_characters=recipe.CHARACTER_SHARE)
+    once = Recipe(share_characters=recipe.CHARACTER_SHARE, lr_schedule="linear", cooldown_share=recipe.COOLDOWN_SHARE)
+    assert dataclasses.replace(choose(n_epochs), adam_lr=once.adam_lr) == once
 
 
 def test_weights_shrink_by_the_same_share_per_epoch_for_any_text_batch_and_rate() -> None:
     for n_tokens, tokens_per_step in ((500_000, 2048), (500_000, 512), (30_000_000, 65_536)):
         found = choose(16, n_tokens, tokens_per_step)
         steps_per_epoch = n_tokens / tokens_per_step
-        for lr, decay in ((LR, found.weight_decay), (ADAM_LR, found.embedding_decay)):
+        for lr, decay in ((LR, found.weight_decay), (found.adam_lr, found.embedding_decay)):
             assert lr * decay * steps_per_epoch == pytest.approx(4 * recipe.SHRINKAGE, rel=0.01)
         assert found.shuffle == "documents"
         assert found.drop_rate == 0.1
@@ -43,15 +46,35 @@ def test_weights_shrink_by_the_same_share_per_epoch_for_any_text_batch_and_rate(
 @pytest.mark.parametrize("steps_per_epoch", [1, 2, 20, 500])
 def test_no_step_shrinks_the_weights_by_much(n_epochs: float, steps_per_epoch: int) -> None:
     found = choose(n_epochs, 2048 * steps_per_epoch)
-    for shrinkage in (LR * found.weight_decay, ADAM_LR * found.embedding_decay):
+    for shrinkage in (LR * found.weight_decay, found.adam_lr * found.embedding_decay):
         assert 0 < shrinkage <= 1.01 * recipe.MAX_SHRINKAGE_PER_STEP
     assert found.average_epochs <= recipe.AVERAGE_SHARE * recipe.MAX_USEFUL_EPOCHS
 
 
 def test_without_rates_the_decays_stay_plain() -> None:
-    found = choose_recipe(RecipeSettings(), Reading(500_000, 2048, 16), None)
+    found = choose_recipe(RecipeSettings(), Reading(500_000, 2048, 16, 128), None)
     assert (found.weight_decay, found.embedding_decay) == (Recipe.weight_decay, Recipe.embedding_decay)
     assert (found.shuffle, found.drop_rate, found.share_characters) == ("documents", 0.1, 0.0)
+    assert (found.adam_lr, found.lr_schedule) == (0.02, "cosine")
+
+
+def test_the_embedding_learns_more_slowly_the_more_often_the_text_is_read() -> None:
+    rates = [choose(n_epochs).adam_lr for n_epochs in (0.1, 1, 2, 3, 4, 8, 16, 1000)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == rates[1] == recipe.ONCE_ADAM_LR
+    assert rates[4] == pytest.approx(recipe.ONCE_ADAM_LR / 2)
+    assert rates[-1] == recipe.LEAST_ADAM_LR
+
+
+def test_a_wide_model_has_the_rate_that_was_tried_with_one() -> None:
+    rates = [choose(1, width=width).adam_lr for width in (96, 256, 384, 768, 1600)]
+    assert rates == [0.06, 0.06, 0.04, 0.02, 0.02]
+
+
+def test_the_decay_of_the_embedding_follows_its_rate_where_that_is_given() -> None:
+    given = choose(8, adam_lr=0.1)
+    assert given.adam_lr == 0.1
+    assert 0.1 * given.embedding_decay == pytest.approx(LR * given.weight_decay, rel=0.01)
 
 
 def test_dropout_grows_with_the_epochs_up_to_a_bound() -> None:
@@ -83,10 +106,10 @@ def test_a_token_is_worth_less_each_time_it_is_read() -> None:
     ],
 )
 def test_how_often_the_text_is_read_is_said(n_epochs: float, expected: str) -> None:
-    reading = Reading(5000, 100, n_epochs)
-    text, chosen = describe_recipe(choose_recipe(RecipeSettings(), reading, (LR, ADAM_LR)), reading).splitlines()
+    reading = Reading(5000, 100, n_epochs, 128)
+    text, chosen = describe_recipe(choose_recipe(RecipeSettings(), reading, LR), reading).splitlines()
     assert text.startswith(expected)
-    assert chosen.startswith("recipe: drop_rate 0." if n_epochs >= MANY_EPOCHS else "recipe: share_characters 0.5")
+    assert chosen.startswith("recipe: drop_rate 0." if n_epochs >= MANY_EPOCHS else "recipe: adam_lr 0.0")
     assert describe_recipe(Recipe(), reading).endswith("\nrecipe: that of text which is read once")
 
 
@@ -95,8 +118,8 @@ def test_a_checkpoint_gives_its_recipe_and_a_flag_changes_it() -> None:
     state = {"plan": {"recipe": dataclasses.asdict(chosen)}}
     assert recipe.saved_recipe(RecipeSettings(), state) == chosen
     assert recipe.saved_recipe(RecipeSettings(drop_rate=0.5), state) == dataclasses.replace(chosen, drop_rate=0.5)
-    before = {"settings": {"weight_decay": 0.3, "drop_rate": 0, "lr": None}}  # of version 0.1
-    assert recipe.saved_recipe(RecipeSettings(), before) == Recipe(weight_decay=0.3)
+    before = {"settings": {"weight_decay": 0.3, "drop_rate": 0, "adam_lr": 0.03, "lr": None}}  # of version 0.1
+    assert recipe.saved_recipe(RecipeSettings(), before) == Recipe(weight_decay=0.3, adam_lr=0.03)
     assert recipe.saved_recipe(RecipeSettings(), {}) == Recipe()
 
 

@@ -27,7 +27,7 @@ IDENTITY = {
 NOT_PRINTED = ("model", "tokenizer", "tokens")  # too long to print
 # What may change within a run, and changes its result.
 RECIPE = (
-    "lr", "adam_lr", "min_lr", "warmup_steps", "grad_clip", "dtype", "distill_weight",
+    "lr", "min_lr", "warmup_steps", "grad_clip", "dtype", "distill_weight",
     *(field.name for field in fields(Recipe) if field.name != "drop_rate"),  # that is the model's
 )  # fmt: skip
 LENGTH = ("n_epochs", "max_tokens", "max_steps", "budget_minutes")

@@ -156,7 +156,7 @@ def choose_plan(
 
 
 def plans_decays(settings: TrainingSettings, is_pretrained: bool) -> bool:
-    """Return whether the planner chooses decays: they were measured with Muon, from new weights."""
+    """Return whether the planner chooses rates and decays: they were measured with Muon, from new weights."""
     return "embedding_decay" in OPTIMIZERS[settings.optimizer].recipe_flags and not is_pretrained
 
 
@@ -174,9 +174,9 @@ def finish_plan(
     """
     tokens_per_step = plan.sequences_per_step * plan.model.context_length
     most = min(most_tokens(settings, n_training_tokens), tokens_per_step * (settings.max_steps or math.inf))
-    reading = Reading(n_training_tokens, tokens_per_step, min(total_tokens, most) / n_training_tokens)
-    rates = (peak_lr(settings), settings.adam_lr) if plans_decays(settings, is_pretrained) else None
-    recipe = choose_recipe(settings, reading, rates)
+    n_epochs = min(total_tokens, most) / n_training_tokens
+    reading = Reading(n_training_tokens, tokens_per_step, n_epochs, plan.model.emb_dim)
+    recipe = choose_recipe(settings, reading, peak_lr(settings) if plans_decays(settings, is_pretrained) else None)
     print(describe_recipe(recipe, reading), flush=True)
     return plan.with_recipe(recipe)
 

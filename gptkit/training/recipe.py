@@ -28,6 +28,11 @@ MAX_USEFUL_EPOCHS = 40.0  # more were not tried, and change the recipe no furthe
 MAX_SHRINKAGE_PER_STEP = 0.1
 AVERAGE_SHARE = 0.15  # of the epochs of a run
 CHARACTER_SHARE = 0.5  # of the rates, for text read once as for text read often
+COOLDOWN_SHARE = 0.6  # likewise
+# The rate of the embedding, of which the head has a share. For text read once by micro 0.05 to 0.08 were the best tried, and
+# read eight times 0.02. In a wider model a step of the head moves the logits further, in proportion to the width (Yang et al.
+# 2022, arXiv 2203.03466, table 8); mini is the widest that was tried here, and 124M was trained at 0.02.
+ONCE_ADAM_LR, LEAST_ADAM_LR, TRIED_WIDTH = 0.06, 0.02, 256
 # Reading a token again is worth less each time, by this time constant in epochs (Muennighoff et al., section 4).
 REPETITION_EPOCHS = 15.4
 
@@ -71,15 +76,22 @@ class RecipeSettings:
         at_least=0,
         group="regularization",
     )
+    adam_lr: float | None = setting(
+        None,
+        "with muon: peak learning rate of the embedding; head and norms take shares of it (default: by how often the text is"
+        " read)",
+        more_than=0,
+        group="optimizer",
+    )
     lr_schedule: LRSchedule | None = setting(
         None,
         "after the warmup, lower the learning rate along a cosine, or keep it and lower it linearly over the last"
-        " --cooldown_share of the steps (default: cosine)",
+        " --cooldown_share of the steps (default: linear in a new model with muon, else cosine)",
         group="optimizer",
     )
     cooldown_share: float | None = setting(
         None,
-        "with --lr_schedule linear: the share of the steps over which the rate falls (default: 0.5)",
+        "with --lr_schedule linear: the share of the steps over which the rate falls (default: 0.6)",
         more_than=0,
         at_most=1,
         group="optimizer",
@@ -131,8 +143,9 @@ class Recipe:
     shuffle: Shuffle = "windows"
     replace_rate: float = 0.0
     average_epochs: float = 0.0
+    adam_lr: float = 0.02
     lr_schedule: LRSchedule = "cosine"
-    cooldown_share: float = 0.5
+    cooldown_share: float = 0.6
     decay_schedule: DecaySchedule = "constant"
     cautious_decay: bool = False
     muon_scaling: MuonScaling = "none"
@@ -148,6 +161,7 @@ class Reading:
     n_tokens: int  # of the text
     tokens_per_step: int
     n_epochs: float
+    width: int  # of the model, its channels
 
 
 def worth_of(n_tokens: int, n_epochs: float) -> float:
@@ -156,14 +170,22 @@ def worth_of(n_tokens: int, n_epochs: float) -> float:
     return n_tokens * (min(n_epochs, 1) + REPETITION_EPOCHS * repeated)
 
 
-def choose_recipe(settings: RecipeSettings, reading: Reading, rates: tuple[float, float] | None) -> Recipe:
+def choose_recipe(settings: RecipeSettings, reading: Reading, lr: float | None) -> Recipe:
     """Return the recipe for a run, with what the settings ask for.
 
-    `rates` are the peak rates of matrices and embedding; None leaves the decays as they are for text that is read once, and
-    tokens each to itself.
+    `lr` is the peak rate of the matrices; None leaves rates, schedule and decays as they were for text that is read once,
+    and tokens each to itself.
     """
-    recipe = Recipe(share_characters=CHARACTER_SHARE if rates else 0.0)
-    n_epochs = min(reading.n_epochs, MAX_USEFUL_EPOCHS)
+    recipe, n_epochs = Recipe(), min(reading.n_epochs, MAX_USEFUL_EPOCHS)
+    if lr:
+        adam_lr = ONCE_ADAM_LR * min(TRIED_WIDTH / reading.width, 1) / max(n_epochs, 1) ** 0.5
+        recipe = replace(
+            recipe,
+            adam_lr=settings.adam_lr or float(f"{max(adam_lr, LEAST_ADAM_LR):.2g}"),
+            lr_schedule="linear",
+            cooldown_share=COOLDOWN_SHARE,
+            share_characters=CHARACTER_SHARE,
+        )
     if n_epochs >= MANY_EPOCHS:
         recipe = replace(
             recipe,
@@ -171,9 +193,9 @@ def choose_recipe(settings: RecipeSettings, reading: Reading, rates: tuple[float
             shuffle="documents",
             average_epochs=float(f"{AVERAGE_SHARE * n_epochs:.3g}"),
         )
-        if rates:
+        if lr:
             per_step = SHRINKAGE * n_epochs**0.5 * reading.tokens_per_step / reading.n_tokens
-            decays = [float(f"{min(per_step, MAX_SHRINKAGE_PER_STEP) / rate:.3g}") for rate in rates]
+            decays = [float(f"{min(per_step, MAX_SHRINKAGE_PER_STEP) / rate:.3g}") for rate in (lr, recipe.adam_lr)]
             recipe = replace(recipe, weight_decay=decays[0], embedding_decay=decays[1])
     return with_given(recipe, settings)
 
@@ -196,9 +218,9 @@ def describe_recipe(recipe: Recipe, reading: Reading) -> str:
 def saved_recipe(settings: RecipeSettings, state: Mapping[str, Any]) -> Recipe:
     """Return the recipe of the run whose state is given, with what the settings ask for now.
 
-    Versions before 0.2.0 kept only settings. Raises UserError where the state is damaged.
+    What its version did not count to the recipe is among its settings. Raises UserError where the state is damaged.
     """
-    saved = as_dict(as_dict(state.get("plan")).get("recipe")) or as_dict(state.get("settings"))
+    saved = as_dict(state.get("settings")) | as_dict(as_dict(state.get("plan")).get("recipe"))
     names = [field.name for field in fields(Recipe) if saved.get(field.name) is not None]
     try:  # as flags, so that the bounds of flags hold for them
         values = parse(RecipeSettings, [as_flag(name, saved[name]) for name in names])

@@ -102,12 +102,6 @@ class TrainingSettings(RecipeSettings):
         more_than=0,
         group="optimizer",
     )
-    adam_lr: float = setting(
-        0.02,
-        "with muon: peak learning rate of the embedding; head and norms take shares of it",
-        more_than=0,
-        group="optimizer",
-    )
     min_lr: float | None = setting(
         None,
         "learning rate at the end of the run (default: a twentieth of --lr)",
@@ -272,7 +266,7 @@ def configure_optimizer(
 
     `characters` are needed where the recipe shares them.
     """
-    rates = peak_lr(settings), settings.adam_lr
+    rates = peak_lr(settings), recipe.adam_lr
     names = ("embedding_decay", "cautious_decay", "muon_scaling", "share_characters")
     variants = {name: getattr(recipe, name) for name in names} | {"characters": characters}
     return build_optimizer(model, settings.optimizer, *rates, recipe.weight_decay, dtype, further, **variants)
