@@ -11,9 +11,10 @@ from conftest import Clock
 
 from gpt_model import GPTConfig, GPTModel
 from gptkit.base.cli import UserError
-from gptkit.training import planning
+from gptkit.training import planning, speed
 from gptkit.training.planning import Plan, resume_plan, sequences_per_step, steps_within
 from gptkit.training.settings import TrainingSettings
+from gptkit.training.speed import Speed
 
 MODEL = GPTConfig(vocab_size=8, context_length=4, emb_dim=4, n_layers=1, n_heads=1)
 
@@ -145,14 +146,15 @@ def sizes_for(*widths: int) -> dict[str, GPTConfig]:
     return {str(width): GPTConfig(emb_dim=width, **base) for width in widths}  # type: ignore[arg-type]
 
 
-def plan_for(n_training_tokens: int, left_s: float = 1000.0, is_regularized: bool = False) -> tuple[Plan, float]:
-    def tokens_per_s(model: GPTConfig) -> float:
-        return 1e11 / planning.flops_per_token(model)
+def speed_of(model: GPTConfig) -> Speed:
+    return Speed(planning.flops_per_token(model) / 1e11, 0.0)
 
+
+def plan_for(n_training_tokens: int, left_s: float = 1000.0, is_regularized: bool = False) -> tuple[Plan, float]:
     return planning.plan_for_budget(
         left_s,
         sizes_for(64, 128, 256, 512),
-        tokens_per_s,
+        speed_of,
         n_training_tokens,
         "cpu",
         None,
@@ -196,10 +198,7 @@ def test_what_a_run_may_not_read_does_not_count(capsys: pytest.CaptureFixture[st
     sizes, n_tokens = sizes_for(64, 128, 256, 512), 110_000
 
     def choose(most_tokens: float) -> tuple[Plan, float]:
-        def tokens_per_s(model: GPTConfig) -> float:
-            return 1e11 / planning.flops_per_token(model)
-
-        return planning.plan_for_budget(1000.0, sizes, tokens_per_s, n_tokens, "cpu", None, None, 1, most_tokens)
+        return planning.plan_for_budget(1000.0, sizes, speed_of, n_tokens, "cpu", None, None, 1, most_tokens)
 
     once, total_tokens = choose(n_tokens)
     assert total_tokens == n_tokens
@@ -241,15 +240,43 @@ def test_other_optimizers_and_pretrained_weights_keep_the_plain_decay(optimizer:
     assert (recipe.weight_decay, recipe.embedding_decay, recipe.shuffle) == (0.1, 0.0, "documents")
 
 
-@pytest.mark.parametrize(("is_compiled", "forward_s"), [(False, 2.4), (True, 2.0)])
+@pytest.mark.parametrize(("is_compiled", "micro_step_s"), [(False, 2.4), (True, 2.0)])
 def test_a_run_that_will_be_compiled_is_foreseen_faster(
-    monkeypatch: pytest.MonkeyPatch, is_compiled: bool, forward_s: float
+    monkeypatch: pytest.MonkeyPatch, is_compiled: bool, micro_step_s: float
 ) -> None:
-    parts_s = {"forward": 1.0, "backward": 1.4}
-    monkeypatch.setattr(planning, "compile_and_time", lambda *arguments: (None, parts_s))
-    monkeypatch.setattr(planning, "time_optimizer_step", lambda *arguments: 0.5)
-    settings = TrainingSettings(data_dir="text", budget_minutes=30)
-    cpu = torch.device("cpu")
-    speed = planning.measure_tokens_per_s(settings, MODEL, GPTModel, cpu, torch.float32, None, is_compiled)
-    n_tokens = 1024 // MODEL.context_length * MODEL.context_length
-    assert speed == pytest.approx(n_tokens / (forward_s + 0.5))
+    monkeypatch.setattr(speed, "compile_and_time", lambda *arguments: (None, {"forward": 1.0, "backward": 1.4}))
+    monkeypatch.setattr(speed, "time_optimizer_step", lambda *arguments: 0.5)
+    settings, cpu = TrainingSettings(data_dir="text", budget_minutes=30), torch.device("cpu")
+    measured = speed.measure_speed(settings, MODEL, GPTModel, cpu, torch.float32, None, is_compiled)
+    assert measured.token_s == pytest.approx(micro_step_s / 1024)  # 256 sequences of 4 tokens
+    assert measured.optimizer_s == 0.5
+
+
+@pytest.mark.parametrize(("n_processes", "tokens"), [(1, 2e6), (2, 3e6)])
+def test_the_optimizer_costs_once_per_step(n_processes: int, tokens: float) -> None:
+    """With 4,000 tokens per step, 100 steps take 100 x 2 s of each process's optimizer, and 4 s / n of micro-steps each."""
+    measured = Speed(token_s=0.001, optimizer_s=2.0)
+    total = measured.total_tokens(
+        tokens / 1000 * (1 / n_processes + 0.5), n_processes, lambda total: SimpleNamespace(tokens_per_step=4000)
+    )
+    assert total == pytest.approx(tokens)
+
+
+def test_a_larger_batch_is_known_before_the_tokens_are_counted() -> None:
+    steps = []
+
+    def plan_for(total: float) -> SimpleNamespace:
+        steps.append(2.0 ** round(math.log2(total / 100)))
+        return SimpleNamespace(tokens_per_step=steps[-1])
+
+    total = Speed(token_s=0.01, optimizer_s=1.0).total_tokens(1000.0, 1, plan_for)
+    assert total == pytest.approx(1000.0 / (0.01 + 1 / steps[-1]))
+    assert plan_for(total).tokens_per_step == steps[-2]
+
+
+def test_the_plan_has_the_batch_that_was_counted_with(capsys: pytest.CaptureFixture[str]) -> None:
+    plan, total_tokens = planning.plan_for_budget(
+        1000.0, sizes_for(64), lambda model: Speed(1e-4, 0.1), 10**9, "cpu", None, None
+    )
+    assert total_tokens == pytest.approx(1000.0 / (1e-4 + 0.1 / plan.tokens_per_step))
+    assert f"{total_tokens / 1000:,.0f} tokens/s" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 A model is known here by its dimensions (a dataclass) and by a factory that builds it from them.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -12,21 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptkit.base import devices
 from gptkit.base.cli import UserError, format_duration
 from gptkit.base.files import as_dict
 from gptkit.distributed.process_group import main_process, world_size
-from gptkit.training.compilation import (
-    COMPILED_SPEEDUP,
-    COMPILING_S,
-    compile_and_time,
-    compiles,
-    time_optimizer_step,
-)
+from gptkit.training.compilation import COMPILING_S, compiles
 from gptkit.training.distillation import Teacher
 from gptkit.training.optimizers import OPTIMIZERS
 from gptkit.training.recipe import Reading, Recipe, choose_recipe, describe_recipe, saved_recipe, worth_of
-from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, configure_optimizer, most_epochs, peak_lr
+from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, most_epochs, peak_lr
+from gptkit.training.speed import Speed, measure_speed
 
 # Of the models tried on one core of a CPU for 2.5 minutes, the best ones saw 1.5 to 2.7 tokens for each parameter of
 # their blocks (benchmarks/README.md). Hoffmann et al. 2022 found 20 where the whole model counts and the
@@ -68,6 +63,11 @@ class Plan:
     def sequences_per_step(self) -> int:
         """Return the sequences of one optimizer step."""
         return self.batch_size * self.grad_accum_steps * self.n_processes
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Return the tokens of one optimizer step."""
+        return self.sequences_per_step * int(self.model.context_length)
 
     def identity(self) -> dict[str, Any]:
         """Return what stays the same within a run: the number of sequences per step, but not how they are split."""
@@ -142,7 +142,7 @@ def choose_plan(
     plan, total_tokens = plan_for_budget(
         left_s - CLOSING_S - (COMPILING_S if is_compiled else 0),
         sizes,
-        lambda model: measure_tokens_per_s(settings, model, build, device, dtype, teacher, is_compiled),
+        lambda model: measure_speed(settings, model, build, device, dtype, teacher, is_compiled),
         n_training_tokens,
         device.type,
         settings.batch_size,
@@ -172,10 +172,9 @@ def finish_plan(
 
     total_tokens is how many a budget has time for, infinite without one.
     """
-    tokens_per_step = plan.sequences_per_step * plan.model.context_length
-    most = min(most_tokens(settings, n_training_tokens), tokens_per_step * (settings.max_steps or math.inf))
+    most = min(most_tokens(settings, n_training_tokens), plan.tokens_per_step * (settings.max_steps or math.inf))
     n_epochs = min(total_tokens, most) / n_training_tokens
-    reading = Reading(n_training_tokens, tokens_per_step, n_epochs, plan.model.emb_dim)
+    reading = Reading(n_training_tokens, plan.tokens_per_step, n_epochs, plan.model.emb_dim)
     recipe = choose_recipe(settings, reading, peak_lr(settings) if plans_decays(settings, is_pretrained) else None)
     print(describe_recipe(recipe, reading), flush=True)
     return plan.with_recipe(recipe)
@@ -184,7 +183,7 @@ def finish_plan(
 def plan_for_budget(
     left_s: float,
     sizes: Mapping[str, Any],
-    tokens_per_s: Callable[[Any], float],
+    measure: Callable[[Any], Speed],
     n_training_tokens: int,
     device_type: str,
     batch_size: int | None,
@@ -196,21 +195,24 @@ def plan_for_budget(
     """Return the largest model for which left_s seconds are worth enough tokens, its batch, and the tokens that it reads.
 
     Enough are TOKENS_PER_PARAMETER, or where the recipe regularizes ENOUGH_EPOCHS of the text, with at most
-    PARAMETERS_PER_TOKEN of it. `sizes` lead from small to large by name; a single one is taken. tokens_per_s is the speed of
+    PARAMETERS_PER_TOKEN of it. `sizes` lead from small to large by name; a single one is taken. `measure` gives the speed of
     one process; n_processes are taken to be as many times as fast. The run reads `limit` tokens at most. Prints what was
     measured and chosen.
     """
     chosen = None
+    plan_for = functools.partial(
+        plan_batch, device_type=device_type, batch_size=batch_size, grad_accum_steps=grad_accum_steps, n_processes=n_processes
+    )  # fmt: skip
     for size, model in sizes.items():
-        speed = n_processes * tokens_per_s(model)
-        total_tokens = min(left_s * speed, limit)
+        possible = measure(model).total_tokens(left_s, n_processes, functools.partial(plan_for, model))
+        total_tokens = min(possible, limit)
         n_epochs = total_tokens / n_training_tokens
         worth = worth_of(n_training_tokens, n_epochs)
         n_parameters = n_block_parameters(model)
         per_parameter = worth / n_parameters
         is_often = n_epochs >= ENOUGH_EPOCHS and n_parameters <= PARAMETERS_PER_TOKEN * n_training_tokens
         print(
-            f"{size}: {speed:,.0f} tokens/s, so {total_tokens:,.0f} tokens in {format_duration(left_s)}: the text"
+            f"{size}: {possible / left_s:,.0f} tokens/s, so {total_tokens:,.0f} tokens in {format_duration(left_s)}: the text"
             f" {n_epochs:.2f} times, worth {worth:,.0f} new tokens, {per_parameter:.1f} per parameter of the blocks",
             flush=True,
         )
@@ -219,12 +221,8 @@ def plan_for_budget(
         chosen = size, model, total_tokens
     assert chosen
     size, model, total_tokens = chosen
-    n_sequences = sequences_per_step(total_tokens, model.context_length)
-    max_batch_size = max(MICRO_STEP_TOKENS["cuda" if device_type == "cuda" else "cpu"] // model.context_length, 1)
-    per_process = max(n_sequences // n_processes, 1)
-    batch_size = batch_size or min(per_process, max_batch_size)
-    plan = Plan(model, batch_size, grad_accum_steps or max(per_process // batch_size, 1), n_processes)
-    n_steps = total_tokens / (plan.sequences_per_step * model.context_length)
+    plan = plan_for(model, total_tokens)
+    n_steps = total_tokens / plan.tokens_per_step
     processes = f" x {n_processes}" if n_processes > 1 else ""
     why = "as asked for"
     if len(sizes) > 1:
@@ -237,6 +235,22 @@ def plan_for_budget(
         flush=True,
     )
     return plan, total_tokens
+
+
+def plan_batch(
+    model: Any,
+    total_tokens: float,
+    *,
+    device_type: str,
+    batch_size: int | None,
+    grad_accum_steps: int | None,
+    n_processes: int,
+) -> Plan:
+    """Return a model's plan for a run of total_tokens, with the batch that suits these; what is given of it stays."""
+    per_process = max(sequences_per_step(total_tokens, model.context_length) // n_processes, 1)
+    most = max(MICRO_STEP_TOKENS["cuda" if device_type == "cuda" else "cpu"] // model.context_length, 1)
+    batch_size = batch_size or min(per_process, most)
+    return Plan(model, batch_size, grad_accum_steps or max(per_process // batch_size, 1), n_processes)
 
 
 def n_block_parameters(model: Any) -> int:
@@ -261,31 +275,6 @@ def sequences_per_step(total_tokens: float, context_length: int) -> int:
     """Return the sequences per step for a run of total_tokens: a power of two, for about the steps that suit it."""
     n_steps = STEPS * (total_tokens / STEPS_TOKENS) ** STEPS_POWER
     return int(2 ** round(math.log2(max(total_tokens / n_steps / context_length, 1))))
-
-
-def measure_tokens_per_s(
-    settings: TrainingSettings,
-    dimensions: Any,
-    build: Callable[[Any], nn.Module],
-    device: torch.device,
-    dtype: torch.dtype,
-    teacher: Teacher | None,
-    is_compiled: bool,
-) -> float:
-    """Measure the speed of training on this machine, by a few steps of a new model on random tokens.
-
-    None is compiled for that; is_compiled tells that the run will be. It changes no random stream.
-    """
-    states = devices.get_rng_states(device)
-    model = build(dimensions).to(device)
-    n_sequences = max((1024 if device.type == "cpu" else 16_384) // dimensions.context_length, 1)
-    ids = torch.randint(dimensions.vocab_size, (n_sequences, dimensions.context_length + 1))
-    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    _, parts_s = compile_and_time(model, dimensions.vocab_size, False, batch, device, dtype, teacher)
-    seconds = sum(parts_s.values()) / (COMPILED_SPEEDUP if is_compiled else 1)
-    seconds += time_optimizer_step(model, lambda: configure_optimizer(settings, Recipe(), model, dtype), device)
-    devices.set_rng_states(states, device)
-    return batch[0].numel() / seconds
 
 
 def steps_within(seconds: float, first_step: int, step_s: float) -> Callable[[int], int]:

@@ -1,0 +1,60 @@
+"""Measure how fast this machine trains a model, before a run with a time budget chooses one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptkit.base import devices
+from gptkit.training.compilation import COMPILED_SPEEDUP, compile_and_time, time_optimizer_step
+from gptkit.training.distillation import Teacher
+from gptkit.training.recipe import Recipe
+from gptkit.training.settings import TrainingSettings, configure_optimizer
+
+TIMED_TOKENS = {"cpu": 1024}  # of the micro-steps that are timed; elsewhere OTHERS_TOKENS
+OTHERS_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What training costs a process, in seconds: each of its tokens, and each step of the optimizer."""
+
+    token_s: float
+    optimizer_s: float
+
+    def total_tokens(self, left_s: float, n_processes: int, plan_for: Callable[[float], Any]) -> float:
+        """Return the tokens that n_processes read together in left_s seconds.
+
+        plan_for returns the plan of a run of so many tokens: the more a step of it has, the less the optimizer costs.
+        """
+        total = left_s * n_processes / self.token_s
+        for _ in range(3):  # steps are powers of two of sequences, and soon stay the same
+            total = left_s / (self.token_s / n_processes + self.optimizer_s / plan_for(total).tokens_per_step)
+        return total
+
+
+def measure_speed(
+    settings: TrainingSettings,
+    dimensions: Any,
+    build: Callable[[Any], nn.Module],
+    device: torch.device,
+    dtype: torch.dtype,
+    teacher: Teacher | None,
+    is_compiled: bool,
+) -> Speed:
+    """Measure the speed of training on this machine, by a few steps of a new model on random tokens.
+
+    None is compiled for that; is_compiled tells that the run will be. It changes no random stream.
+    """
+    states = devices.get_rng_states(device)
+    model = build(dimensions).to(device)
+    n_sequences = max(TIMED_TOKENS.get(device.type, OTHERS_TOKENS) // dimensions.context_length, 1)
+    ids = torch.randint(dimensions.vocab_size, (n_sequences, dimensions.context_length + 1))
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    _, parts_s = compile_and_time(model, dimensions.vocab_size, False, batch, device, dtype, teacher)
+    optimizer_s = time_optimizer_step(model, lambda: configure_optimizer(settings, Recipe(), model, dtype), device)
+    devices.set_rng_states(states, device)
+    micro_step_s = sum(parts_s.values()) / (COMPILED_SPEEDUP if is_compiled else 1)
+    return Speed(micro_step_s / batch[0].numel(), optimizer_s)
