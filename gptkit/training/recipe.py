@@ -88,7 +88,7 @@ class RecipeSettings:
     lr_schedule: LRSchedule | None = setting(
         None,
         "after the warmup, lower the learning rate along a cosine, or keep it and lower it linearly over the last"
-        " --cooldown_share of the steps (default: linear in a new model with muon, else cosine)",
+        " --cooldown_share of the steps (default: cosine; with muon, a new model and text that is read seldom, linear)",
         group="optimizer",
     )
     cooldown_share: float | None = setting(
