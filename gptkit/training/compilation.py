@@ -30,8 +30,8 @@ from gptkit.training.loss import linear_cross_entropy
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, each (B, T) -> mean, nats per token
 PARTS = ("forward", "backward")
 
-# On a CPU of two cores the compiler takes 27 to 40 seconds, and forward and backward are then 1.16 to 1.24 times as fast
-# (micro and mini, one and two threads; benchmarks/compile_gain.py): of a shorter time it would take as much as it gives.
+# On a CPU of two cores the compiler takes 32 to 36 seconds, and forward and backward are then 1.18 to 1.19 times as fast
+# (micro and mini, one and two threads; benchmarks/compile_gain.py): of a much shorter time it would take what it gives.
 WORTH_COMPILING_S, COMPILING_S, COMPILED_SPEEDUP = 600.0, 35.0, 1.2
 
 
