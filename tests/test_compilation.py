@@ -152,6 +152,18 @@ def test_a_run_with_time_for_it_is_compiled_on_the_cpu(
     assert all(with_gradients)
 
 
+@pytest.mark.usefixtures("sample_tokens")
+def test_a_budget_may_be_too_short_for_the_compiler_that_was_asked_for(
+    tmp_path: Path, sample_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda hidden_states: hidden_states)
+    data = (*SAMPLE_TOKENS, "--data_dir", sample_shards, "--use_pretokenized", "--device", "cpu")
+    few = ("--bigram_steps", 0, "--eval_iter", 1, "--max_steps", 2, "--output_dir", tmp_path / "out")
+    result = call_command("pretraining.py", *data, *TINY_MODEL, *few, "--budget_minutes", 0.5, "--compile")
+    assert result.returncode == 0, result.stderr
+    assert "finished 2 steps" in result.stdout
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 @pytest.mark.parametrize("compile", [False, True])
 def test_out_of_memory_is_no_failure_to_compile(

@@ -139,8 +139,10 @@ def choose_plan(
             " text first (pretokenize.py)"
         )
     is_compiled = device.type == "cpu" and compiles(settings.compile, device, left_s)
+    if is_compiled:
+        left_s = max(left_s - COMPILING_S, MIN_TRAINING_S)  # --compile may be asked for where there is no time for it
     plan, total_tokens = plan_for_budget(
-        left_s - CLOSING_S - (COMPILING_S if is_compiled else 0),
+        left_s - CLOSING_S,
         sizes,
         lambda model: measure_speed(settings, model, build, device, dtype, teacher, is_compiled),
         n_training_tokens,
