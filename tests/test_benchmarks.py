@@ -568,6 +568,7 @@ def test_what_the_compiler_gives_is_measured_in_turns(results: Path, monkeypatch
     assert run["times_as_fast"] == pytest.approx(eager / compiled, rel=0.1)
 
 
+@pytest.mark.slow
 def test_ingredients_are_compared_with_the_recipe_of_the_planner(results: Path, tmp_path: Path) -> None:
     flags = ("--track", "sample", "--jsonl_path", SAMPLE, "--work_dir", tmp_path / "work", "--vocab_size", 500)
     flags = (*flags, "--model_size", "nano", "--n_epochs", 3, "--max_steps", 4)

@@ -27,7 +27,7 @@ def test_settings_and_recipe_have_the_same_fields() -> None:
 
 @pytest.mark.parametrize("n_epochs", [0.01, 1, MANY_EPOCHS - 0.01])
 def test_few_epochs_keep_the_recipe_of_one(n_epochs: float) -> None:
-    once = Recipe(share_characters=recipe.CHARACTER_SHARE, lr_schedule="linear", cooldown_share=recipe.COOLDOWN_SHARE)
+    once = Recipe(share_characters=recipe.CHARACTER_SHARE, lr_schedule="linear", cooldown_share=0.6)
     assert dataclasses.replace(choose(n_epochs), adam_lr=once.adam_lr) == once
 
 

@@ -31,7 +31,7 @@ CHARACTER_SHARE = 0.5  # of the rates, for text read once as for text read often
 # For text read once, a rate that stays and then falls linearly was better than a cosine, and 0.05 to 0.08 better for the
 # embedding than 0.02 (micro). For text read four times (mini) the two together cost a hundredth of the bits, and for text
 # read five and eight times (micro) they gained nothing.
-COOLDOWN_SHARE, SELDOM_ADAM_LR = 0.6, 0.06
+SELDOM_ADAM_LR = 0.06
 # In a wider model a step of the head, which has a share of that rate, moves the logits further, in proportion to the width
 # (Yang et al. 2022, arXiv 2203.03466, table 8). Wider ones than this were not tried.
 TRIED_WIDTH = 128
@@ -178,12 +178,11 @@ def choose_recipe(settings: RecipeSettings, reading: Reading, lr: float | None) 
     `lr` is the peak rate of the matrices; None leaves rates, schedule and decays as they were for text that is read once,
     and tokens each to itself.
     """
-    recipe, n_epochs = Recipe(), min(reading.n_epochs, MAX_USEFUL_EPOCHS)
-    if lr:
-        recipe = replace(recipe, share_characters=CHARACTER_SHARE)
+    recipe = Recipe(share_characters=CHARACTER_SHARE if lr else 0.0)
+    n_epochs = min(reading.n_epochs, MAX_USEFUL_EPOCHS)
     if lr and n_epochs < MANY_EPOCHS:
         adam_lr = max(SELDOM_ADAM_LR * min(TRIED_WIDTH / reading.width, 1), Recipe.adam_lr)
-        recipe = replace(recipe, adam_lr=float(f"{adam_lr:.2g}"), lr_schedule="linear", cooldown_share=COOLDOWN_SHARE)
+        recipe = replace(recipe, adam_lr=float(f"{adam_lr:.2g}"), lr_schedule="linear")
     if n_epochs >= MANY_EPOCHS:
         recipe = replace(
             recipe,

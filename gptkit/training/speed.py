@@ -13,9 +13,6 @@ from gptkit.training.distillation import Teacher
 from gptkit.training.recipe import Recipe
 from gptkit.training.settings import TrainingSettings, configure_optimizer
 
-TIMED_TOKENS = {"cpu": 1024}  # of the micro-steps that are timed; elsewhere OTHERS_TOKENS
-OTHERS_TOKENS = 16_384
-
 
 @dataclass(frozen=True)
 class Speed:
@@ -50,7 +47,7 @@ def measure_speed(
     """
     states = devices.get_rng_states(device)
     model = build(dimensions).to(device)
-    n_sequences = max(TIMED_TOKENS.get(device.type, OTHERS_TOKENS) // dimensions.context_length, 1)
+    n_sequences = max((1024 if device.type == "cpu" else 16_384) // dimensions.context_length, 1)
     ids = torch.randint(dimensions.vocab_size, (n_sequences, dimensions.context_length + 1))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     _, parts_s = compile_and_time(model, dimensions.vocab_size, False, batch, device, dtype, teacher)
