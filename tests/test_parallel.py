@@ -368,6 +368,41 @@ def test_a_budget_of_time_ends_by_itself(tmp_path: Path, shards: Path) -> None:
     assert rates[-1] < 0.1 * max(rates)  # the schedule ended with it
 
 
+THREADS = """
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, {root!r})
+from gptkit.distributed import process_group
+
+def threads():
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+def train():
+    model = torch.nn.Linear(4, 1)
+    loss = process_group.wrap_ddp(model, lambda inputs, targets: (model(inputs) - targets).sum(), torch.device("cpu"))
+    loss(torch.ones(2, 4), torch.ones(2, 1)).backward()
+    print(f"within: {{threads()}}\\n", end="", flush=True)
+
+with process_group.process_group("ddp", 60):
+    train()
+print(f"after: {{threads()}}\\n", end="", flush=True)
+"""
+
+
+@LINUX_ONLY
+def test_no_thread_of_gloo_outlives_the_group(tmp_path: Path) -> None:
+    """One that frees a tensor while Python ends aborts the process, after all the work was done."""
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS.format(root=str(ROOT)), "utf-8")
+    result = finish(start(torchrun(2, script=script)))
+    assert result.returncode == 0, result.stderr
+    found = [line.partition(":")[0] for line in result.stdout.splitlines() if "gloo" in line]
+    assert found == ["within", "within"], result.stdout
+
+
 def test_an_error_is_reported_once(tmp_path: Path, shards: Path) -> None:
     """An error that all processes meet and one that only rank 0 meets are printed once; other ranks print nothing."""
     output = tmp_path / "out"

@@ -13,6 +13,8 @@ what it was given.
 import contextlib
 import faulthandler
 import functools
+import gc
+import importlib
 import itertools
 import os
 import sys
@@ -35,6 +37,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 FAILED = "failed"  # in the store: how many processes met an error
 ENDED = 1  # the exit code of a process whose error another one reports
+FREEING_S = 0.1  # for gloo's threads, where the group lives on (fsdp): one that frees a tensor while Python ends aborts
 STACK_DUMP_SHARE = 0.9  # of the timeout: a process that hangs writes its stack before the others give up on it
 
 _store: Any = None  # for messages outside of collectives; None outside of `process_group`
@@ -84,6 +87,8 @@ def process_group(kind: Parallelism, timeout_s: float) -> Iterator[None]:
     if n_processes == 1 and kind == "ddp":
         yield
         return
+    # DistributedDataParallel imports it, and its functions keep the group of that moment as a default, with gloo's threads.
+    importlib.import_module("torch.distributed.nn.functional")
     from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
@@ -101,11 +106,13 @@ def process_group(kind: Parallelism, timeout_s: float) -> Iterator[None]:
         yield
         _wait_for_main()  # a connection must not close while a process still uses it
         distributed.destroy_process_group()
+        gc.collect()  # the model may be in a cycle; with it goes what holds the group
     except Exception as error:
         _raise_once(error)
     finally:
         faulthandler.cancel_dump_traceback_later()
         _store = None
+        time.sleep(FREEING_S)
 
 
 def _name_of_start(store: Any, own_rank: int, n_processes: int) -> str:
