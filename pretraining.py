@@ -38,6 +38,7 @@ from gptkit.training.chain import run_chain
 from gptkit.training.characters import characters_of
 from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, compiles, oom_as_user_error, restart
 from gptkit.training.distillation import load_teacher, sizes_within
+from gptkit.training.dropout import quicken_dropout
 from gptkit.training.further_tokens import make_further_tokens
 from gptkit.training.guard import Guard
 from gptkit.training.identity import require_same_run, run_identity, warn_changed_settings
@@ -308,6 +309,8 @@ def build_model(
         initialize_from_bigrams(model, batches.tokens, config.bigram_steps, config.seed)
     process_group.broadcast_parameters(model.parameters())
     process_group.seed_rank(config.seed, step=0)
+    if device.type == "cpu" and not plan.model.drop_attention:  # a run of version 0.1 goes on with its random numbers
+        quicken_dropout(model)
     if config.activation_checkpointing:
         checkpoint_activations(model.trf_blocks)
     if config.parallel == "fsdp":

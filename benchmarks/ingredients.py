@@ -24,6 +24,8 @@ from quality import evaluate_ours, prepare_tokens, train_ours
 from gptkit.base.cli import UserError, run_command, setting
 
 BASE = "the planner's recipe"
+DECAYS, FOLLOWED_BY_DECAYS = {"weight_decay", "embedding_decay"}, {"lr", "adam_lr"}  # the planner divides them by rates
+REMEDY = "remove it, or name another folder in RESULTS_DIR"
 ROWS: dict[str, dict[str, object]] = {
     BASE: {},
     "the recipe of one epoch": {
@@ -86,7 +88,7 @@ def main(config: IngredientsConfig) -> None:
     name = f"ingredients_{config.track}_{config.model_size}_{config.n_epochs}"
     conditions = {name: getattr(config, name) for name in ("track", "model_size", "n_epochs", "vocab_size")}
     conditions |= {"scored_on": DEVELOPMENT}
-    found = earlier_rows(name, conditions)
+    found, planned = earlier_rows(name, conditions)
     untaught = [seed for seed in config.seeds if f"seed {seed}" not in found.get(BASE, {})]
     if untaught and BASE not in rows and any("distill_from" in ROWS[row] for row in rows):
         raise UserError(f"the teacher with seed {untaught[0]} is missing; name {BASE!r} among --rows too")
@@ -111,6 +113,9 @@ def main(config: IngredientsConfig) -> None:
             for which in ("newest", "averaged")
         }
         losses = [report["val_loss"] for report in trained["reports"]]
+        if row == BASE and not planned:
+            planned.update(trained["plan"]["recipe"])
+        check_recipe(name, row, trained["plan"]["recipe"], planned)
         figures = {"bits_per_char": bits, "val_loss": losses[-1], "best_val_loss": min(losses)}
         found.setdefault(row, {})[f"seed {seed}"] = figures | {"seconds": trained["seconds"]}
         log(f"{row}, seed {seed}: {bits}")
@@ -126,7 +131,9 @@ def main(config: IngredientsConfig) -> None:
             ]
             for run in runs:
                 run.result()
-                content = save_result(name, conditions | {"rows": in_order(found)} | against_base(found))
+                content = save_result(
+                    name, conditions | {"recipe": planned, "rows": in_order(found)} | against_base(found)
+                )
     print(content, end="")
 
 
@@ -135,16 +142,26 @@ def in_order(found: Mapping[str, Any]) -> dict[str, Any]:
     return {row: dict(found[row]) for row in ROWS if row in found}
 
 
-def earlier_rows(name: str, conditions: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the rows that are in the result file. Raises UserError where they were measured otherwise."""
+def earlier_rows(name: str, conditions: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return the rows and the planner's recipe that are in the result file, both empty where there is none.
+
+    Raises UserError where they were measured otherwise.
+    """
     path = result_path(name)
     if not path.exists():
-        return {}
+        return {}, {}
     result = json.loads(path.read_bytes())
     if any(result.get(key) != value for key, value in {**conditions, "machine": machine()}.items()):
-        raise UserError(f"{path} was measured otherwise; remove it, or name another folder in RESULTS_DIR")
-    rows: dict[str, dict[str, Any]] = result["rows"]
-    return rows
+        raise UserError(f"{path} was measured otherwise; {REMEDY}")
+    return result["rows"], result.get("recipe", {})
+
+
+def check_recipe(name: str, row: str, recipe: Mapping[str, Any], planned: Mapping[str, Any]) -> None:
+    """Raise UserError if a row's recipe differs from that of the result file elsewhere than in what the row changes."""
+    changed = {*ROWS[row], *(DECAYS if FOLLOWED_BY_DECAYS & ROWS[row].keys() else ())}
+    same = recipe.keys() - changed if "optimizer" not in changed else set()  # others leave out what they do not have
+    if any(planned.get(key, recipe[key]) != recipe[key] for key in same):
+        raise UserError(f"the planner's recipe has changed since {result_path(name)} was written; {REMEDY}")
 
 
 def against_base(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -83,7 +83,8 @@ def train_ours(
     (checkpoint,) = sorted(output_dir.glob("step_*"))[-1:]
     state = json.loads((checkpoint / "state.json").read_bytes())
     last = {name: metrics[-1][name] for name in ("step", "tokens", "val_loss")}
-    return {**last, "seconds": round(elapsed_s, 1), "model": state["identity"]["model"], "reports": metrics}
+    more = {"model": state["identity"]["model"], "plan": state["plan"], "reports": metrics}
+    return {**last, "seconds": round(elapsed_s, 1), **more}
 
 
 def evaluate_ours(

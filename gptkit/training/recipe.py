@@ -186,7 +186,7 @@ def choose_recipe(settings: RecipeSettings, reading: Reading, lr: float | None) 
     if n_epochs >= MANY_EPOCHS:
         recipe = replace(
             recipe,
-            drop_rate=round(min(DROP_PER_EPOCH * max(n_epochs - FREE_EPOCHS, 0), MAX_DROP_RATE), 3),
+            drop_rate=round(min(DROP_PER_EPOCH * max(n_epochs - FREE_EPOCHS, 0), MAX_DROP_RATE), 2),
             shuffle="documents",
             average_epochs=float(f"{AVERAGE_SHARE * n_epochs:.3g}"),
         )
