@@ -569,6 +569,18 @@ def test_what_the_compiler_gives_is_measured_in_turns(results: Path, monkeypatch
 
 
 @pytest.mark.slow
+def test_what_dropout_costs_is_measured_in_turns(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    flags = ("--size", "nano", "--threads", 1, "--vocab_size", 64, "--batch_tokens", 128, "--n_rounds", 1)
+    found = result_of(run_command, "dropout_cost", results, "dropout_cost.py", *flags)["micro_step_s"]
+    for eager_or_compiled in ("eager", "compiled"):
+        seconds = found[eager_or_compiled]
+        for kind in ("torch's", "ours"):
+            ratio = seconds[f"{kind}, times as long as none"]
+            assert ratio == pytest.approx(seconds[kind] / seconds["none"], rel=0.1)
+
+
+@pytest.mark.slow
 def test_ingredients_are_compared_with_the_recipe_of_the_planner(results: Path, tmp_path: Path) -> None:
     flags = ("--track", "sample", "--jsonl_path", SAMPLE, "--work_dir", tmp_path / "work", "--vocab_size", 500)
     flags = (*flags, "--model_size", "nano", "--n_epochs", 3, "--max_steps", 4)
