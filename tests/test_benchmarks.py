@@ -601,7 +601,7 @@ def test_ingredients_are_compared_with_the_recipe_of_the_planner(results: Path, 
     (other,) = found["rows"]["no dropout"].values()
     expected = other["bits_per_char"]["averaged"] / base["bits_per_char"]["averaged"] - 1
     assert more["no dropout"] == pytest.approx(expected, abs=1e-4)
-    assert found["recipe"]["drop_rate"] > 0
+    assert found["recipe"]["lr_schedule"] == "linear"  # four steps read little of the text
     assert_user_error(call_command("benchmarks/ingredients.py", *flags, "--rows", "luck"), "luck")
     path = results / f"{name}.json"
     path.write_text(json.dumps(found | {"recipe": found["recipe"] | {"weight_decay": 9}}), "utf-8")

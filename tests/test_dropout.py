@@ -75,12 +75,11 @@ def test_a_block_that_is_computed_again_leaves_out_the_same() -> None:
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.slow
 def test_compiled_it_leaves_out_the_same() -> None:
-    """So that a run which is resumed with or without --compile goes on in the same way."""
+    """So that a run which is resumed with or without --compile goes on in the same way. This needs no C++ compiler."""
     module, x = WordDropout(0.3), torch.randn(16, 33)
     found = []
-    for function in (module, torch.compile(module)):
+    for function in (module, torch.compile(module, backend="aot_eager")):
         torch.manual_seed(1)
         found.append(function(x))
     torch.testing.assert_close(*found)
