@@ -8,23 +8,20 @@ compiler's cache is a new, empty one. Behind COMPILED_SPEEDUP and COMPILING_S of
 
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from contenders import median_micro_step_s, random_batch
 from machine import log, versions, write_result
 
 from gpt_model import PRESETS, GPTConfig, GPTModel
 from gptkit.base import devices
 from gptkit.base.cli import run_command, setting
 from gptkit.training.compilation import compile_and_time
-
-N_WARM_UP = 2  # micro-steps of each before those that count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,28 +57,15 @@ def measure(config: CompileGainConfig, size: str, threads: int) -> dict[str, Any
     preset: dict[str, Any] = PRESETS[size]
     dimensions = GPTConfig(config.vocab_size, arch="modern", **preset)
     n_sequences = max(config.batch_tokens // dimensions.context_length, 1)
-    ids = torch.randint(config.vocab_size, (n_sequences, dimensions.context_length + 1))
-    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    batch = random_batch(dimensions, n_sequences, device)
     model = GPTModel(dimensions)
-    losses, compile_s = {}, 0.0
+    runs, compile_s = {}, 0.0
     for name, compiled in (("eager", False), ("compiled", True)):
         began = time.perf_counter()
-        losses[name], parts_s = compile_and_time(model, config.vocab_size, compiled, batch, device, dtype)
+        loss, parts_s = compile_and_time(model, config.vocab_size, compiled, batch, device, dtype)
+        runs[name] = model, loss
         compile_s = time.perf_counter() - began - 4 * sum(parts_s.values())  # which it has timed itself
-
-    def step_s(loss: Callable[..., torch.Tensor]) -> float:
-        began = time.perf_counter()
-        with devices.autocast(device, dtype):
-            loss(*batch).backward()
-        seconds = time.perf_counter() - began
-        model.zero_grad(set_to_none=True)
-        return seconds
-
-    seconds: dict[str, list[float]] = {name: [] for name in losses}
-    for i in range(N_WARM_UP + config.n_rounds):
-        for name in list(losses)[:: 1 if i % 2 else -1]:
-            seconds[name].append(step_s(losses[name]))
-    medians = {name: statistics.median(each[N_WARM_UP:]) for name, each in seconds.items()}
+    medians = median_micro_step_s(runs, batch, device, dtype, config.n_rounds)
     return {
         "dtype": devices.dtype_name(dtype),
         "compile_s": round(compile_s, 1),

@@ -12,10 +12,12 @@ Shapes: B batch, T time.
 import contextlib
 import dataclasses
 import importlib.util
+import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import machine  # noqa: F401  it lets gpt_model and gptkit be imported
 import torch
@@ -31,6 +33,8 @@ LR, ADAM_LR, WEIGHT_DECAY, GRAD_CLIP = 6e-4, 0.02, 0.1, 1.0
 OURS, MODERN = "ours", "ours_modern_muon"
 TRANSFORMERS, NANOGPT, LLMS_FROM_SCRATCH = "transformers", "nanogpt", "llms_from_scratch"
 Contender = tuple[Any, Loss, torch.optim.Optimizer]  # model, loss of a batch, optimizer
+N_WARM_UP = 2  # micro-steps of each before those that count
+K = TypeVar("K")
 Wrap = Callable[[Any], Any]  # torch.compile, or a function that returns a module as it is
 
 
@@ -102,6 +106,26 @@ def random_batch(
     """Return a batch of random ids and the ids that follow them."""
     ids = torch.randint(config.vocab_size, (batch_size, config.context_length + 1)).to(device)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def median_micro_step_s(
+    runs: Mapping[K, tuple[nn.Module, Loss]],
+    batch: tuple[torch.Tensor, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    n_rounds: int,
+) -> dict[K, float]:
+    """Return the median seconds that forward and backward take for each model and its loss, measured in turns."""
+    seconds: dict[K, list[float]] = {key: [] for key in runs}
+    for i in range(N_WARM_UP + n_rounds):
+        for key in list(runs)[:: 1 if i % 2 else -1]:
+            model, loss = runs[key]
+            began = time.perf_counter()
+            with devices.autocast(device, dtype):
+                loss(*batch).backward()
+            seconds[key].append(time.perf_counter() - began)
+            model.zero_grad(set_to_none=True)
+    return {key: statistics.median(each[N_WARM_UP:]) for key, each in seconds.items()}
 
 
 def load_nanogpt(folder: Path) -> Any:

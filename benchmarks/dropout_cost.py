@@ -5,12 +5,11 @@ Behind gptkit/training/dropout.py.
     python benchmarks/dropout_cost.py
 """
 
-import statistics
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from contenders import median_micro_step_s, random_batch
 from machine import log, versions, write_result
 
 from gpt_model import PRESETS, GPTConfig, GPTModel
@@ -20,7 +19,6 @@ from gptkit.training.compilation import Loss, compile_and_time
 from gptkit.training.dropout import quicken_dropout
 
 NONE, TORCH, OURS = "none", "torch's", "ours"
-N_WARM_UP = 2  # micro-steps of each before those that count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,29 +39,18 @@ def main(config: DropoutCostConfig) -> None:
     devices.keep_freed_memory(device)
     dtype = devices.choose_dtype("auto", device, training=True)
     preset: dict[str, Any] = PRESETS[config.size]
-    n_sequences = max(config.batch_tokens // preset["context_length"], 1)
-    ids = torch.randint(config.vocab_size, (n_sequences, preset["context_length"] + 1))
-    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    losses: dict[tuple[str, str], tuple[GPTModel, Loss]] = {}
+    dimensions = GPTConfig(config.vocab_size, arch="modern", drop_attention=False, **preset)
+    batch = random_batch(dimensions, max(config.batch_tokens // dimensions.context_length, 1), device)
+    runs: dict[tuple[str, str], tuple[GPTModel, Loss]] = {}
     for kind in (NONE, TORCH, OURS):
+        model_config = replace(dimensions, drop_rate=0.0 if kind == NONE else config.drop_rate)
         for compiled in (False, True):
-            rate = 0.0 if kind == NONE else config.drop_rate
-            dimensions = GPTConfig(config.vocab_size, arch="modern", drop_attention=False, drop_rate=rate, **preset)
-            model = GPTModel(dimensions).train()
+            model = GPTModel(model_config).train()
             if kind == OURS:
                 quicken_dropout(model)
             loss, _ = compile_and_time(model, config.vocab_size, compiled, batch, device, dtype)
-            losses["compiled" if compiled else "eager", kind] = model, loss
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in losses}
-    for i in range(N_WARM_UP + config.n_rounds):
-        for key in list(losses)[:: 1 if i % 2 else -1]:
-            model, loss = losses[key]
-            began = time.perf_counter()
-            with devices.autocast(device, dtype):
-                loss(*batch).backward()
-            seconds[key].append(time.perf_counter() - began)
-            model.zero_grad(set_to_none=True)
-    medians = {key: statistics.median(each[N_WARM_UP:]) for key, each in seconds.items()}
+            runs["compiled" if compiled else "eager", kind] = model, loss
+    medians = median_micro_step_s(runs, batch, device, dtype, config.n_rounds)
     found = {
         how: {kind: round(medians[how, kind], 4) for kind in (NONE, TORCH, OURS)}
         | {
