@@ -169,7 +169,7 @@ SCRIPT = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from dataclasses import dataclass
-from gptkit.base.cli import UserError, run_command, setting
+from gptkit.base.cli import UserError, exit_at_once, run_command, setting
 
 @dataclass
 class Config:
@@ -199,6 +199,22 @@ def run(folder: Path, body: str, prints_its_work: bool = False, **how: Any) -> s
 def test_exit_code_of_main(body: str, code: int, tmp_path: Path) -> None:
     result = run(tmp_path, f"print('done'); {body}")
     assert (result.returncode, result.stdout, result.stderr) == (code, "done\n", "")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "stderr"),
+    [
+        ("return 3", 3, ""),
+        ("raise UserError('--x 3 is wrong')", 2, "error: --x 3 is wrong\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+    ],
+)
+def test_a_command_may_end_without_the_destructors_of_its_libraries(
+    body: str, code: int, stderr: str, tmp_path: Path
+) -> None:
+    """Its output and its exit code are the same; what would run at exit, here an abort, does not."""
+    result = run(tmp_path, f"import atexit; atexit.register(os.abort); exit_at_once(); print('done', end=''); {body}")
+    assert (result.returncode, result.stdout, result.stderr) == (code, "done", stderr)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 from gptkit.base import streams
 
 EXIT_USER_ERROR = 2
+_exits_at_once = False  # see exit_at_once
 Config = TypeVar("Config")
 
 
@@ -177,18 +178,36 @@ def run_command(
 
     A line that cannot be printed ends a command only where `prints_its_work`: it then has nothing else to do.
     """
+    code = _exit_code(config_class, main, prints_its_work)
+    if _exits_at_once:
+        _flush_or_drop_output()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def exit_at_once() -> None:
+    """Let run_command end this process without the destructors of its libraries.
+
+    For a library whose threads outlive its shutdown: what they use while it is destroyed aborts the process.
+    """
+    global _exits_at_once
+    _exits_at_once = True
+
+
+def _exit_code(config_class: type[Config], main: Callable[[Config], int | None], prints_its_work: bool) -> int:
     streams.replace_streams(standard_output=not prints_its_work)
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # prepare_process had taken it away
         code = main(parse(config_class)) or 0
         print(end="", flush=True)  # report a full disk here, since the interpreter could not at its exit
-        sys.exit(code)
+        return code
     except UserError as error:
         message = str(error)
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         _flush_or_drop_output()
-        sys.exit(0)
+        return 0
     except OSError as error:
         remedy = _os_remedy(error)
         if remedy is None:
@@ -197,9 +216,9 @@ def run_command(
         _flush_or_drop_output()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
     print(f"error: {' '.join(map(str.strip, message.splitlines()))}", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)
+    return EXIT_USER_ERROR
 
 
 def _flush_or_drop_output() -> None:
