@@ -208,9 +208,11 @@ def start_session(run: Run, started_at: float, stop: StopSignals) -> tuple[Pace,
     """Compile and time a step, announce the run, and return its pace and its log."""
     left_s = time_left_s(run.settings, run.elapsed_s, started_at)
     step_s = run.compile(compiles(run.settings.compile, run.device, left_s))
+    n_forward = len(run.validation) * (2 if run.average.is_on else 1)
     pace = Pace(
         run.settings, run.plan.recipe, run.batches, stop,
         first_step=run.step, elapsed_s=run.elapsed_s, started_at=started_at, step_s=sum(step_s.values()),
+        report_s=n_forward * step_s["forward"] / run.grad_accum_steps,
     )  # fmt: skip
     require_disk_space(run)
     stop.exits_at_once = False  # from here on there is a step to finish

@@ -27,12 +27,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def make_pace(
-    clock: Clock, first_step: int = 0, elapsed_s: float = 0.0, recipe: dict[str, Any] | None = None, **settings: Any
+    clock: Clock,
+    first_step: int = 0,
+    elapsed_s: float = 0.0,
+    recipe: dict[str, Any] | None = None,
+    report_s: float = 0.0,
+    **settings: Any,
 ) -> Pace:
     stop: Any = SimpleNamespace(received=None)
     made = Pace(
         TrainingSettings(data_dir="", **settings), Recipe(**recipe or {}), BATCHES, stop,
         first_step=first_step, elapsed_s=elapsed_s, started_at=clock.now, step_s=1.0,
+        report_s=report_s,
     )  # fmt: skip
     made.stop = stop  # type: ignore[attr-defined]
     return made
@@ -92,6 +98,25 @@ def test_a_budget_ends_on_time_and_reports_twenty_times(clock: Clock) -> None:
     assert due.is_finished
     assert 59 <= clock.now - 1000 <= 61
     assert evaluated > 20
+
+
+@pytest.mark.parametrize(
+    ("report_s", "interval"), [(0.0, 60), (1.2, 60), (2.4, 120), (3.6, 180), (9.0, 240), (1000.0, 240)]
+)
+def test_reports_take_two_percent_of_a_budget_but_there_are_five(report_s: float, interval: int, clock: Clock) -> None:
+    made = make_pace(clock, budget_minutes=20.05, n_epochs=1000, report_s=report_s)  # of steps of one second
+    assert made.n_steps == 1200
+    evaluated = []
+    for step in range(1, 1201):
+        clock.now += 1
+        if made.after_step(step).evaluate:
+            evaluated.append(step)
+    assert evaluated == list(range(interval, 1201, interval)) + ([1200] if 1200 % interval else [])
+
+
+def test_reports_of_a_set_interval_may_take_any_time(clock: Clock) -> None:
+    made = make_pace(clock, budget_minutes=20.05, n_epochs=1000, report_s=1000.0, eval_freq=10)
+    assert steps_due(made, 30, "evaluate") == [10, 20, 30]
 
 
 def test_the_time_of_earlier_sessions_counts(clock: Clock) -> None:

@@ -16,6 +16,8 @@ from gptkit.training.signals import StopSignals
 
 MAX_WARMUP_STEPS = 1000
 FINAL_SHARE = 0.05  # of the peak learning rate, at the end of a run
+# Reports in a run with a budget: so many, or fewer where they would take more than this share of its steps' time.
+MAX_REPORTS, MIN_REPORTS, REPORTS_SHARE = 20, 5, 0.02
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,13 @@ class Pace:
         elapsed_s: float,  # of earlier sessions
         started_at: float,  # time.monotonic() of the command
         step_s: float,  # a first guess at the seconds per step
+        report_s: float,  # likewise, per report
     ) -> None:
         self._settings, self._recipe, self._stop = settings, recipe, stop
         self._total_steps = make_total_steps(settings, batches, first_step, elapsed_s, started_at, step_s)
         self.n_steps = main_process(self._total_steps)(first_step)  # may change with the machine's speed
         is_timed = settings.budget_minutes is not None
-        report = settings.eval_freq or (max(self.n_steps // 20, 1) if is_timed else 100)
+        report = settings.eval_freq or (report_interval(self.n_steps, report_s / step_s) if is_timed else 100)
         self._report_every = report
         self._sample_every = settings.print_sample_iter or (5 * report if is_timed else 100)
         self._save_every = settings.save_ckpt_freq or (5 * report if is_timed else 500)
@@ -120,6 +123,13 @@ class Pace:
     def mark_saved(self) -> None:
         """Restart the clock of --save_every_minutes."""
         self._saved_at = time.monotonic()
+
+
+@main_process
+def report_interval(n_steps: int, report_steps: float) -> int:
+    """Return the steps between two reports of a run with a budget; a report takes as long as report_steps steps."""
+    cheap = math.ceil(report_steps / REPORTS_SHARE)
+    return max(n_steps // MAX_REPORTS, min(cheap, n_steps // MIN_REPORTS), 1)
 
 
 def time_left_s(settings: TrainingSettings, elapsed_s: float, started_at: float) -> float:
