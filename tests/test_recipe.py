@@ -75,8 +75,9 @@ def test_the_decay_of_the_embedding_follows_its_rate_where_that_is_given() -> No
     assert 0.1 * given.embedding_decay == pytest.approx(LR * given.weight_decay, rel=0.01)
 
 
-def test_dropout_grows_with_the_epochs_up_to_a_bound() -> None:
-    assert [choose(n_epochs).drop_rate for n_epochs in (3, 4, 10, 16, 1000)] == [0, 0, 0.05, 0.1, 0.2]
+def test_dropout_grows_with_the_epochs_from_where_it_pays_up_to_a_bound() -> None:
+    expected = [0, 0, 0, 0.03, 0.05, 0.1, 0.2]
+    assert [choose(n_epochs).drop_rate for n_epochs in (3, 4, 6, 8, 10, 16, 1000)] == expected
 
 
 def test_a_flag_wins_also_where_it_is_zero() -> None:
