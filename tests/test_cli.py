@@ -169,7 +169,7 @@ SCRIPT = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from dataclasses import dataclass
-from gptkit.base.cli import UserError, exit_at_once, run_command, setting
+from gptkit.base.cli import UserError, skip_destructors, run_command, setting
 
 @dataclass
 class Config:
@@ -213,7 +213,9 @@ def test_a_command_may_end_without_the_destructors_of_its_libraries(
     body: str, code: int, stderr: str, tmp_path: Path
 ) -> None:
     """Its output and its exit code are the same; what would run at exit, here an abort, does not."""
-    result = run(tmp_path, f"import atexit; atexit.register(os.abort); exit_at_once(); print('done', end=''); {body}")
+    result = run(
+        tmp_path, f"import atexit; atexit.register(os.abort); skip_destructors(); print('done', end=''); {body}"
+    )
     assert (result.returncode, result.stdout, result.stderr) == (code, "done", stderr)
 
 

@@ -132,7 +132,7 @@ def test_after_the_end_no_step_is_taken_back(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("total_tokens", "expected"),  # 1,000 steps for a million tokens, twice as many for eight times the tokens
+    ("total_tokens", "expected"),  # 1,200 steps for a million tokens, twice as many for eight times the tokens
     [(100, 1), (4e4, 1), (1e6, 8), (8e6, 32), (15e6, 32), (64e6, 128), (1e9, 512)],
 )
 def test_a_batch_is_the_nearest_power_of_two(total_tokens: float, expected: int) -> None:

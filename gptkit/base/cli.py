@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 from gptkit.base import streams
 
 EXIT_USER_ERROR = 2
-_exits_at_once = False  # see exit_at_once
+_skips_destructors = False  # see skip_destructors
 Config = TypeVar("Config")
 
 
@@ -179,20 +179,20 @@ def run_command(
     A line that cannot be printed ends a command only where `prints_its_work`: it then has nothing else to do.
     """
     code = _exit_code(config_class, main, prints_its_work)
-    if _exits_at_once:
+    if _skips_destructors:
         _flush_or_drop_output()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def exit_at_once() -> None:
+def skip_destructors() -> None:
     """Let run_command end this process without the destructors of its libraries.
 
     For a library whose threads outlive its shutdown: what they use while it is destroyed aborts the process.
     """
-    global _exits_at_once
-    _exits_at_once = True
+    global _skips_destructors
+    _skips_destructors = True
 
 
 def _exit_code(config_class: type[Config], main: Callable[[Config], int | None], prints_its_work: bool) -> int:

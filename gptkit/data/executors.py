@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptkit.base import streams
-from gptkit.base.cli import SHARED_MEMORY_REMEDY, exit_at_once
+from gptkit.base.cli import SHARED_MEMORY_REMEDY, skip_destructors
 
 ExecutorName = Literal["local", "ray"]
 RunTasks = Callable[[Callable[[int], Any], Sequence[int]], Iterator[tuple[int, Any]]]
@@ -160,7 +160,7 @@ def _ray_cluster() -> Iterator[RunTasks]:
                 raise error.cause
             yield number, result
 
-    exit_at_once()  # after shutdown Ray's threads still run, and log
+    skip_destructors()  # after shutdown Ray's threads still run, and log
     try:
         yield run
     finally:

@@ -16,7 +16,7 @@ from gptkit.training.signals import StopSignals
 
 MAX_WARMUP_STEPS = 1000
 FINAL_SHARE = 0.05  # of the peak learning rate, at the end of a run
-# Reports in a run with a budget: so many, or fewer where they would take more than this share of its steps' time.
+# Reports in a run with a budget: as many, or down to as few where more would take over this share of its time.
 MAX_REPORTS, MIN_REPORTS, REPORTS_SHARE = 20, 5, 0.02
 
 
@@ -128,8 +128,8 @@ class Pace:
 @main_process
 def report_interval(n_steps: int, report_steps: float) -> int:
     """Return the steps between two reports of a run with a budget; a report takes as long as report_steps steps."""
-    cheap = math.ceil(report_steps / REPORTS_SHARE)
-    return max(n_steps // MAX_REPORTS, min(cheap, n_steps // MIN_REPORTS), 1)
+    affordable = math.ceil(report_steps / REPORTS_SHARE)
+    return max(n_steps // MAX_REPORTS, min(affordable, n_steps // MIN_REPORTS), 1)
 
 
 def time_left_s(settings: TrainingSettings, elapsed_s: float, started_at: float) -> float:

@@ -22,7 +22,7 @@ MANY_EPOCHS = 3.0  # of them, or more: the regularized recipe
 # lie at 1.9 to 5.1.
 SHRINKAGE = 1.0
 # Dropout of 0.1 was better than none for 16 epochs, and for 4 and 8 it was worse; for 8 (mini), 0.033 gained 0.3 %. A
-# compiled step on a CPU takes 6 % longer with any rate, so that a lower one does not pay.
+# compiled step on a CPU takes 6 % longer with any rate, and a lower one was not seen to gain that.
 FREE_EPOCHS, DROP_PER_EPOCH, MIN_DROP_RATE, MAX_DROP_RATE = 4.0, 0.1 / 12, 0.03, 0.2
 MAX_USEFUL_EPOCHS = 40.0  # more were not tried, and change the recipe no further
 # With few steps per epoch more would leave little of each step, and 0.05 let a text of 35 steps per epoch be learnt by heart.
