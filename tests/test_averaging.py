@@ -39,7 +39,7 @@ from gptkit.data.token_folder import TokenFolder
 from gptkit.evaluation.documents import read_documents
 from gptkit.evaluation.scoring import score_documents
 from gptkit.text.tokenizer import load_sentencepiece
-from gptkit.training import checkpoints
+from gptkit.training import checkpoints, recipe
 from gptkit.training.averaging import WeightAverage
 from gptkit.training.checkpoints import (
     AVERAGED_FILE,
@@ -90,7 +90,7 @@ def test_the_average_is_that_of_its_formula() -> None:
             for weight in model.parameters():
                 weight += torch.randn_like(weight)
         average.update()
-        decay = min(math.exp(-1 / 20), (1 + n) / (10 + n))
+        decay = min(math.exp(-1 / 20), (1 + n) / (4 + n))
         for name, weight in model.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * weight.detach().double().numpy()
     assert average.n_updates == 200
@@ -119,7 +119,20 @@ def test_the_first_average_is_near_the_weights_and_not_the_initial_ones() -> Non
     average = WeightAverage(model, n_steps=1000)
     nn.init.ones_(model.weight)
     average.update()
-    assert average.tensors["weight"].item() == pytest.approx(0.9)
+    assert average.tensors["weight"].item() == pytest.approx(0.75)
+
+
+def test_the_planners_average_reaches_as_far_back_as_it_asks_for() -> None:
+    """At the end of a run, a weight that has grown by 1 in each step lies n_steps behind in its average, less one."""
+    n_steps = recipe.AVERAGE_SHARE * 1000
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    average = WeightAverage(model, n_steps)
+    for _ in range(1000):
+        with torch.no_grad():
+            model.weight += 1
+        average.update()
+    assert model.weight.item() - average.tensors["weight"].item() == pytest.approx(n_steps, rel=0.03)
 
 
 def test_no_average() -> None:
@@ -215,7 +228,7 @@ def test_skipped_steps_and_rollbacks(tmp_path: Path, short_shards: Path, monkeyp
     assert [number for number, *_ in seen] == [*range(1, 15), *range(10, 30)]  # 9 updates in 10 steps
     average = {}
     for place, (number, weights, found) in enumerate(seen):
-        decay = min(math.exp(-1 / (0.5 * STEPS_PER_EPOCH)), number / (9 + number))
+        decay = min(math.exp(-1 / (0.5 * STEPS_PER_EPOCH)), number / (3 + number))
         if place == 14:
             average = {name: tensor.double() for name, tensor in weights_of(output, 10, AVERAGED_FILE).items()}
         if place:
@@ -255,7 +268,7 @@ def test_averaging_begins_and_ends_within_a_run(tmp_path: Path, short_shards: Pa
     assert notes.count("has no averaged weights; their average begins here") == 1
     before, after = weights_of(output, 10, MODEL_FILE), weights_of(output, 11, MODEL_FILE)
     for name, tensor in weights_of(output, 11, AVERAGED_FILE).items():
-        torch.testing.assert_close(tensor, 0.1 * before[name] + 0.9 * after[name])
+        torch.testing.assert_close(tensor, 0.25 * before[name] + 0.75 * after[name])
     assert state_of(newest(output))["n_averaged"] == 1
     assert "no averaged weights" not in train(12, 0)
     assert not (newest(output) / AVERAGED_FILE).exists()

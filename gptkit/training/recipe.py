@@ -74,8 +74,8 @@ class RecipeSettings:
     )
     average_epochs: float | None = setting(
         None,
-        "average the weights exponentially over about so many epochs, beside the training; 0: no average (default: by how"
-        " often the text is read)",
+        "average the weights exponentially over about so many epochs, but no more than a third of the steps so far, beside"
+        " the training; 0: no average (default: by how often the text is read)",
         at_least=0,
         group="regularization",
     )
