@@ -97,26 +97,67 @@ def test_a_budget_ends_on_time_and_reports_twenty_times(clock: Clock) -> None:
             break
     assert due.is_finished
     assert 59 <= clock.now - 1000 <= 61
-    assert evaluated > 20
+    assert evaluated == 20
+
+
+def reports_of(made: Pace, clock: Clock, step_s: float, first_step: int = 0) -> list[int]:
+    """Return the steps after which a run reports, until its end."""
+    reports, step = [], first_step
+    while True:
+        step += 1
+        clock.now += step_s
+        due = made.after_step(step)
+        reports += [step] * due.evaluate
+        if due.is_finished:
+            return reports
 
 
 @pytest.mark.parametrize(
-    ("report_s", "interval"), [(0.0, 60), (1.2, 60), (2.4, 120), (3.6, 180), (9.0, 240), (1000.0, 240)]
+    ("report_s", "interval"), [(0.0, 60), (1.2, 60), (2.4, 120), (3.6, 200), (9.0, 240), (1000.0, 240)]
 )
 def test_reports_take_two_percent_of_a_budget_but_there_are_five(report_s: float, interval: int, clock: Clock) -> None:
     made = make_pace(clock, budget_minutes=20.05, n_epochs=1000, report_s=report_s)  # of steps of one second
     assert made.n_steps == 1200
-    evaluated = []
-    for step in range(1, 1201):
-        clock.now += 1
-        if made.after_step(step).evaluate:
-            evaluated.append(step)
-    assert evaluated == list(range(interval, 1201, interval)) + ([1200] if 1200 % interval else [])
+    assert reports_of(made, clock, step_s=1.0) == list(range(interval, 1201, interval))
+
+
+@pytest.mark.parametrize("step_s", [0.5, 2.0, 3.0])
+def test_there_are_five_reports_though_the_machine_is_quicker_or_slower(step_s: float, clock: Clock) -> None:
+    made = make_pace(clock, budget_minutes=20.05, n_epochs=1000, report_s=1000.0)
+    reports = reports_of(made, clock, step_s)
+    assert reports[-1] == pytest.approx(1200 / step_s, abs=1)
+    assert len(reports) == 5
 
 
 def test_reports_of_a_set_interval_may_take_any_time(clock: Clock) -> None:
     made = make_pace(clock, budget_minutes=20.05, n_epochs=1000, report_s=1000.0, eval_freq=10)
     assert steps_due(made, 30, "evaluate") == [10, 20, 30]
+
+
+def test_a_run_with_a_budget_samples_and_saves_at_each_fifth_report(clock: Clock) -> None:
+    made = make_pace(clock, budget_minutes=20.05, n_epochs=1000)
+    saved, sampled = [], []
+    for step in range(1, 1201):
+        clock.now += 1
+        due = made.after_step(step)
+        saved += [step] * due.save
+        sampled += [step] * due.sample
+    assert sampled == [300, 600, 900, 1200]
+    assert {300, 600, 900, 1200} <= set(saved)
+
+
+def test_a_resumed_run_reports_where_it_would_have(clock: Clock) -> None:
+    made = make_pace(clock, budget_minutes=20.05, n_epochs=1000, first_step=130, elapsed_s=130.0)
+    reports = reports_of(made, clock, step_s=1.0, first_step=130)
+    assert reports == list(range(180, 1201, 60))
+
+
+def test_a_budget_that_start_up_has_used_ends_with_one_report(clock: Clock) -> None:
+    made = make_pace(clock, budget_minutes=0.01)
+    assert made.n_steps == 0
+    due = made.after_step(1)
+    assert due.is_finished
+    assert due.evaluate
 
 
 def test_the_time_of_earlier_sessions_counts(clock: Clock) -> None:

@@ -55,10 +55,13 @@ class Pace:
         self._total_steps = make_total_steps(settings, batches, first_step, elapsed_s, started_at, step_s)
         self.n_steps = main_process(self._total_steps)(first_step)  # may change with the machine's speed
         is_timed = settings.budget_minutes is not None
-        report = settings.eval_freq or (report_interval(self.n_steps, report_s / step_s) if is_timed else 100)
-        self._report_every = report
-        self._sample_every = settings.print_sample_iter or (5 * report if is_timed else 100)
-        self._save_every = settings.save_ckpt_freq or (5 * report if is_timed else 500)
+        # With a budget reports follow the share of the run that is done, and each fifth has a sample and a checkpoint.
+        fifth = 5 * settings.eval_freq if settings.eval_freq else None
+        self._report_every = settings.eval_freq or (None if is_timed else 100)
+        self._sample_every = settings.print_sample_iter or (fifth if is_timed else 100)
+        self._save_every = settings.save_ckpt_freq or (fifth if is_timed else 500)
+        self._n_reports = number_of_reports(self.n_steps, report_s / step_s)
+        self._n_reported = self._reports_until(first_step)
         self.start_clock()
         # Seconds of training until now; with a budget also those before a session's first step.
         self.elapsed_before_s = elapsed_s + (self._start - started_at if is_timed else 0.0)
@@ -98,6 +101,10 @@ class Pace:
         """Return Muon's momentum for a step (from 0)."""
         return muon_momentum(step, self._recipe.momentum_warmup)
 
+    def _reports_until(self, step: int) -> int:
+        """Return how many of the reports of a run with a budget are due by a step."""
+        return self._n_reports * step // max(self.n_steps, 1)
+
     def after_step(self, step: int) -> Due:
         """Return what is due after `step` steps; all processes agree on it, by one collective."""
         now, settings = time.monotonic(), self._settings
@@ -108,12 +115,15 @@ class Pace:
             now - self._saved_at > 60 * settings.save_every_minutes,
         )
         self.n_steps = int(n_steps)
+        n_before, n_reported = self._n_reported, max(self._n_reported, self._reports_until(step))
+        self._n_reported = n_reported
+        is_fifth = n_reported // 5 > n_before // 5
         is_finished = step >= self.n_steps
         is_stopped = is_signalled or bool(is_over)
-        is_scheduled_save = is_finished or step % self._save_every == 0
+        is_scheduled_save = is_finished or is_due(step, self._save_every, is_fifth)
         return Due(
-            evaluate=is_scheduled_save or step % self._report_every == 0,
-            sample=is_finished or (step % self._sample_every == 0 and not is_stopped),
+            evaluate=is_scheduled_save or is_due(step, self._report_every, n_reported > n_before),
+            sample=is_finished or (is_due(step, self._sample_every, is_fifth) and not is_stopped),
             save=is_scheduled_save or bool(is_late),
             stop=is_finished or is_stopped,
             is_finished=is_finished,
@@ -126,10 +136,15 @@ class Pace:
 
 
 @main_process
-def report_interval(n_steps: int, report_steps: float) -> int:
-    """Return the steps between two reports of a run with a budget; a report takes as long as report_steps steps."""
-    affordable = math.ceil(report_steps / REPORTS_SHARE)
-    return max(n_steps // MAX_REPORTS, min(affordable, n_steps // MIN_REPORTS), 1)
+def number_of_reports(n_steps: int, report_steps: float) -> int:
+    """Return how often a run with a budget reports; a report takes as long as report_steps steps."""
+    affordable = REPORTS_SHARE * n_steps / max(report_steps, 1e-9)
+    return int(min(max(affordable, MIN_REPORTS), MAX_REPORTS))
+
+
+def is_due(step: int, every: int | None, by_share: bool) -> bool:
+    """Return whether something is due after a step: each `every` steps, or by the share of the run where that is None."""
+    return step % every == 0 if every else by_share
 
 
 def time_left_s(settings: TrainingSettings, elapsed_s: float, started_at: float) -> float:

@@ -152,8 +152,8 @@ class TrainingSettings(RecipeSettings):
 
     eval_freq: int | None = setting(
         None,
-        "steps between two reports of the losses (default: 100; with a budget a twentieth of the run, or more where reports"
-        " would take over 2 % of it)",
+        "steps between two reports of the losses (default: 100; with a budget a twentieth of the run, or up to a fifth where"
+        " reports would take over 2 % of it)",
         at_least=1,
         group="reports",
     )
