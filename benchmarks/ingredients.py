@@ -39,7 +39,7 @@ ROWS: dict[str, dict[str, object]] = {
     "windows in a new order, not documents": {"shuffle": "windows"},
     "5 % of the input tokens replaced": {"replace_rate": 0.05},
     "average over half an epoch": {"average_epochs": 0.5},
-    "average over four epochs": {"average_epochs": 4},
+    "average over two epochs": {"average_epochs": 2},
     "the rate constant, then linear to its end over 60 %": {"lr_schedule": "linear"},
     "decay rising from 0 to twice": {"decay_schedule": "rising"},
     "decay that dips in the middle": {"decay_schedule": "dip"},
@@ -78,10 +78,7 @@ class IngredientsConfig:
 
 
 def main(config: IngredientsConfig) -> None:
-    rows = list(config.rows or ROWS)
-    unknown = next((row for row in rows if row not in ROWS), None)
-    if unknown:
-        raise UserError(f"--rows {unknown!r} is none of {', '.join(map(repr, ROWS))}")
+    rows = chosen_rows(config)
     folder = Path(config.work_dir) / config.track
     heldout = config.jsonl_path if config.track == "sample" else None
     text_path = prepare_documents(config.track, config.jsonl_path, heldout, folder)
@@ -138,6 +135,14 @@ def main(config: IngredientsConfig) -> None:
                     name, conditions | {"recipe": planned, "rows": in_order(found)} | against_base(found)
                 )
     print(content, end="")
+
+
+def chosen_rows(config: IngredientsConfig) -> list[str]:
+    """Return the rows to measure, and raise UserError if --rows names one that is not in ROWS."""
+    unknown = next((row for row in config.rows or () if row not in ROWS), None)
+    if unknown:
+        raise UserError(f"--rows {unknown!r} is none of {', '.join(map(repr, ROWS))}")
+    return list(config.rows or ROWS)
 
 
 def in_order(found: Mapping[str, Any]) -> dict[str, Any]:
