@@ -3,7 +3,8 @@
 All runs have the same model, text and number of steps, so that they may run side by side on a busy machine (--jobs).
 They are scored on the development works of aozora_lists.py, whose authors wrote nothing of the text: by their last
 weights, and by the averaged ones. The teacher of a distilled run is the run of the planner's recipe with the same seed,
-which must lie in --work_dir or run now. Times are given, but are those of a machine that does other things too.
+which must lie in --work_dir or run now. The last rows have a model that is not of Qwen3's form (forms.py). Times are
+given, but are those of a machine that does other things too.
 
     python benchmarks/ingredients.py --jsonl_path SUBSET --work_dir WORK
     python benchmarks/ingredients.py --jsonl_path SUBSET --work_dir WORK --rows "no dropout" --seeds 1 2 3
@@ -18,6 +19,7 @@ from statistics import mean
 from typing import Any, Literal
 
 from aozora_lists import DEVELOPMENT, prepare_documents
+from forms import FORMS
 from machine import log, machine, result_path, save_result
 from quality import evaluate_ours, prepare_tokens, train_ours
 
@@ -26,6 +28,7 @@ from gptkit.base.cli import UserError, run_command, setting
 BASE = "the planner's recipe"
 DECAYS, FOLLOWED_BY_DECAYS = {"weight_decay", "embedding_decay"}, {"lr", "adam_lr"}  # the planner divides them by rates
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # scoring takes 17 s; with two threads for each of two jobs, 4 minutes
+FORM_ROWS = {f"{form} (not Qwen3's form)": form for form in FORMS}
 REMEDY = "remove it, or name another folder in RESULTS_DIR"
 ROWS: dict[str, dict[str, object]] = {
     BASE: {},
@@ -58,6 +61,7 @@ ROWS: dict[str, dict[str, object]] = {
     "AdamW (lr 4e-3) in place of Muon": {"optimizer": "adamw", "lr": "4e-3"},
     "distilled from the planner's recipe": {"distill_from": BASE},
     "distilled from it, 0.7 of the loss": {"distill_from": BASE, "distill_weight": 0.7},
+    **{row: {} for row in FORM_ROWS},
 }  # fmt: skip
 
 
@@ -105,11 +109,12 @@ def main(config: IngredientsConfig) -> None:
         flags |= {"max_steps": config.max_steps, "device": "cpu", "eval_freq": 100, **ROWS[row]}
         if "distill_from" in flags:
             flags["distill_from"] = output_dir_of(BASE, seed)
-        trained = train_ours(data, tokenizer, 0.0, output_dir, flags, variables=ONE_THREAD)
+        form = FORM_ROWS.get(row)
+        trained = train_ours(data, tokenizer, 0.0, output_dir, flags, variables=ONE_THREAD, form=form)
 
         def score(which: str) -> float:
             scoring = {"checkpoint": which, "device": "cpu"}
-            return round(evaluate_ours(output_dir, text_path, scoring, variables=ONE_THREAD), 4)
+            return round(evaluate_ours(output_dir, text_path, scoring, variables=ONE_THREAD, form=form), 4)
 
         bits = {which: score(which) for which in ("newest", "averaged")}
         losses = [report["val_loss"] for report in trained["reports"]]

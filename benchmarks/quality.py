@@ -67,18 +67,19 @@ def train_ours(
     flags: Mapping[str, object],
     project: Path = ROOT,
     variables: Mapping[str, str] | None = None,
+    form: str | None = None,
 ) -> dict[str, Any]:
     """Run a project's pretraining.py for so long, from the beginning, and return its figures.
 
     `flags` are added to those for the data and the dial, or replace them (None: leave it out); `variables` are added to the
-    environment.
+    environment; `form` is one of forms.py, of which only this project knows.
     """
     shutil.rmtree(output_dir, ignore_errors=True)
     where = {"data_dir": data / "text_is_not_needed", "pretokenized_dir": data, "output_dir": output_dir}
     fixed = {"tokenizer": "sentencepiece", "tokenizer_path": tokenizer, "budget_minutes": minutes, "model_size": "auto"}
     given = {name: value for name, value in {**where, **fixed, **flags}.items() if value is not None}
     command = [*script(str(project / "pretraining.py"), **given), "--use_pretokenized"]
-    elapsed_s = run_logged(command, output_dir.with_suffix(".log"), **(variables or {}))
+    elapsed_s = run_logged(in_form(command, form), output_dir.with_suffix(".log"), **(variables or {}))
     metrics = read_metrics(output_dir)
     (checkpoint,) = sorted(output_dir.glob("step_*"))[-1:]
     state = json.loads((checkpoint / "state.json").read_bytes())
@@ -93,10 +94,16 @@ def evaluate_ours(
     flags: Mapping[str, object],
     project: Path = ROOT,
     variables: Mapping[str, str] | None = None,
+    form: str | None = None,
 ) -> float:
-    """Return the bits per character of a run's model, by a project's evaluate_model.py."""
+    """Return the bits per character of a run's model, by a project's evaluate_model.py; see train_ours."""
     command = script(str(project / "evaluate_model.py"), exp_dir=output_dir, text_path=text_path, **flags)
-    return float(json.loads(output_of(command, **(variables or {})))["bits_per_char"])
+    return float(json.loads(output_of(in_form(command, form), **(variables or {})))["bits_per_char"])
+
+
+def in_form(command: list[str], form: str | None) -> list[str]:
+    """Return the command line that runs one of our scripts with a model of a form of forms.py, or None: of its own."""
+    return command if form is None else [command[0], str(ROOT / "benchmarks" / "forms.py"), form, *command[1:]]
 
 
 def open_streams(data: Path, tokenizer: Path) -> dict[str, TokenStream]:

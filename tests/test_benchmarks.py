@@ -22,9 +22,12 @@ from conftest import (
     call_command,
     command,
     environment,
+    newest,
     run_command,
+    small_run,
     write_jsonl,
 )
+from safetensors.torch import load_file
 
 TINY = ("--n_heads", 2, "--vocab_size", 500, "--context_length", 16, "--batch_size", 2, "--device", "cpu")
 # Stand-ins with the interfaces of the real ones.
@@ -578,6 +581,40 @@ def test_what_dropout_costs_is_measured_in_turns(results: Path, monkeypatch: pyt
         for kind in ("torch's", "ours"):
             ratio = seconds[f"{kind}, times as long as none"]
             assert ratio == pytest.approx(seconds[kind] / seconds["none"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "name", "at_first"),
+    [  # a tensor that only this form has, or has in this shape, and its values before training
+        ("value embeddings", "trf_blocks.0.att.qkv.gate.weight", torch.zeros(2, 32)),
+        ("scalars on residual and embedding", "trf_blocks.0.scales", torch.tensor([1.0, 0.1])),
+        ("ReLU squared, not SwiGLU", "trf_blocks.0.ff.out_proj.weight", torch.zeros(32, 128)),
+        ("smeared embeddings", "drop_emb.0.scale", torch.zeros(1)),
+        ("bounded logits", "out_head.weight", None),
+    ],
+)
+def test_a_model_of_another_form_learns_and_is_scored(
+    form: str, name: str, at_first: torch.Tensor | None, short_shards: Path, tmp_path: Path
+) -> None:
+    output, text = tmp_path / "out", tmp_path / "text.txt"
+    text.write_text("吾輩は猫である。名前はまだ無い。", encoding="utf-8")
+    flags = (*small_run(short_shards, output, "muon"), "--max_steps", 20)
+    trained = run_command("benchmarks/forms.py", form, "pretraining.py", *flags)
+    assert trained.returncode == 0, trained.stderr
+    weights = load_file(newest(output) / "model.safetensors")
+    if at_first is not None:
+        assert weights[name].shape == at_first.shape
+        assert not torch.equal(weights[name], at_first)
+    evaluation = ("evaluate_model.py", "--exp_dir", output, "--text_path", text, "--device", "cpu")
+    scored = run_command("benchmarks/forms.py", form, *evaluation)
+    assert scored.returncode == 0, scored.stderr
+    assert 0 < json.loads(scored.stdout)["bits_per_char"] < 20
+    as_qwen3 = run_command(*evaluation)
+    if at_first is not None:
+        assert_user_error(as_qwen3, "is damaged or from another version")
+    else:  # its form is not in its tensors
+        assert json.loads(as_qwen3.stdout)["bits_per_char"] != json.loads(scored.stdout)["bits_per_char"]
 
 
 @pytest.mark.slow
