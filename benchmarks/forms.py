@@ -10,7 +10,7 @@ them from modded-nanogpt (Jordan et al. 2024); ours are written anew.
 import runpy
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from machine import ROOT
@@ -25,7 +25,7 @@ GATE_CHANNELS = 32  # of a position, from which a gate is computed
 MAX_LOGIT = 15.0
 
 
-def after_init(change: Callable[[GPTModel], None]) -> None:
+def after_init(change: Callable[[Any], None]) -> None:
     """Let GPTModel change itself at the end of its construction."""
     original = GPTModel.__init__
 
@@ -61,7 +61,7 @@ class ValuedProjection(nn.Linear):
 def add_value_embeddings() -> None:
     """Give every second block, the last among them, an embedding of its own that is added to the values."""
 
-    def change(model: GPTModel) -> None:
+    def change(model: Any) -> None:
         for block in model.trf_blocks[::-2]:
             block.att.qkv = ValuedProjection(model.config, block.att.qkv.out_features)
 
@@ -69,7 +69,7 @@ def add_value_embeddings() -> None:
     original = GPTModel.hidden_states
 
     def hidden_states(self: GPTModel, ids: Tensor, cache_view: Any = None) -> Tensor:
-        for block in self.trf_blocks:
+        for block in cast(Any, self.trf_blocks):
             block.att.qkv.ids = ids
         return original(self, ids, cache_view)
 
@@ -79,7 +79,7 @@ def add_value_embeddings() -> None:
 def add_residual_scalars() -> None:
     """Let each block read a weighted sum of its input (at first 1) and the embedding (at first 0.1)."""
 
-    def change(model: GPTModel) -> None:
+    def change(model: Any) -> None:
         first: dict[str, Tensor] = {}
         for i, block in enumerate(model.trf_blocks):
             block.scales, block.first, block.is_first = nn.Parameter(torch.tensor([1.0, 0.1])), first, i == 0
@@ -98,7 +98,7 @@ def add_residual_scalars() -> None:
 def use_squared_relu() -> None:
     """Put two matrices with ReLU squared between them (So et al. 2021, Primer) in place of SwiGLU's three."""
 
-    def change(model: GPTModel) -> None:
+    def change(model: Any) -> None:
         width = model.config.emb_dim
         for block in model.trf_blocks:
             block.ff.up_proj = nn.Linear(width, 4 * width, bias=False)
@@ -131,8 +131,8 @@ class Smear(nn.Module):
 def add_smear() -> None:
     """Let each position's embedding have a gated share of the one before."""
 
-    def change(model: GPTModel) -> None:
-        model.drop_emb = nn.Sequential(Smear(model.config.emb_dim), model.drop_emb)  # type: ignore[assignment]
+    def change(model: Any) -> None:
+        model.drop_emb = nn.Sequential(Smear(model.config.emb_dim), model.drop_emb)
 
     after_init(change)
 
@@ -155,7 +155,7 @@ def bound_logits() -> None:
         return F.cross_entropy(bounded(F.linear(hidden, weight)[..., :vocab_size]).flatten(0, -2), targets.flatten())
 
     GPTModel.logits = logits  # type: ignore[method-assign]
-    loss.linear_cross_entropy = bounded_cross_entropy
+    loss.linear_cross_entropy = bounded_cross_entropy  # type: ignore[assignment]
 
 
 FORMS = {
