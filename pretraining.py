@@ -183,6 +183,7 @@ def train(
                 log.report(run.step, run.batches.epoch_of(run.step), **report, grad_norm=grad_norm)
         if guard.has_diverged(losses.get("val_loss")):
             saver.roll_back()
+            pace.roll_back(run.step)
             log.roll_back(run.step)
             batches = run.batches.iterate_from(run.step, run.device)
             batch = next(batches)
@@ -208,7 +209,7 @@ def start_session(run: Run, started_at: float, stop: StopSignals) -> tuple[Pace,
     """Compile and time a step, announce the run, and return its pace and its log."""
     left_s = time_left_s(run.settings, run.elapsed_s, started_at)
     step_s = run.compile(compiles(run.settings.compile, run.device, left_s))
-    n_forward = len(run.validation) * (2 if run.average.is_on else 1)
+    n_forward = math.ceil(len(run.validation) / process_group.world_size()) * (2 if run.average.is_on else 1)
     pace = Pace(
         run.settings, run.plan.recipe, run.batches, stop,
         first_step=run.step, elapsed_s=run.elapsed_s, started_at=started_at, step_s=sum(step_s.values()),

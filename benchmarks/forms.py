@@ -1,9 +1,9 @@
-"""Run a command of this project with a model that has not the form of Qwen3, to see what that form would give.
+"""Run a command of this project with a model that does not have the form of Qwen3, to see what its form would give.
 
     python benchmarks/forms.py "value embeddings" pretraining.py --data_dir dataset/001 …
 
-ingredients.py trains and scores these models. Nothing else can read their checkpoints, and what the project trains stays a
-Qwen3, however well they score. The forms are nanochat's (Karpathy 2025, github.com/karpathy/nanochat, gpt.py), most of
+ingredients.py trains and scores these models. No other command knows their form: each refuses their checkpoints, but for
+those of "bounded logits", which it takes for a Qwen3. What the project trains stays one, however well they score. The forms are nanochat's (Karpathy 2025, github.com/karpathy/nanochat, gpt.py), most of
 them from modded-nanogpt (Jordan et al. 2024); ours are written anew.
 """
 
@@ -77,7 +77,7 @@ def add_value_embeddings() -> None:
 
 
 def add_residual_scalars() -> None:
-    """Let each block read a weighted sum of its input (at first 1) and the embedding (at first 0.1)."""
+    """Put a weighted sum of its input (at first 1) and the embedding (at first 0.1) before each block."""
 
     def change(model: Any) -> None:
         first: dict[str, Tensor] = {}

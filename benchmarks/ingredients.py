@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from aozora_lists import DEVELOPMENT, prepare_documents
 from forms import FORMS
-from machine import log, machine, result_path, save_result
+from machine import ROOT, log, machine, result_path, revision_of, save_result
 from quality import evaluate_ours, prepare_tokens, train_ours
 
 from gptkit.base.cli import UserError, run_command, setting
@@ -100,15 +100,7 @@ def main(config: IngredientsConfig) -> None:
 
     def measure(row: str, seed: str) -> None:
         output_dir = output_dir_of(row, seed)
-        flags: dict[str, object] = {
-            "budget_minutes": None,
-            "model_size": config.model_size,
-            "n_epochs": config.n_epochs,
-            "seed": seed,
-        }
-        flags |= {"max_steps": config.max_steps, "device": "cpu", "eval_freq": 100, **ROWS[row]}
-        if "distill_from" in flags:
-            flags["distill_from"] = output_dir_of(BASE, seed)
+        flags = flags_of(config, row, seed, output_dir_of(BASE, seed))
         form = FORM_ROWS.get(row)
         trained = train_ours(data, tokenizer, 0.0, output_dir, flags, variables=ONE_THREAD, form=form)
 
@@ -122,7 +114,10 @@ def main(config: IngredientsConfig) -> None:
             planned.update(trained["plan"]["recipe"])
         check_recipe(name, row, trained["plan"]["recipe"], planned)
         figures = {"bits_per_char": bits, "val_loss": losses[-1], "best_val_loss": min(losses)}
-        found.setdefault(row, {})[f"seed {seed}"] = figures | {"seconds": trained["seconds"]}
+        found.setdefault(row, {})[f"seed {seed}"] = figures | {
+            "seconds": trained["seconds"],
+            "revision": revision_of(ROOT),
+        }
         log(f"{row}, seed {seed}: {bits}")
 
     content = ""
@@ -137,9 +132,16 @@ def main(config: IngredientsConfig) -> None:
             for run in runs:
                 run.result()
                 content = save_result(
-                    name, conditions | {"recipe": planned, "rows": in_order(found)} | against_base(found)
+                    name, conditions | {"recipe": planned, "rows": in_order(found)} | against_base(in_order(found))
                 )
     print(content, end="")
+
+
+def flags_of(config: IngredientsConfig, row: str, seed: str, teacher: Path) -> dict[str, object]:
+    """Return the flags of a row's training; `teacher` is the run that a distilled one learns from."""
+    length: dict[str, object] = {"budget_minutes": None, "n_epochs": config.n_epochs, "max_steps": config.max_steps}
+    flags = length | {"model_size": config.model_size, "seed": seed, "device": "cpu", "eval_freq": 100, **ROWS[row]}
+    return flags | ({"distill_from": teacher} if "distill_from" in flags else {})
 
 
 def chosen_rows(config: IngredientsConfig) -> list[str]:

@@ -123,7 +123,7 @@ def test_the_first_average_is_near_the_weights_and_not_the_initial_ones() -> Non
 
 
 def test_the_planners_average_reaches_as_far_back_as_it_asks_for() -> None:
-    """At the end of a run, a weight that has grown by 1 in each step lies n_steps behind in its average, less one."""
+    """At the end of a run, a weight that has grown by 1 in each step lies n_steps behind in its average, less a half."""
     n_steps = recipe.AVERAGE_SHARE * 1000
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)

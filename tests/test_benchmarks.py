@@ -587,9 +587,9 @@ def test_what_dropout_costs_is_measured_in_turns(results: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("form", "name", "at_first"),
     [  # a tensor that only this form has, or has in this shape, and its values before training
-        ("value embeddings", "trf_blocks.0.att.qkv.gate.weight", torch.zeros(2, 32)),
-        ("scalars on residual and embedding", "trf_blocks.0.scales", torch.tensor([1.0, 0.1])),
-        ("ReLU squared, not SwiGLU", "trf_blocks.0.ff.out_proj.weight", torch.zeros(32, 128)),
+        ("value embeddings", "trf_blocks.1.att.qkv.gate.weight", torch.zeros(2, 32)),
+        ("scalars on residual and embedding", "trf_blocks.1.scales", torch.tensor([1.0, 0.1])),
+        ("ReLU squared, not SwiGLU", "trf_blocks.1.ff.out_proj.weight", torch.zeros(32, 128)),
         ("smeared embeddings", "drop_emb.0.scale", torch.zeros(1)),
         ("bounded logits", "out_head.weight", None),
     ],
@@ -599,7 +599,7 @@ def test_a_model_of_another_form_learns_and_is_scored(
 ) -> None:
     output, text = tmp_path / "out", tmp_path / "text.txt"
     text.write_text("吾輩は猫である。名前はまだ無い。", encoding="utf-8")
-    flags = (*small_run(short_shards, output, "muon"), "--max_steps", 20)
+    flags = (*small_run(short_shards, output, "muon"), "--n_layers", 2, "--max_steps", 20)
     trained = run_command("benchmarks/forms.py", form, "pretraining.py", *flags)
     assert trained.returncode == 0, trained.stderr
     weights = load_file(newest(output) / "model.safetensors")
@@ -614,6 +614,10 @@ def test_a_model_of_another_form_learns_and_is_scored(
     if at_first is not None:
         assert_user_error(as_qwen3, "is damaged or from another version")
     else:  # its form is not in its tensors
+        plain = call_command("pretraining.py", *flags, "--output_dir", tmp_path / "plain")
+        assert plain.returncode == 0, plain.stderr
+        weights_of_plain = load_file(newest(tmp_path / "plain") / "model.safetensors")
+        assert not torch.equal(weights[name], weights_of_plain[name])  # it was trained with bounded logits too
         assert json.loads(as_qwen3.stdout)["bits_per_char"] != json.loads(scored.stdout)["bits_per_char"]
 
 
@@ -622,14 +626,18 @@ def test_ingredients_are_compared_with_the_recipe_of_the_planner(results: Path, 
     flags = ("--track", "sample", "--jsonl_path", SAMPLE, "--work_dir", tmp_path / "work", "--vocab_size", 500)
     flags = (*flags, "--model_size", "nano", "--n_epochs", 3, "--max_steps", 4)
     name = "ingredients_sample_nano_3"
-    rows = ("--rows", "no dropout")
+    other_form = "smeared embeddings (not Qwen3's form)"
+    rows = ("--rows", "no dropout", other_form)
     first = result_of(call_command, name, results, "ingredients.py", *flags, *rows)
     assert first["more_bits_per_char_than_the_base"] == {}
     distilled, base_row = "distilled from the planner's recipe", "the planner's recipe"
     untaught = call_command("benchmarks/ingredients.py", *flags, "--rows", distilled)
     assert_user_error(untaught, "the teacher with seed 1 is missing", base_row)
     found = result_of(call_command, name, results, "ingredients.py", *flags, "--rows", distilled, base_row)
-    assert list(found["rows"]) == [base_row, "no dropout", distilled]
+    assert list(found["rows"]) == [base_row, "no dropout", distilled, other_form]
+    trained = (tmp_path / "work" / "sample").glob("ingredient_nano_3_*_1")
+    forms = [path.name for path in trained if "drop_emb.0.scale" in load_file(newest(path) / "model.safetensors")]
+    assert len(forms) == 1
     logs = [path.read_text("utf-8") for path in (tmp_path / "work" / "sample").glob("ingredient_nano_3_*_1.log")]
     assert sum(bool(re.search("^teacher: .*ingredient_nano_3_0_1", log, re.MULTILINE)) for log in logs) == 1
     (base,) = found["rows"]["the planner's recipe"].values()

@@ -32,12 +32,13 @@ def make_pace(
     elapsed_s: float = 0.0,
     recipe: dict[str, Any] | None = None,
     report_s: float = 0.0,
+    step_s: float = 1.0,
     **settings: Any,
 ) -> Pace:
     stop: Any = SimpleNamespace(received=None)
     made = Pace(
         TrainingSettings(data_dir="", **settings), Recipe(**recipe or {}), BATCHES, stop,
-        first_step=first_step, elapsed_s=elapsed_s, started_at=clock.now, step_s=1.0,
+        first_step=first_step, elapsed_s=elapsed_s, started_at=clock.now, step_s=step_s,
         report_s=report_s,
     )  # fmt: skip
     made.stop = stop  # type: ignore[attr-defined]
@@ -112,6 +113,13 @@ def reports_of(made: Pace, clock: Clock, step_s: float, first_step: int = 0) -> 
             return reports
 
 
+def steps_taken(made: Pace, clock: Clock, steps: range) -> None:
+    """Let a run take these steps, of one second each."""
+    for step in steps:
+        clock.now += 1.0
+        made.after_step(step)
+
+
 @pytest.mark.parametrize(
     ("report_s", "interval"), [(0.0, 60), (1.2, 60), (2.4, 120), (3.6, 200), (9.0, 240), (1000.0, 240)]
 )
@@ -135,7 +143,7 @@ def test_reports_of_a_set_interval_may_take_any_time(clock: Clock) -> None:
 
 
 def test_a_run_with_a_budget_samples_and_saves_at_each_fifth_report(clock: Clock) -> None:
-    made = make_pace(clock, budget_minutes=20.05, n_epochs=1000)
+    made = make_pace(clock, budget_minutes=20.05, n_epochs=1000, save_every_minutes=60.0)
     saved, sampled = [], []
     for step in range(1, 1201):
         clock.now += 1
@@ -143,18 +151,47 @@ def test_a_run_with_a_budget_samples_and_saves_at_each_fifth_report(clock: Clock
         saved += [step] * due.save
         sampled += [step] * due.sample
     assert sampled == [300, 600, 900, 1200]
-    assert {300, 600, 900, 1200} <= set(saved)
+    assert saved == sampled
 
 
-def test_a_resumed_run_reports_where_it_would_have(clock: Clock) -> None:
-    made = make_pace(clock, budget_minutes=20.05, n_epochs=1000, first_step=130, elapsed_s=130.0)
-    reports = reports_of(made, clock, step_s=1.0, first_step=130)
-    assert reports == list(range(180, 1201, 60))
+@pytest.mark.parametrize("guess", [0.9, 1.0, 2.0])  # at the seconds of a step
+def test_a_resumed_run_reports_when_it_would_have(guess: float, clock: Clock) -> None:
+    settings = {"budget_minutes": 20.05, "n_epochs": 1000}
+    for first_step in (130, 300, 420):  # between two reports, and at once after one
+        made = make_pace(clock, first_step=first_step, elapsed_s=float(first_step), step_s=guess, **settings)
+        reports = reports_of(made, clock, step_s=1.0, first_step=first_step)
+        assert reports == [step for step in range(60, 1201, 60) if step > first_step]
+    made = make_pace(clock, first_step=600, elapsed_s=600.0, step_s=guess, **settings)
+    reports = reports_of(made, clock, step_s=2.0, first_step=600)  # on a machine that is slower now
+    assert reports == list(range(630, 901, 30))
+
+
+def test_a_run_of_few_steps_reports_by_these_not_by_its_budget(clock: Clock) -> None:
+    made = make_pace(clock, budget_minutes=20.05, max_steps=100)
+    assert reports_of(made, clock, step_s=1.0) == list(range(5, 101, 5))
+
+
+def test_a_run_with_a_budget_that_goes_back_uses_the_time_that_is_left(clock: Clock) -> None:
+    made = make_pace(clock, budget_minutes=20.05, n_epochs=1000)
+    steps_taken(made, clock, range(1, 801))
+    made.roll_back(500)
+    assert made.n_steps == 500 + 400
+    steps_taken(made, clock, range(501, 601))
+    assert made.n_steps == 900
+    assert made.lr_multiplier(600) > 0.2
+
+    resumed = make_pace(clock, budget_minutes=20.05, n_epochs=1000, first_step=500, elapsed_s=500.0)
+    steps_taken(resumed, clock, range(501, 601))
+    resumed.roll_back(400)  # to a checkpoint of an earlier session
+    steps_taken(resumed, clock, range(401, 501))
+    assert resumed.n_steps == 400 + 600
 
 
 def test_a_budget_that_start_up_has_used_ends_with_one_report(clock: Clock) -> None:
     made = make_pace(clock, budget_minutes=0.01)
     assert made.n_steps == 0
+    assert made.decay_multiplier(0) > 0
+    assert made.share_done(0) == 0
     due = made.after_step(1)
     assert due.is_finished
     assert due.evaluate

@@ -3,9 +3,10 @@
     average ← β·average + (1−β)·weights    after each optimizer step, with β = exp(−1 / n), n in steps
 
 At the start of a run β is at most (1 + k) / (4 + k) after k updates, so that the first averages are not the initial
-weights: no average reaches further back than a third of the steps so far. TensorFlow's ExponentialMovingAverage has 10 in
-place of 4, and so a ninth, which is less than the planner asks for (recipe.py). Why the average predicts better than the weights: Izmailov et al.
-2018, "Averaging Weights Leads to Wider Optima" (arXiv 1803.05407). Where nothing is averaged, an object does nothing.
+weights: no average reaches further back than about a third of the steps so far. TensorFlow's ExponentialMovingAverage has
+10 in place of 4, and so a ninth, which is less than the planner asks for (recipe.py). Why the average predicts better than
+the weights: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima" (arXiv 1803.05407). Where nothing is averaged,
+an object does nothing.
 """
 
 import contextlib

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from gptkit.data.batches import TrainingBatches
 from gptkit.distributed.process_group import main_process, sync_flags
@@ -52,16 +53,21 @@ class Pace:
         report_s: float,  # likewise, per report
     ) -> None:
         self._settings, self._recipe, self._stop = settings, recipe, stop
-        self._total_steps = make_total_steps(settings, batches, first_step, elapsed_s, started_at, step_s)
+        self._make_total_steps = partial(make_total_steps, settings, batches, elapsed_s, started_at)
+        self._total_steps = self._make_total_steps(first_step, step_s)
         self.n_steps = main_process(self._total_steps)(first_step)  # may change with the machine's speed
         is_timed = settings.budget_minutes is not None
         # With a budget reports follow the share of the run that is done, and each fifth has a sample and a checkpoint.
+        self._began, self._seconds = time.monotonic(), time_left_s(settings, elapsed_s, started_at) - CLOSING_S
+        self._share_before = min(elapsed_s / max(budget_s(settings) - CLOSING_S, 1e-9), 1.0)
+        self._most_steps = max_total_steps(settings, batches)
         fifth = 5 * settings.eval_freq if settings.eval_freq else None
         self._report_every = settings.eval_freq or (None if is_timed else 100)
         self._sample_every = settings.print_sample_iter or (fifth if is_timed else 100)
         self._save_every = settings.save_ckpt_freq or (fifth if is_timed else 500)
         self._n_reports = number_of_reports(self.n_steps, report_s / step_s)
-        self._n_reported = self._reports_until(first_step)
+        self._n_reported = self._reports_until(first_step, self._share_before)
+        self._n_timed = 0  # steps since the clock was started
         self.start_clock()
         # Seconds of training until now; with a budget also those before a session's first step.
         self.elapsed_before_s = elapsed_s + (self._start - started_at if is_timed else 0.0)
@@ -91,7 +97,7 @@ class Pace:
 
     def share_done(self, step: int) -> float:
         """Return the share of the run that is done before a step (from 0)."""
-        return min(step / self.n_steps, 1.0)
+        return min(step / max(self.n_steps, 1), 1.0)
 
     def decay_multiplier(self, step: int) -> float:
         """Return the weight decay of a step (from 0) as a multiple of the recipe's."""
@@ -101,34 +107,45 @@ class Pace:
         """Return Muon's momentum for a step (from 0)."""
         return muon_momentum(step, self._recipe.momentum_warmup)
 
-    def _reports_until(self, step: int) -> int:
-        """Return how many of the reports of a run with a budget are due by a step."""
-        return self._n_reports * step // max(self.n_steps, 1)
+    def _share_passed(self) -> float:
+        """Return the share of the budget that has passed; the start of a session takes none of it."""
+        passed = min((time.monotonic() - self._began) / max(self._seconds, 1e-9), 1.0)
+        return self._share_before + (1 - self._share_before) * passed
+
+    def _reports_until(self, step: int, share_passed: float) -> int:
+        """Return how many of the reports of a run with a budget are due, by its time and by the most steps it may do."""
+        return int(self._n_reports * max(share_passed, step / self._most_steps) + 1e-9)
 
     def after_step(self, step: int) -> Due:
         """Return what is due after `step` steps; all processes agree on it, by one collective."""
         now, settings = time.monotonic(), self._settings
-        is_signalled, (n_steps, is_over, is_late) = sync_flags(
+        self._n_timed += 1
+        is_signalled, (n_steps, n_reported, is_over, is_late) = sync_flags(
             self._stop.received is not None,
             self._total_steps(step),
+            self._reports_until(step, self._share_passed()),
             now - self._start > 60 * (settings.max_minutes or math.inf),
             now - self._saved_at > 60 * settings.save_every_minutes,
         )
         self.n_steps = int(n_steps)
-        n_before, n_reported = self._n_reported, max(self._n_reported, self._reports_until(step))
-        self._n_reported = n_reported
-        is_fifth = n_reported // 5 > n_before // 5
+        n_before, self._n_reported = self._n_reported, max(self._n_reported, int(n_reported))
+        is_report, is_fifth = self._n_reported > n_before, self._n_reported // 5 > n_before // 5
         is_finished = step >= self.n_steps
         is_stopped = is_signalled or bool(is_over)
         is_scheduled_save = is_finished or is_due(step, self._save_every, is_fifth)
         return Due(
-            evaluate=is_scheduled_save or is_due(step, self._report_every, n_reported > n_before),
+            evaluate=is_scheduled_save or is_due(step, self._report_every, is_report),
             sample=is_finished or (is_due(step, self._sample_every, is_fifth) and not is_stopped),
             save=is_scheduled_save or bool(is_late),
             stop=is_finished or is_stopped,
             is_finished=is_finished,
             is_signalled=is_signalled,
         )
+
+    def roll_back(self, step: int) -> None:
+        """Go on from an earlier step: with a budget, for the time that is left, at the speed of the session so far."""
+        self._total_steps = self._make_total_steps(step, (time.monotonic() - self._start) / max(self._n_timed, 1))
+        self.n_steps = main_process(self._total_steps)(step)
 
     def mark_saved(self) -> None:
         """Restart the clock of --save_every_minutes."""
@@ -155,9 +172,9 @@ def time_left_s(settings: TrainingSettings, elapsed_s: float, started_at: float)
 def make_total_steps(
     settings: TrainingSettings,
     batches: TrainingBatches,
-    first_step: int,
     elapsed_s: float,
     started_at: float,
+    first_step: int,
     step_s: float,
 ) -> Callable[[int], int]:
     """Return a function from the steps done to the total steps of the run."""

@@ -160,7 +160,7 @@ class TrainingSettings(RecipeSettings):
     eval_iter: int = setting(20, "batches of validation text for each report", at_least=1, group="reports")
     print_sample_iter: int | None = setting(
         None,
-        "steps between two printed samples (default: 100; with a budget a quarter of the run)",
+        "steps between two printed samples (default: 100; with a budget each fifth report)",
         at_least=1,
         group="reports",
     )
@@ -171,7 +171,7 @@ class TrainingSettings(RecipeSettings):
 
     save_ckpt_freq: int | None = setting(
         None,
-        "steps between two checkpoints; the last step has one too (default: 500; with a budget a quarter of the run)",
+        "steps between two checkpoints; the last step has one too (default: 500; with a budget each fifth report)",
         at_least=1,
         group="checkpoints",
     )
