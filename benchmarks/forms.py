@@ -3,8 +3,9 @@
     python benchmarks/forms.py "value embeddings" pretraining.py --data_dir dataset/001 …
 
 ingredients.py trains and scores these models. No other command knows their form: each refuses their checkpoints, but for
-those of "bounded logits", which it takes for a Qwen3. What the project trains stays one, however well they score. The forms are nanochat's (Karpathy 2025, github.com/karpathy/nanochat, gpt.py), most of
-them from modded-nanogpt (Jordan et al. 2024); ours are written anew.
+those of "bounded logits", which it takes for a Qwen3. What the project trains stays one, however well they score. The
+forms are nanochat's (Karpathy 2025, github.com/karpathy/nanochat, gpt.py), most of them from modded-nanogpt (Jordan et al.
+2024); ours are written anew.
 """
 
 import runpy
@@ -17,8 +18,7 @@ from machine import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import gpt_model
-from gpt_model import FeedForward, GPTModel, TransformerBlock
+from gpt_model import FeedForward, GPTConfig, GPTModel, TransformerBlock
 from gptkit.training import loss
 
 GATE_CHANNELS = 32  # of a position, from which a gate is computed
@@ -29,7 +29,7 @@ def after_init(change: Callable[[Any], None]) -> None:
     """Let GPTModel change itself at the end of its construction."""
     original = GPTModel.__init__
 
-    def init(self: GPTModel, config: gpt_model.GPTConfig) -> None:
+    def init(self: GPTModel, config: GPTConfig) -> None:
         original(self, config)
         change(self)
 
@@ -41,7 +41,7 @@ class ValuedProjection(nn.Linear):
 
     ids: Tensor  # (B, T), of the present call
 
-    def __init__(self, config: gpt_model.GPTConfig, width: int) -> None:
+    def __init__(self, config: GPTConfig, width: int) -> None:
         super().__init__(config.emb_dim, width, bias=False)
         nn.init.normal_(self.weight, std=(2 * config.emb_dim) ** -0.5)
         self.heads = config.kv_heads
@@ -168,9 +168,11 @@ FORMS = {
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] not in FORMS:
+        forms = ", ".join(map(repr, FORMS))
+        print(f"error: give a form, a command and its flags; {sys.argv[1:2]} is none of {forms}", file=sys.stderr)
+        sys.exit(2)
     form, command, *arguments = sys.argv[1:]
-    if form not in FORMS:
-        sys.exit(f"error: form {form!r} is none of {', '.join(map(repr, FORMS))}")
     FORMS[form]()  # before the command imports what is changed here
     sys.argv = [str(ROOT / command), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")

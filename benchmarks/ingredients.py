@@ -114,10 +114,8 @@ def main(config: IngredientsConfig) -> None:
             planned.update(trained["plan"]["recipe"])
         check_recipe(name, row, trained["plan"]["recipe"], planned)
         figures = {"bits_per_char": bits, "val_loss": losses[-1], "best_val_loss": min(losses)}
-        found.setdefault(row, {})[f"seed {seed}"] = figures | {
-            "seconds": trained["seconds"],
-            "revision": revision_of(ROOT),
-        }
+        figures |= {"seconds": trained["seconds"], "revision": revision_of(ROOT)}
+        found.setdefault(row, {})[f"seed {seed}"] = figures
         log(f"{row}, seed {seed}: {bits}")
 
     content = ""
@@ -131,9 +129,8 @@ def main(config: IngredientsConfig) -> None:
             ]
             for run in runs:
                 run.result()
-                content = save_result(
-                    name, conditions | {"recipe": planned, "rows": in_order(found)} | against_base(in_order(found))
-                )
+                measured = in_order(found)
+                content = save_result(name, conditions | {"recipe": planned, "rows": measured} | against_base(measured))
     print(content, end="")
 
 

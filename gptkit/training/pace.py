@@ -57,16 +57,14 @@ class Pace:
         self._total_steps = self._make_total_steps(first_step, step_s)
         self.n_steps = main_process(self._total_steps)(first_step)  # may change with the machine's speed
         is_timed = settings.budget_minutes is not None
-        # With a budget reports follow the share of the run that is done, and each fifth has a sample and a checkpoint.
-        self._began, self._seconds = time.monotonic(), time_left_s(settings, elapsed_s, started_at) - CLOSING_S
-        self._share_before = min(elapsed_s / max(budget_s(settings) - CLOSING_S, 1e-9), 1.0)
-        self._most_steps = max_total_steps(settings, batches)
+        # With a budget reports follow the time that has passed, and each fifth has a sample and a checkpoint.
         fifth = 5 * settings.eval_freq if settings.eval_freq else None
         self._report_every = settings.eval_freq or (None if is_timed else 100)
         self._sample_every = settings.print_sample_iter or (fifth if is_timed else 100)
         self._save_every = settings.save_ckpt_freq or (fifth if is_timed else 500)
-        self._n_reports = number_of_reports(self.n_steps, report_s / step_s)
-        self._n_reported = self._reports_until(first_step, self._share_before)
+        n_reports = number_of_reports(self.n_steps, report_s / step_s)
+        self._reports_due = make_reports_due(settings, batches, elapsed_s, started_at, n_reports)
+        self._n_reported = main_process(self._reports_due)(first_step)
         self._n_timed = 0  # steps since the clock was started
         self.start_clock()
         # Seconds of training until now; with a budget also those before a session's first step.
@@ -107,15 +105,6 @@ class Pace:
         """Return Muon's momentum for a step (from 0)."""
         return muon_momentum(step, self._recipe.momentum_warmup)
 
-    def _share_passed(self) -> float:
-        """Return the share of the budget that has passed; the start of a session takes none of it."""
-        passed = min((time.monotonic() - self._began) / max(self._seconds, 1e-9), 1.0)
-        return self._share_before + (1 - self._share_before) * passed
-
-    def _reports_until(self, step: int, share_passed: float) -> int:
-        """Return how many of the reports of a run with a budget are due, by its time and by the most steps it may do."""
-        return int(self._n_reports * max(share_passed, step / self._most_steps) + 1e-9)
-
     def after_step(self, step: int) -> Due:
         """Return what is due after `step` steps; all processes agree on it, by one collective."""
         now, settings = time.monotonic(), self._settings
@@ -123,7 +112,7 @@ class Pace:
         is_signalled, (n_steps, n_reported, is_over, is_late) = sync_flags(
             self._stop.received is not None,
             self._total_steps(step),
-            self._reports_until(step, self._share_passed()),
+            self._reports_due(step),
             now - self._start > 60 * (settings.max_minutes or math.inf),
             now - self._saved_at > 60 * settings.save_every_minutes,
         )
@@ -152,16 +141,36 @@ class Pace:
         self._saved_at = time.monotonic()
 
 
-@main_process
 def number_of_reports(n_steps: int, report_steps: float) -> int:
     """Return how often a run with a budget reports; a report takes as long as report_steps steps."""
     affordable = REPORTS_SHARE * n_steps / max(report_steps, 1e-9)
     return int(min(max(affordable, MIN_REPORTS), MAX_REPORTS))
 
 
-def is_due(step: int, every: int | None, by_share: bool) -> bool:
-    """Return whether something is due after a step: each `every` steps, or by the share of the run where that is None."""
-    return step % every == 0 if every else by_share
+def is_due(step: int, every: int | None, by_budget: bool) -> bool:
+    """Return whether something is due after a step: each `every` steps, or by the budget where that is None."""
+    return step % every == 0 if every else by_budget
+
+
+def make_reports_due(
+    settings: TrainingSettings, batches: TrainingBatches, elapsed_s: float, started_at: float, n_reports: int
+) -> Callable[[int], int]:
+    """Return a function from the steps done to how many of a budget's reports are due: by its time, or by its most steps.
+
+    The start of a session takes no share of the time.
+    """
+    if settings.budget_minutes is None:
+        return lambda n_done: 0
+    most = max_total_steps(settings, batches)
+    share_before = min(elapsed_s / max(budget_s(settings) - CLOSING_S, 1e-9), 1.0)
+    began, left_s = time.monotonic(), max(time_left_s(settings, elapsed_s, started_at) - CLOSING_S, 1e-9)
+
+    def reports_due(n_done: int) -> int:
+        passed = min((time.monotonic() - began) / left_s, 1.0)
+        share = max(share_before + (1 - share_before) * passed, n_done / most)
+        return int(n_reports * share + 1e-9)
+
+    return reports_due
 
 
 def time_left_s(settings: TrainingSettings, elapsed_s: float, started_at: float) -> float:
