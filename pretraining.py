@@ -37,8 +37,8 @@ from gptkit.training.bigram_init import initialize_from_bigrams
 from gptkit.training.chain import run_chain
 from gptkit.training.characters import characters_of
 from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, compiles, oom_as_user_error, restart
+from gptkit.training.cpu_layers import quicken
 from gptkit.training.distillation import load_teacher, sizes_within
-from gptkit.training.dropout import quicken_dropout
 from gptkit.training.further_tokens import make_further_tokens
 from gptkit.training.guard import Guard
 from gptkit.training.identity import require_same_run, run_identity, warn_changed_settings
@@ -305,15 +305,13 @@ def build_model(
 ) -> GPTModel:
     """Build the model with its initial weights, the same in all processes; with FSDP, shard it over them."""
     torch.manual_seed(config.seed)
-    model = GPTModel(plan.model).to(device)
+    model = quicken(GPTModel(plan.model).to(device))
     if is_new and config.init_from:
         main_process(huggingface.load_weights)(config.init_from, model)
     elif is_new:
         initialize_from_bigrams(model, batches.tokens, config.bigram_steps, config.seed)
     process_group.broadcast_parameters(model.parameters())
     process_group.seed_rank(config.seed, step=0)
-    if device.type == "cpu" and not plan.model.drop_attention:  # a run of version 0.1 goes on with its random numbers
-        quicken_dropout(model)
     if config.activation_checkpointing:
         checkpoint_activations(model.trf_blocks)
     if config.parallel == "fsdp":

@@ -88,15 +88,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             n = len(chunk)
             torch.mm(chunk, w.T, out=logits[:n])
             logits[:n, vocab_size:] = -torch.inf
-            torch.log_softmax(logits[:n], dim=-1, dtype=torch.float32, out=log_p[:n])
-            total.sub_(log_p[:n].gather(1, chunk_targets).sum(), alpha=1 - share)
+            if kind == "cpu" and not teacher:
+                log_p_target, grad = _softmax(logits[:n], chunk_targets, out=log_p[:n])
+            else:
+                torch.log_softmax(logits[:n], dim=-1, dtype=torch.float32, out=log_p[:n])
+                log_p_target, grad = log_p[:n].gather(1, chunk_targets), None
+            total.sub_(log_p_target.sum(), alpha=1 - share)
             if teacher:
                 teacher_logits = teacher_x[first : first + n_rows] @ teacher_w.T
                 q, divergence = _soft_targets(teacher_logits[:, :vocab_size], log_p[:n, :vocab_size])
                 total.add_(divergence, alpha=share)
             if not with_gradients:
                 continue
-            grad = log_p[:n].exp_()  # of the summed loss by the logits: the probabilities, less 1 at the target
+            if grad is None:
+                grad = log_p[:n].exp_()
+            # Of the summed loss by the logits: the probabilities, less 1 at the target.
             grad.scatter_add_(1, chunk_targets, grad.new_full((n, 1), share - 1.0))
             if teacher:
                 grad[:, :vocab_size].sub_(q, alpha=share)
@@ -113,6 +119,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden.mul_(grad_outputs[0]), grad_weight.mul_(grad_outputs[0]), *[None] * 5
+
+
+def _softmax(logits: torch.Tensor, targets: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probabilities of the targets, (n, 1), and all probabilities in `out`, (n, V), of logits (n, V).
+
+    That is a pass less than by log_softmax, unless a target is too improbable for the logarithm of its probability.
+    """
+    p = torch.softmax(logits, dim=-1, dtype=torch.float32, out=out)
+    p_target = p.gather(1, targets)
+    if p_target.min() > torch.finfo(torch.float32).tiny:
+        return p_target.log(), p
+    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=out)
+    return log_p.gather(1, targets), log_p.exp_()
 
 
 def _soft_targets(logits: torch.Tensor, log_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
