@@ -35,7 +35,6 @@ from gptkit.text.tokenizer import Tokenizer, TokenizerSettings
 from gptkit.training import checkpoints
 from gptkit.training.bigram_init import initialize_from_bigrams
 from gptkit.training.chain import run_chain
-from gptkit.training.characters import characters_of
 from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, compiles, oom_as_user_error, restart
 from gptkit.training.cpu_layers import quicken
 from gptkit.training.distillation import load_teacher, sizes_within
@@ -59,7 +58,13 @@ from gptkit.training.run import (
 from gptkit.training.run_log import RunLog
 from gptkit.training.saver import Saver
 from gptkit.training.sessions import Locks, check_output_dir, describe_environment, lock_output, record_session
-from gptkit.training.settings import BATCH_SIZE, TrainingSettings, check_training_settings, configure_optimizer
+from gptkit.training.settings import (
+    BATCH_SIZE,
+    TrainingSettings,
+    characters_for,
+    check_training_settings,
+    configure_optimizer,
+)
 from gptkit.training.signals import EXIT_STOPPED, StopSignals
 
 DIMENSIONS = ("arch", "context_length", "emb_dim", "n_layers", "n_heads", "n_kv_heads", "qkv_bias")
@@ -111,8 +116,9 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> boo
         tokens = open_token_folder(config, output_dir, tokenizer, locks)
         streams = tokens.open()
         sizes = sizes_within(teacher, model_sizes(config, tokenizer.vocab_size, state))
+        characters = characters_for(config, tokenizer, next(iter(sizes.values())).padded_vocab_size, device)
         plan = choose_plan(
-            config, sizes, GPTModel, state, len(streams["train"]), started_at, device, dtype, teacher,
+            config, sizes, GPTModel, state, len(streams["train"]), started_at, device, dtype, teacher, characters,
             is_pretrained=config.init_from is not None,
         )  # fmt: skip
         identity |= plan.identity() | {"tokens": tokens.fingerprint}
@@ -122,8 +128,7 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> boo
             model = build_model(config, plan, batches, checkpoint is None, device, dtype)
             further = make_further_tokens(model, plan.recipe.further_tokens, plan.model.context_length, config.parallel)
             projection = further.projection if further else None
-            shared = characters_of(tokenizer, model.tok_emb.weight) if plan.recipe.share_characters else None
-            optimizer = configure_optimizer(config, plan.recipe, model, dtype, projection, shared)
+            optimizer = configure_optimizer(config, plan.recipe, model, dtype, projection, characters)
             run = Run(
                 config, tokenizer, tokens, plan, identity, batches, validation, model, optimizer, device, dtype,
                 teacher, further,

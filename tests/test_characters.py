@@ -153,7 +153,7 @@ def test_the_marks_of_wordpiece_are_no_characters() -> None:
         def decode(self, ids: list[int]) -> str:
             return ["で", "##で", "##"][ids[0]]
 
-    found = characters_of(WordPiece(), torch.zeros(4, 2))  # type: ignore[arg-type]
+    found = characters_of(WordPiece(), 4, torch.device("cpu"))  # type: ignore[arg-type]
     assert matrix_of(found.of_rows, found.n_shared).tolist() == [[1, 1, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]]
 
 

@@ -16,7 +16,9 @@ VOCAB = 50
 def random_heads(n_heads: int, kv_heads: int, T: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     """Return queries, keys and values of 2 sequences, as a model's are: transposed, not contiguous."""
     draw = torch.Generator().manual_seed(1)
-    tensors = [torch.randn(2, T, heads, 6, generator=draw, dtype=torch.float64) for heads in (n_heads, kv_heads, kv_heads)]
+    tensors = [
+        torch.randn(2, T, heads, 6, generator=draw, dtype=torch.float64) for heads in (n_heads, kv_heads, kv_heads)
+    ]
     return [tensor.to(dtype).transpose(1, 2).requires_grad_() for tensor in tensors]
 
 
@@ -38,7 +40,9 @@ def test_output_and_gradients_are_those_of_torch(T: int, n_heads: int, kv_heads:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)]
+)
 def test_other_types_are_near_float64(dtype: torch.dtype, tolerance: float) -> None:
     heads = random_heads(4, 2, 200, dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in heads]
@@ -65,7 +69,9 @@ def test_what_it_does_not_do_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(dropped, F.scaled_dot_product_attention(q, k, v, None, 0.5, True))
     monkeypatch.setattr(cpu_layers, "MAX_WEIGHT_BYTES", 2 * 2 * 8 * 8 * 8 - 1)
     monkeypatch.setattr(cpu_layers._CausalAttention, "apply", None)
-    assert torch.equal(causal_attention(q, k, v, None, 0.0, True), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    assert torch.equal(
+        causal_attention(q, k, v, None, 0.0, True), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    )
 
 
 @pytest.mark.parametrize("kind", [{"arch": "gpt2"}, {"arch": "modern"}, {"arch": "modern", "n_kv_heads": 1}])

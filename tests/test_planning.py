@@ -247,8 +247,8 @@ def test_a_run_that_will_be_compiled_is_foreseen_faster(
     monkeypatch.setattr(speed, "compile_and_time", lambda *arguments: (None, {"forward": 1.0, "backward": 1.4}))
     monkeypatch.setattr(speed, "time_optimizer_step", lambda *arguments: 0.5)
     settings, cpu = TrainingSettings(data_dir="text", budget_minutes=30), torch.device("cpu")
-    measured = speed.measure_speed(settings, MODEL, GPTModel, cpu, torch.float32, None, is_compiled)
-    assert measured.token_s == pytest.approx(micro_step_s / 1024)  # 256 sequences of 4 tokens
+    measured = speed.measure_speed(settings, MODEL, GPTModel, cpu, torch.float32, None, None, is_compiled)
+    assert measured.token_s == pytest.approx(micro_step_s / 2048)  # 512 sequences of 4 tokens
     assert measured.optimizer_s == 0.5
 
 

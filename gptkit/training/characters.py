@@ -63,11 +63,12 @@ def share_characters(tokens: Sequence[str], n_rows: int, device: str = "cpu") ->
     return SharedCharacters(_bags(of_rows, device), _bags(of_shared, device), len(numbers))
 
 
-def characters_of(tokenizer: Tokenizer, embedding: torch.Tensor) -> SharedCharacters:
-    """Return which rows of a model's embedding (V, C) share characters."""
-    device = "cpu" if embedding.device.type == "mps" else str(embedding.device)  # not every torch sums there
+def characters_of(tokenizer: Tokenizer, n_rows: int, device: torch.device) -> SharedCharacters:
+    """Return which of n_rows rows of an embedding on that device share characters."""
     tokens = [tokenizer.decode([i]).removeprefix(CONTINUATION) for i in range(tokenizer.vocab_size)]
-    return share_characters(tokens, len(embedding), device)
+    return share_characters(
+        tokens, n_rows, "cpu" if device.type == "mps" else str(device)
+    )  # not every torch sums there
 
 
 def _bags(members: Sequence[Sequence[int]], device: str) -> Bags:

@@ -16,8 +16,12 @@ from torch.nn import functional as F
 
 from gptkit.training.dropout import quicken_dropout
 
-BLOCK_BYTES = 256  # of a row of keys' numbers: blocks of 128 queries in 16 bits, and of 64 in 32, were the quickest tried
-MAX_WEIGHT_BYTES = 1 << 28  # of a layer's attention weights, kept for the backward pass; with more, torch's own keeps less
+BLOCK_BYTES = (
+    256  # of a row of keys' numbers: blocks of 128 queries in 16 bits, and of 64 in 32, were the quickest tried
+)
+MAX_WEIGHT_BYTES = (
+    1 << 28
+)  # of a layer's attention weights, kept for the backward pass; with more, torch's own keeps less
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -16,6 +16,7 @@ from torch import nn
 from gptkit.base.cli import UserError, format_duration
 from gptkit.base.files import as_dict
 from gptkit.distributed.process_group import main_process, world_size
+from gptkit.training.characters import SharedCharacters
 from gptkit.training.compilation import COMPILING_S, compiles
 from gptkit.training.distillation import Teacher
 from gptkit.training.optimizers import OPTIMIZERS
@@ -113,6 +114,7 @@ def choose_plan(
     device: torch.device,
     dtype: torch.dtype,
     teacher: Teacher | None = None,
+    characters: SharedCharacters | None = None,
     is_pretrained: bool = False,  # whether its weights are those of --init_from
 ) -> Plan:
     """Return the plan that the settings ask for; what they leave to the budget is chosen by measuring this machine.
@@ -144,7 +146,7 @@ def choose_plan(
     plan, total_tokens = plan_for_budget(
         left_s - CLOSING_S,
         sizes,
-        lambda model: measure_speed(settings, model, build, device, dtype, teacher, is_compiled),
+        lambda model: measure_speed(settings, model, build, device, dtype, teacher, characters, is_compiled),
         n_training_tokens,
         device.type,
         settings.batch_size,

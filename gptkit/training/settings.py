@@ -16,7 +16,8 @@ from gptkit.base.devices import DtypeName
 from gptkit.data.batches import TrainingBatches
 from gptkit.distributed import fsdp
 from gptkit.distributed.process_group import Parallelism
-from gptkit.training.characters import SharedCharacters
+from gptkit.text.tokenizer import Tokenizer
+from gptkit.training.characters import SharedCharacters, characters_of
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, build_optimizer
 from gptkit.training.recipe import Recipe, RecipeSettings
 
@@ -253,6 +254,14 @@ def check_training_settings(settings: TrainingSettings, n_processes: int) -> Non
 def peak_lr(settings: TrainingSettings) -> float:
     """Return the peak learning rate, by default the optimizer's."""
     return settings.lr or OPTIMIZERS[settings.optimizer].default_lr
+
+
+def characters_for(
+    settings: TrainingSettings, tokenizer: Tokenizer, n_rows: int, device: torch.device
+) -> SharedCharacters | None:
+    """Return which of the embedding's n_rows rows share characters, where the optimizer can use that and is to."""
+    can_share = "share_characters" in OPTIMIZERS[settings.optimizer].recipe_flags
+    return characters_of(tokenizer, n_rows, device) if can_share and settings.share_characters != 0 else None
 
 
 def configure_optimizer(

@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 from gptkit.base import devices
+from gptkit.training.characters import SharedCharacters
 from gptkit.training.compilation import COMPILED_SPEEDUP, compile_and_time, time_optimizer_step
+from gptkit.training.cpu_layers import quicken
 from gptkit.training.distillation import Teacher
-from gptkit.training.recipe import Recipe
+from gptkit.training.recipe import CHARACTER_SHARE, Recipe
 from gptkit.training.settings import TrainingSettings, configure_optimizer
+
+MICRO_STEP_TOKENS = {"cpu": 2048}  # about those of the shorter runs; on other devices 16,384
 
 
 @dataclass(frozen=True)
@@ -39,19 +43,24 @@ def measure_speed(
     device: torch.device,
     dtype: torch.dtype,
     teacher: Teacher | None,
+    characters: SharedCharacters | None,
     is_compiled: bool,
 ) -> Speed:
     """Measure the speed of training on this machine, by a few steps of a new model on random tokens.
 
-    None is compiled for that; is_compiled tells that the run will be. It changes no random stream.
+    Of the recipe, shared characters are counted where there are any. None is compiled for that; is_compiled tells that the
+    run will be. It changes no random stream.
     """
     states = devices.get_rng_states(device)
-    model = build(dimensions).to(device)
-    n_sequences = max((1024 if device.type == "cpu" else 16_384) // dimensions.context_length, 1)
+    model = quicken(build(dimensions).to(device))
+    n_sequences = max(MICRO_STEP_TOKENS.get(device.type, 16_384) // dimensions.context_length, 1)
     ids = torch.randint(dimensions.vocab_size, (n_sequences, dimensions.context_length + 1))
     batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     _, parts_s = compile_and_time(model, dimensions.vocab_size, False, batch, device, dtype, teacher)
-    optimizer_s = time_optimizer_step(model, lambda: configure_optimizer(settings, Recipe(), model, dtype), device)
+    recipe = Recipe(share_characters=CHARACTER_SHARE if characters else 0.0)
+    optimizer_s = time_optimizer_step(
+        model, lambda: configure_optimizer(settings, recipe, model, dtype, characters=characters), device
+    )
     devices.set_rng_states(states, device)
     micro_step_s = sum(parts_s.values()) / (COMPILED_SPEEDUP if is_compiled else 1)
     return Speed(micro_step_s / batch[0].numel(), optimizer_s)
