@@ -23,36 +23,36 @@ each has cores of its own, several may run at a time, each in a process and a --
     python benchmarks/aozora.py --track 350k --contenders ours --seeds 1 2 3 --jsonl_path SUBSET … --work_dir WORK
 """
 
-import functools
-import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any, Literal
 
 import torch
 from aozora_lists import DEVELOPMENT, HELDOUT, prepare_documents
-from machine import ROOT, log, machine, result_path, revision_of, save_result, versions
-from peers import compilation, nanochat, nanogpt, parse_size
-from quality import (
-    BEST,
-    END,
-    Peer,
-    evaluate_ours,
-    losses_of,
-    open_streams,
-    prepare_tokens,
-    train_and_score,
-    train_ours,
+from machine import log, save_result, versions
+from quality import BEST, END, open_streams, prepare_tokens, train_ours
+from side_by_side import (
+    NANOCHAT,
+    NANOGPT,
+    OURS,
+    RUNNERS,
+    PeerSettings,
+    Runner,
+    Runs,
+    Setup,
+    check_checkout,
+    check_peers,
+    compare,
+    earlier_runs,
+    train_project,
 )
 
-from gpt_model import GPTConfig, GPTModel
 from gptkit.base import devices
 from gptkit.base.cli import UserError, run_command, setting
 
-OURS, BEFORE, NANOGPT, NANOCHAT = "ours", "before", "nanogpt", "nanochat"
+BEFORE = "before"
+CONTENDERS = (OURS, BEFORE, NANOGPT, NANOCHAT)
 NOT_OVERFITTED = 1.005  # times the lowest validation loss, at most, at the end
 
 
@@ -76,12 +76,11 @@ TRACKS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AozoraConfig:
+class AozoraConfig(PeerSettings):
     """Train contenders on a fixed list of Aozora Bunko's works, and score them on works of unseen authors."""
 
     track: Literal["sample", "350k", "1M", "4M", "50M"] = setting(help="the list, and with it time and threads")
-    contenders: tuple[str, ...] = setting((OURS, BEFORE, NANOGPT, NANOCHAT), "those to train now")
-    seeds: tuple[str, ...] = setting(("123",), "seeds, for a run of each contender with each")
+    contenders: tuple[str, ...] = setting(CONTENDERS, "those to train now")
     minutes: float | None = setting(None, "time that each contender trains (default: the track's)", more_than=0)
     threads: int | None = setting(None, "threads that compute (default: the track's)", at_least=1)
 
@@ -94,37 +93,6 @@ class AozoraConfig:
     vocab_size: int = setting(4096, "pieces of the tokenizer", group="data")
 
     before_dir: str | None = setting(None, "an earlier checkout of this project", group="contenders")
-    nanogpt_dir: str | None = setting(None, "a checkout of nanoGPT", group="contenders")
-    nanogpt_sizes: tuple[str, ...] = setting(("4x128", "4x256"), "layers x width", group="contenders")
-    nanochat_dir: str | None = setting(None, "a checkout of nanochat", group="contenders")
-    nanochat_sizes: tuple[str, ...] = setting(("3x128",), "layers x width", group="contenders")
-    nanochat_rates: tuple[str, ...] = setting(("1", "3"), "factors of its learning rates", group="contenders")
-    compile_peers: bool | None = setting(
-        None, "torch.compile the peers (default: nanochat always, nanoGPT on CUDA)", group="contenders"
-    )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="device")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What all contenders of a track share."""
-
-    config: AozoraConfig
-    minutes: float
-    device: torch.device
-    variables: Mapping[str, str]  # of the environment of ours: its threads
-    folder: Path  # of the track
-    tokenizer: Path
-    data: Path  # token shards
-    text_path: Path  # the works to score on
-
-    n_tokens: int  # of training text
-    max_steps: int | None  # of a run, for a test
-
-    @property
-    def flags(self) -> dict[str, object]:
-        """Return the flags of a command of ours besides the budget: none but a device that was asked for."""
-        return {} if self.config.device == "auto" else {"device": self.config.device}
 
 
 def main(config: AozoraConfig) -> None:
@@ -151,118 +119,55 @@ def main(config: AozoraConfig) -> None:
     text_path = prepare_documents(config.track, config.jsonl_path, config.heldout_path, folder)
     tokenizer, data = prepare_tokens(folder / "text", folder, config.vocab_size)
     variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    n_tokens = len(open_streams(data, tokenizer)["train"])
-    setup = Setup(config, minutes, device, variables, folder, tokenizer, data, text_path, n_tokens, track.max_steps)
+    setup = Setup(
+        settings=config,
+        minutes=minutes,
+        device=device,
+        dtype=lambda contender: devices.choose_dtype("auto", device, training=True),  # that of ours
+        flags={} if config.device == "auto" else {"device": config.device},
+        variables=variables,
+        folder=folder,
+        tokenizer=tokenizer,
+        data=data,
+        text_path=text_path,
+        vocab_size=config.vocab_size,
+        n_tokens=len(open_streams(data, tokenizer)["train"]),
+        counts_start={OURS: True, NANOGPT: False, NANOCHAT: False},
+        max_steps=track.max_steps,
+    )
     content = ""
     for contender in config.contenders:
         for seed in map(int, config.seeds):
-            for variant, figures in RUNNERS[contender](setup, seed):
+            for variant, figures in runners(config)[contender](setup, seed):
                 found = earlier_runs(name, conditions)  # again: another process may have added to them
                 found.setdefault(contender, {})[f"{variant}, seed {seed}"] = figures
                 log(f"{contender}, {variant}, seed {seed}: {figures['bits_per_char']}")
-                content = save_result(name, conditions | {"contenders": found} | compare(found, track))
+                content = save_result(name, conditions | {"contenders": found} | judge(found, track))
     print(content, end="")
 
 
 def check_settings(config: AozoraConfig) -> None:
     """Raise UserError where a setting is none, or a folder that a contender needs is not what it should be."""
-    needed = {
-        BEFORE: ("pretraining.py", config.before_dir, "an earlier checkout of this project"),
-        NANOGPT: ("model.py", config.nanogpt_dir, "a checkout of nanoGPT"),
-        NANOCHAT: ("nanochat/gpt.py", config.nanochat_dir, "a checkout of nanochat"),
-    }
-    for contender in config.contenders:
-        if contender not in RUNNERS:
-            raise UserError(f"--contenders {contender} is none of {', '.join(RUNNERS)}")
-        if contender in needed:
-            file, folder, what = needed[contender]
-            if folder is None:
-                raise UserError(f"--{contender}_dir is needed, {what}; or name other --contenders")
-            if not (Path(folder) / file).is_file():
-                raise UserError(f"--{contender}_dir {folder} holds no {file}; name {what}")
-    for seed in config.seeds:
-        if not seed.isdecimal():
-            raise UserError(f"--seeds {seed} is not a whole number")
-    for rate in config.nanochat_rates:
-        if not rate.replace(".", "", 1).isdecimal() or not float(rate):
-            raise UserError(f"--nanochat_rates {rate} is not a factor; give a number above 0")
-    for flag in ("nanogpt_sizes", "nanochat_sizes"):
-        for size in getattr(config, flag):
-            parse_size(size, f"--{flag}")
+    check_peers(config, config.contenders, runners(config))
+    if BEFORE in config.contenders:
+        check_checkout(BEFORE, "pretraining.py", config.before_dir, "an earlier checkout of this project")
     if config.development == (config.heldout_path is not None):
         raise UserError("give either --heldout_path, for a final score, or --development, for choosing settings")
     if config.development and config.track in ("50M", "sample"):
         raise UserError(f"--development is not for --track {config.track}, whose list holds such works")
 
 
-def earlier_runs(name: str, conditions: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the runs in the result file by contender. Raises UserError where they are not comparable."""
-    path = result_path(name)
-    if not path.exists():
-        return {}
-    result = json.loads(path.read_bytes())
-    expected = {**conditions, "machine": machine()}
-    differing = next((key for key, value in expected.items() if result.get(key) != value), None)
-    if differing:
-        raise UserError(
-            f"{path} was measured with {differing} {result.get(differing)}, not {expected[differing]}; remove it, or"
-            " name another folder in RESULTS_DIR"
-        )
-    runs: dict[str, dict[str, Any]] = result["contenders"]
-    return runs
+def runners(config: AozoraConfig) -> dict[str, Runner]:
+    """Return the contenders; each yields (variant, figures) for a seed."""
 
+    def run_before(setup: Setup, seed: int) -> Runs:
+        """Train by the dial of an earlier checkout, with a report and a checkpoint in each epoch."""
+        project = Path(config.before_dir or "").resolve()
+        n_steps = steps_per_epoch(setup, project)
+        yield "auto", train_project(setup, seed, project, f"{BEFORE}_{seed}", eval_freq=n_steps, save_ckpt_freq=n_steps)
 
-# Contenders: each yields (variant, figures) for a seed
-
-
-def run_ours(setup: Setup, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Train by the dial alone."""
-    yield "auto", train_project(setup, seed, ROOT, f"{OURS}_{seed}")
-
-
-def run_before(setup: Setup, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Train by the dial of an earlier checkout, with a report and a checkpoint in each epoch."""
-    project = Path(setup.config.before_dir or "").resolve()
-    n_steps = steps_per_epoch(setup, project)
-    yield "auto", train_project(setup, seed, project, f"{BEFORE}_{seed}", eval_freq=n_steps, save_ckpt_freq=n_steps)
-
-
-def run_nanogpt(setup: Setup, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Train nanoGPT in each size."""
-    config, folder = setup.config, Path(setup.config.nanogpt_dir or "")
-    for size in config.nanogpt_sizes:
-        build = functools.partial(nanogpt, folder, config.vocab_size, size)
-        yield size, train_other(setup, seed, folder, build, compile=setup.device.type == "cuda")
-
-
-def run_nanochat(setup: Setup, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Train nanochat in each size with each factor of its rates."""
-    config, folder = setup.config, Path(setup.config.nanochat_dir or "").resolve()
-    for size, rate in itertools.product(config.nanochat_sizes, map(float, config.nanochat_rates)):
-        build = functools.partial(nanochat, folder, config.vocab_size, size, rate)
-        yield f"{size}, rates x {rate:g}", train_other(setup, seed, folder, build, compile=True)
-
-
-RUNNERS = {OURS: run_ours, BEFORE: run_before, NANOGPT: run_nanogpt, NANOCHAT: run_nanochat}
-
-
-def train_other(setup: Setup, seed: int, folder: Path, build: Callable[..., Peer], compile: bool) -> dict[str, Any]:
-    """Train and score a peer, which `build` makes for a device, a dtype, and compiled or not; return its figures.
-
-    `compile` is what its project does; --compile_peers decides otherwise.
-    """
-    device, wanted = setup.device, setup.config.compile_peers
-    compile = compile if wanted is None else wanted
-    dtype = devices.choose_dtype("auto", device, training=True)  # that of ours
-    if dtype == torch.float16:  # it needs a scaler, which they are not given
-        dtype = torch.float32
-    with compilation(compile):
-        torch.manual_seed(seed)
-        peer = build(device, dtype, compile)
-        figures = train_and_score(
-            peer, setup.data, setup.tokenizer, setup.text_path, setup.minutes, device, seed, setup.max_steps
-        )
-    return figures | {"dtype": devices.dtype_name(dtype), "compiled": compile, "revision": revision_of(folder)}
+    found = {**RUNNERS, BEFORE: run_before}
+    return {contender: found[contender] for contender in CONTENDERS}
 
 
 def steps_per_epoch(setup: Setup, project: Path) -> int:
@@ -274,74 +179,17 @@ def steps_per_epoch(setup: Setup, project: Path) -> int:
     return max(setup.n_tokens // plan["tokens"], 1)
 
 
-def train_project(setup: Setup, seed: int, project: Path, name: str, **given: int) -> dict[str, Any]:
-    """Train by the dial of a project with the flags given, score its models, and return the figures."""
-    output_dir, flags, variables = setup.folder / name, setup.flags, setup.variables
-    chosen = {"seed": seed} | ({"max_steps": setup.max_steps} if setup.max_steps else {})
-    trained = train_ours(
-        setup.data, setup.tokenizer, setup.minutes, output_dir, flags | chosen | given, project, variables
-    )
-    choices = {END: flags, BEST: {"checkpoint": "best", **flags}}
-    bits = {
-        which: round(evaluate_ours(output_dir, setup.text_path, choice, project, variables), 4)
-        for which, choice in choices.items()
-    }
-    with torch.device("meta"):
-        model = GPTModel(GPTConfig(**trained["model"]))
-    return {
-        "bits_per_char": bits,
-        **losses_of(trained["reports"], setup.n_tokens),
-        "size": f"{model.config.n_layers}x{model.config.emb_dim}",
-        "parameters": model.n_parameters(),
-        "steps": trained["step"],
-        "tokens": trained["tokens"],
-        "seconds": trained["seconds"],
-        "revision": revision_of(project),
-    }
-
-
-# Comparison
-
-
-def variant_of(runs: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """Return the variant with the lowest validation loss, a mean over its seeds, and its runs.
-
-    A run is known by its variant and its seed.
-    """
-    variants: dict[str, list[Any]] = {}
-    for name, figures in runs.items():
-        variants.setdefault(name.rpartition(", seed ")[0], []).append(figures)
-    return min(variants.items(), key=lambda item: mean(figures["best_val_loss"] for figures in item[1]))
-
-
-def bits_of(runs: Mapping[str, Any]) -> dict[str, float]:
-    """Return the bits per character at the end and at best of the variant that counts: means over the seeds."""
-    _, chosen = variant_of(runs)
-    return {which: mean(figures["bits_per_char"][which] for figures in chosen) for which in (END, BEST)}
-
-
-def compare(found: Mapping[str, Mapping[str, Any]], track: Track) -> dict[str, Any]:
-    """Return how many fewer bits per character ours has at its end than the others, and which goals are met."""
-    if OURS not in found:
-        return {}
-    bits = {name: bits_of(runs) for name, runs in found.items()}
-    fewer = {
-        name: {which: round(1 - bits[OURS][END] / value, 4) for which, value in figures.items()}
-        for name, figures in bits.items()
-        if name != OURS
-    }
-    losses = [figures for run in found[OURS].values() for figures in (run, run["not_averaged"])]
-    goals = {
-        "the last validation loss of each run of ours, averaged or not, within 0.5 % of its best": all(
-            figures["last_val_loss"] <= NOT_OVERFITTED * figures["best_val_loss"] for figures in losses
-        )
-    }
-    for name, which, share in track.goals:
-        if name in fewer:
-            words = f"at least {share:.0%} fewer bits per character" if share else "fewer bits per character"
-            value = fewer[name][which]
-            goals[f"{words} than {name} at its {which}"] = value >= share if share else value > 0
-    return {"bits_per_char": bits, "fewer_bits_per_char_than": fewer, "goals": goals}
+def judge(found: Mapping[str, Mapping[str, Any]], track: Track) -> dict[str, Any]:
+    """Return the comparison of ours with the others, and the goals met, of which one is ours alone."""
+    result = compare(found, track.goals)
+    if result:
+        losses = [figures for run in found[OURS].values() for figures in (run, run["not_averaged"])]
+        result["goals"] = {
+            "the last validation loss of each run of ours, averaged or not, within 0.5 % of its best": all(
+                figures["last_val_loss"] <= NOT_OVERFITTED * figures["best_val_loss"] for figures in losses
+            )
+        } | result["goals"]
+    return result
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aozora import RUNNERS, variant_of
+from aozora import CONTENDERS
 from machine import log, result_path
+from side_by_side import variant_of
 
 from gptkit.base.cli import UserError, run_command, setting
 from gptkit.base.files import write_atomically
@@ -47,7 +48,7 @@ def main(config: CurvesConfig) -> None:
 def draw(result: Mapping[str, Any]) -> str:
     """Return an SVG with the curve of each contender's variant that counts, by its first seed."""
     curves = []
-    for n, name in enumerate(RUNNERS):  # the same colour in each picture
+    for n, name in enumerate(CONTENDERS):  # the same colour in each picture
         if name not in result["contenders"]:
             continue
         variant, (run, *_) = variant_of(result["contenders"][name])

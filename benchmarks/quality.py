@@ -120,9 +120,11 @@ def train_and_score(
     device: torch.device,
     seed: int,
     max_steps: int | None = None,
+    counts_start: bool = False,
 ) -> dict[str, Any]:
     """Train a peer for so long and score it at its end and at its lowest validation loss; return the figures."""
-    trained, curve, best = train_peer(peer, open_streams(data, tokenizer), minutes, device, seed, max_steps)
+    streams = open_streams(data, tokenizer)
+    trained, curve, best = train_peer(peer, streams, minutes, device, seed, max_steps, counts_start)
     documents, encoder = read_texts(text_path), load_sentencepiece(str(tokenizer))
     peer.model.eval()
     bits = {}
@@ -169,11 +171,13 @@ def train_peer(
     device: torch.device,
     seed: int,
     max_steps: int | None = None,
+    counts_start: bool = False,
 ) -> tuple[dict[str, Any], list[tuple[float, float, float]], dict[str, torch.Tensor]]:
     """Train a peer for so long, or max_steps; return its figures, its curve, and its weights at the lowest validation loss.
 
     It is validated about once per epoch, and at least REPORTS times. The curve has (epochs, training loss, validation
-    loss). The model keeps its last weights.
+    loss). The model keeps its last weights. The first N_UNCOUNTED steps, in which a compiler works, take of the time only
+    where counts_start.
     """
     batches = TrainingBatches(streams["train"], peer.context_length, peer.batch_size, 1, seed)
     check_data_size(batches, len(streams["val"]))
@@ -182,17 +186,18 @@ def train_peer(
     best: dict[str, torch.Tensor] = {}
     peer.model.train()
     limit = max_steps or UNKNOWN_STEPS
-    losses, step, reported, n_steps, uncounted_s = torch.zeros((), device=device), 0, 0, limit, 0.0
+    losses, step, reported, n_steps = torch.zeros((), device=device), 0, 0, limit
+    start_s = uncounted_s = 0.0
     began = time.monotonic()
     while step < n_steps:
         losses += _train_step(peer, batches, step, n_steps, device)
         step += 1
         now = time.monotonic()
         if step <= N_UNCOUNTED:
-            uncounted_s = now - began
+            start_s = uncounted_s = now - began
             continue
         spent_s = now - began - uncounted_s
-        left_s = max(60 * minutes - spent_s, 0.0)
+        left_s = max(60 * minutes - spent_s - (start_s if counts_start else 0.0), 0.0)
         n_steps = min(step + math.ceil(left_s * (step - N_UNCOUNTED) / spent_s), limit)
         if step == n_steps or step - reported >= max(min(batches.steps_per_epoch, n_steps // REPORTS), 1):
             devices.synchronize(device)
@@ -206,7 +211,8 @@ def train_peer(
             losses.zero_()
             reported = step
             uncounted_s += time.monotonic() - now
-    figures = {"steps": step, "tokens": step * batches.tokens_per_step, "seconds": round(spent_s, 1)}
+    seconds = {"start_s": round(start_s, 1), "seconds": round(spent_s, 1)}  # the second without the first
+    figures = {"steps": step, "tokens": step * batches.tokens_per_step, **seconds}
     return figures, curve, best
 
 

@@ -1,17 +1,26 @@
-"""Measure how good a Japanese model a fixed time of training gives: ours against nanoGPT's recipe, in bits per character.
+"""Measure how good a Japanese model a fixed time of training gives: ours against nanoGPT and nanochat, in bits per character.
 
-Each contender trains for the same minutes, one after the other, from token shards made before. nanoGPT's recipe is its
-own model and its own optimizer (AdamW with decay, cosine, clipping; 4 layers x 256, context 256, batch 4, lr 2e-3, the
-best found for a run of minutes on a CPU), from a checkout of it (peers.py). Ours is `pretraining.py
---budget_minutes`, which chooses the model itself. Then all are scored on the same held-out documents of unseen authors,
-by gptkit/evaluation/scoring.py, in float32. In training each multiplies in the type that its project chooses for the CPU
-(contenders.dtype_as): on one that multiplies bfloat16, ours does and nanoGPT does not. --dtype gives both the same type.
+Each contender trains for the same minutes, one after the other, seed by seed, from token shards made before, and is scored
+on the same held-out documents of unseen authors, by gptkit/evaluation/scoring.py, in float32, at its end:
 
-Apart from that, ours trains a model of nanoGPT's size for half of the time, to see whether it reaches nanoGPT's last
-validation loss on the same windows (ours in the type of the run, which changes less than a thousandth of it), and with
-what share of its tokens. --ingredients instead leaves things out of ours, one at a time, in the same minutes.
+- ours: `pretraining.py --budget_minutes`, which chooses the model itself.
+- nanogpt: its model and optimizer (AdamW with decay, cosine, clipping; 4 layers x 256, context 256, batch 4, lr 2e-3, the
+  best found for a run of minutes on a CPU), from a checkout of it (peers.py).
+- nanochat: its model, optimizer and schedules, compiled (peers.py), in each of --nanochat_sizes with each of
+  --nanochat_rates; what has the lowest validation loss, as a mean over its seeds, counts.
 
-    python benchmarks/train_quality.py --data_dir dataset/001 --heldout_path HELDOUT --nanogpt_dir CHECKOUT --work_dir WORK
+Of the peers, as a rule, training alone counts, not the compiler's work; of ours everything does: starting, planning,
+compiling, reports and checkpoints. --start gives both kinds of contenders the same: counted, or not counted (then ours gets
+as much more time as its start takes).
+
+In training nanoGPT multiplies in the type that it chooses for the CPU, float32; ours and nanochat in bfloat16 where the CPU
+multiplies it (nanochat chooses that on CUDA only). --dtype gives all the same type.
+
+The runs are added to those in the result file, which must have been measured on the same machine under the same conditions.
+--ingredients instead leaves things out of ours, one at a time, in the same minutes.
+
+    python benchmarks/train_quality.py --data_dir dataset/001 --heldout_path HELDOUT --minutes 4 --seeds 1 2 3 \\
+        --nanogpt_dir CHECKOUT --nanochat_dir CHECKOUT --nanochat_rates 1 3 5 --work_dir WORK
     python benchmarks/train_quality.py --data_dir dataset/001 --heldout_path HELDOUT --work_dir WORK --ingredients --minutes 2
 """
 
@@ -20,19 +29,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from contenders import NANOGPT, OURS, dtype_as
-from machine import log, write_result
-from peers import NanoGPTRecipe, nanogpt
-from quality import END, evaluate_ours, prepare_tokens, train_and_score, train_ours
+from contenders import dtype_as
+from machine import log, save_result, versions, write_result
+from peers import NanoGPTRecipe
+from quality import END, evaluate_ours, open_streams, prepare_tokens, train_ours
+from side_by_side import NANOCHAT, NANOGPT, OURS, RUNNERS, PeerSettings, Setup, check_peers, compare, earlier_runs
 
 from gptkit.base import devices
-from gptkit.base.cli import UserError, run_command, setting
+from gptkit.base.cli import run_command, setting
 from gptkit.base.paths import existing_path
 
-CPU = torch.device("cpu")
-ON_CPU: dict[str, object] = {"device": "cpu"}
 RECIPE = NanoGPTRecipe(lr=2e-3, beta2=0.95, dropout=0.0, warmup_share=0.05, batch_size=4)
-SAME_SIZE: dict[str, object] = {"model_size": "mini", "batch_size": RECIPE.batch_size, "grad_accum_steps": 1}
+GOALS = ((NANOGPT, END, 0.25), (NANOCHAT, END, 0.03))
+COUNTS_START = {
+    "usual": {OURS: True, NANOGPT: False, NANOCHAT: False},
+    "counted": dict.fromkeys(RUNNERS, True),
+    "not_counted": dict.fromkeys(RUNNERS, False),
+}
 INGREDIENTS: dict[str, dict[str, object]] = {
     "the recipe": {},
     "AdamW in place of Muon (lr 4e-3)": {"optimizer": "adamw", "lr": "4e-3"},
@@ -45,80 +58,98 @@ INGREDIENTS: dict[str, dict[str, object]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainQualityConfig:
-    """Measure bits per character after a fixed time of training, against nanoGPT."""
+class TrainQualityConfig(PeerSettings):
+    """Measure bits per character after a fixed time of training, against nanoGPT and nanochat."""
 
     data_dir: str = setting(help="text shards of prepare_aozora_jsonl.py", group="data")
     heldout_path: str = setting(help="JSONL of documents by unseen authors", group="data")
     work_dir: str = setting(help="a new folder for tokens and checkpoints", group="data")
-    nanogpt_dir: str | None = setting(None, "a checkout of nanoGPT", group="measurement")
+    vocab_size: int = setting(4096, "tokens of the vocabulary", group="data")
+    contenders: tuple[str, ...] = setting((OURS, NANOGPT, NANOCHAT), "those to train now", group="contenders")
+    nanogpt_sizes: tuple[str, ...] = setting(("4x256",), "layers x width", group="contenders")
+    nanochat_rates: tuple[str, ...] = setting(("1", "3", "5"), "factors of its learning rates", group="contenders")
     minutes: float = setting(8.0, "time that each contender trains", more_than=0, group="measurement")
-    vocab_size: int = setting(4096, "tokens of the vocabulary", group="measurement")
+    start: Literal["usual", "counted", "not_counted"] = setting(
+        "usual", "whether the time until the first step counts (usual: for ours alone)", group="measurement"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of matrix products", group="measurement")
+    max_steps: int | None = setting(None, "steps of a run, for a test", at_least=1, group="measurement")
     ingredients: bool = setting(False, "leave things out of ours, one at a time", group="measurement")
 
 
 def main(config: TrainQualityConfig) -> None:
-    existing_path(config.data_dir, "--data_dir")
-    existing_path(config.heldout_path, "--heldout_path")
-    if config.nanogpt_dir is None and not config.ingredients:
-        raise UserError("--nanogpt_dir is needed, a checkout of nanoGPT (or --ingredients)")
+    data_dir = existing_path(config.data_dir, "--data_dir")
+    text_path = existing_path(config.heldout_path, "--heldout_path")
+    if not config.ingredients:
+        check_peers(config, config.contenders, RUNNERS)
     Path(config.work_dir).mkdir(parents=True, exist_ok=True)
+    device = devices.choose_device(config.device)
     suffix = "" if config.dtype == "auto" else f"_{config.dtype}"
-    if config.nanogpt_dir is None or config.ingredients:
+    if config.ingredients:
         write_result(f"train_ingredients{suffix}", leave_out(config))
-    else:
-        checkout = existing_path(config.nanogpt_dir, "--nanogpt_dir")
-        write_result(f"train_quality{suffix}", against_nanogpt(config, checkout))
+        return
+    name = f"train_quality_{config.minutes:g}{suffix}" + ("" if config.start == "usual" else f"_start_{config.start}")
+    contest(name, config, data_dir, text_path, device)
 
 
-def against_nanogpt(config: TrainQualityConfig, checkout: Path) -> dict[str, Any]:
-    """Train nanoGPT's recipe, ours in its size for half of the time, and ours; return the figures."""
-    work_dir, heldout_path = Path(config.work_dir), Path(config.heldout_path)
-    tokenizer_path, data = prepare_tokens(config.data_dir, work_dir, config.vocab_size)
-    dtypes = {name: dtype_as(name, config.dtype, CPU) for name in (NANOGPT, OURS)}
-    torch.manual_seed(0)
-    peer = nanogpt(checkout, config.vocab_size, "4x256", CPU, dtypes[NANOGPT], False, RECIPE)
-    theirs = train_and_score(peer, data, tokenizer_path, heldout_path, config.minutes, CPU, seed=0)
-    theirs |= {"val_loss": theirs["last_val_loss"], "bits_per_char": theirs["bits_per_char"][END]}
-    log(f"nanoGPT: {theirs}")
-    flags = ON_CPU | {"dtype": config.dtype}
-    half = train_ours(data, tokenizer_path, config.minutes / 2, work_dir / "same_size", flags | SAME_SIZE)
-    reached = next((report for report in half["reports"] if report["val_loss"] <= theirs["val_loss"]), None)
-    half["bits_per_char"] = round(evaluate_ours(work_dir / "same_size", heldout_path, ON_CPU), 4)
-    log(f"ours, nanoGPT's size, half of the time: {half['bits_per_char']}; nanoGPT's loss was reached at {reached}")
-    ours = train_ours(data, tokenizer_path, config.minutes, work_dir / "ours", flags)
-    ours["bits_per_char"] = round(evaluate_ours(work_dir / "ours", heldout_path, ON_CPU), 4)
-    saved = 1 - ours["bits_per_char"] / theirs["bits_per_char"]
-    token_share = reached["tokens"] / theirs["tokens"] if reached else None
-    time_share = reached["elapsed_s"] / (60 * config.minutes) if reached else None
-    return {
+def contest(name: str, config: TrainQualityConfig, data_dir: Path, text_path: Path, device: torch.device) -> None:
+    """Train the contenders and write the figures of each run, and the comparison, to the result file."""
+    devices.keep_freed_memory(device, trim_threshold=2 * devices.LARGEST_FROM_HEAP)  # the peers', see contenders.py
+    conditions = {
         "minutes": config.minutes,
+        "start": config.start,
         "vocab_size": config.vocab_size,
-        "dtype": {name: devices.dtype_name(dtype) for name, dtype in dtypes.items()},
-        "nanogpt": theirs,
-        "ours": ours,
-        "ours_of_nanogpts_size_in_half_the_time": half,
-        "fewer_bits_per_char": round(saved, 4),
-        "share_of_nanogpts_tokens_to_its_loss": token_share and round(token_share, 3),
-        "share_of_nanogpts_time_to_its_loss": time_share and round(time_share, 3),
-        "goals": {
-            "at least 10 % fewer bits per character than nanoGPT": saved >= 0.1,
-            "nanoGPT's loss with at most 45 % of its tokens": token_share is not None and token_share <= 0.45,
-            "and in at most half of its time": time_share is not None and time_share <= 0.5,
-        },
+        "device": devices.describe_device(device),
+        "dtype": {each: devices.dtype_name(dtype_of(each, config.dtype, device)) for each in RUNNERS},
+        **versions("torch"),
     }
+    earlier_runs(name, conditions)  # refuses others before training, not after
+    work_dir = Path(config.work_dir)
+    tokenizer, data = prepare_tokens(data_dir, work_dir, config.vocab_size)
+    setup = Setup(
+        settings=config,
+        minutes=config.minutes,
+        device=device,
+        dtype=lambda contender: dtype_of(contender, config.dtype, device),
+        flags={"device": config.device},
+        training_flags={"dtype": config.dtype},
+        variables={},
+        folder=work_dir,
+        tokenizer=tokenizer,
+        data=data,
+        text_path=text_path,
+        vocab_size=config.vocab_size,
+        n_tokens=len(open_streams(data, tokenizer)["train"]),
+        nanogpt_recipe=RECIPE,
+        counts_start=COUNTS_START[config.start],
+        max_steps=config.max_steps,
+    )
+    content = ""
+    for seed in map(int, config.seeds):
+        for contender in config.contenders:
+            for variant, figures in RUNNERS[contender](setup, seed):
+                found = earlier_runs(name, conditions)
+                found.setdefault(contender, {})[f"{variant}, seed {seed}"] = figures
+                log(f"{contender}, {variant}, seed {seed}: {figures['bits_per_char']}")
+                content = save_result(name, conditions | {"contenders": found} | compare(found, GOALS))
+    print(content, end="")
+
+
+def dtype_of(contender: str, choice: str, device: torch.device) -> torch.dtype:
+    """Return the type of a contender's matrix products; nanochat has that of ours."""
+    return dtype_as(OURS if contender == NANOCHAT else contender, choice, device)
 
 
 def leave_out(config: TrainQualityConfig) -> dict[str, Any]:
     """Train ours with each thing of INGREDIENTS changed; return the figures."""
+    device = {"device": config.device}
     tokenizer, data = prepare_tokens(config.data_dir, Path(config.work_dir), config.vocab_size)
     found = {}
     for i, (name, flags) in enumerate(INGREDIENTS.items()):
         output_dir = Path(config.work_dir) / f"ingredient_{i}"
-        run = train_ours(data, tokenizer, config.minutes, output_dir, ON_CPU | {"dtype": config.dtype} | flags)
+        run = train_ours(data, tokenizer, config.minutes, output_dir, device | {"dtype": config.dtype} | flags)
         found[name] = {
-            "bits_per_char": round(evaluate_ours(output_dir, Path(config.heldout_path), ON_CPU), 4),
+            "bits_per_char": round(evaluate_ours(output_dir, Path(config.heldout_path), device), 4),
             "tokens": run["tokens"],
             "steps": run["step"],
             "emb_dim": run["model"]["emb_dim"],

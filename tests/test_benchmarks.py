@@ -48,7 +48,7 @@ class GPTConfig:
 class GPT(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
-        assert config.vocab_size % 64 == 0 and (config.bias, config.dropout) in ((True, 0.0), (False, 0.2))
+        assert config.vocab_size % 64 == 0 and (config.bias, config.dropout) in ((True, 0.0), (False, 0.2), (False, 0.0))
         self.embedding = torch.nn.Embedding(config.vocab_size, config.n_embd)
         torch.nn.init.normal_(self.embedding.weight, std=0.02)
         print("number of parameters: few")
@@ -415,7 +415,7 @@ def figures_of(end: float, best: float, last_val_loss: float, best_val_loss: flo
 
 @pytest.mark.usefixtures("benchmark_modules")
 def test_the_variant_with_the_lowest_validation_loss_counts_and_seeds_are_averaged() -> None:
-    from aozora import TRACKS, compare
+    from aozora import TRACKS, judge
 
     found = {
         "ours": {"auto, seed 1": figures_of(4.0, 4.0, 5.01, 5.0), "auto, seed 2": figures_of(4.2, 4.1, 5.0, 5.0)},
@@ -425,7 +425,7 @@ def test_the_variant_with_the_lowest_validation_loss_counts_and_seeds_are_averag
             "3x128, rates x 3, seed 1": figures_of(4.6, 4.2, 6.0, 5.6),
         },
     }
-    result = compare(found, TRACKS["1M"])
+    result = judge(found, TRACKS["1M"])
     assert result["fewer_bits_per_char_than"]["before"] == pytest.approx({"end": 0.18, "best": 1 - 4.1 / 4.4}, abs=1e-4)
     assert result["fewer_bits_per_char_than"]["nanochat"]["best"] == pytest.approx(1 - 4.1 / 4.3, abs=1e-4)
     assert result["goals"] == {
@@ -436,7 +436,7 @@ def test_the_variant_with_the_lowest_validation_loss_counts_and_seeds_are_averag
     }
     for figures in (found["ours"]["auto, seed 2"], found["ours"]["auto, seed 2"]["not_averaged"]):
         figures["last_val_loss"] = 5.03
-        goals = compare(found, TRACKS["350k"])["goals"]
+        goals = judge(found, TRACKS["350k"])["goals"]
         assert list(goals.values()) == [False, True]
         figures["last_val_loss"] = 5.0
 
@@ -454,6 +454,62 @@ def test_the_losses_of_ours_are_those_of_the_weights_that_are_scored() -> None:
     for report in reports:
         del report["averaged_val_loss"]
     assert losses_of(reports, 100)["last_val_loss"] == 5.5
+
+
+@pytest.mark.slow
+def test_train_quality_trains_all_contenders_seed_by_seed(
+    results: Path, tmp_path: Path, sample_shards: Path, nanogpt: Path, nanochat: Path
+) -> None:
+    flags = (
+        *("--data_dir", sample_shards, *heldout_at(tmp_path), "--work_dir", tmp_path / "work", "--vocab_size", 500),
+        *("--device", "cpu", "--dtype", "float32", "--max_steps", 4, "--minutes", 1, "--no-compile_peers"),
+        *("--nanogpt_dir", nanogpt, "--nanogpt_sizes", "1x64", "--nanochat_dir", nanochat, "--nanochat_sizes", "1x64"),
+    )
+    seeds = ("--seeds", 1, 2, "--nanochat_rates", 1, 3)
+    name = "train_quality_1_float32"
+    found = result_of(call_command, name, results, "train_quality.py", *flags, *seeds)
+    assert {contender: list(runs) for contender, runs in found["contenders"].items()} == {
+        "ours": ["auto, seed 1", "auto, seed 2"],
+        "nanogpt": ["1x64, seed 1", "1x64, seed 2"],
+        "nanochat": [f"1x64, rates x {rate}, seed {seed}" for seed in (1, 2) for rate in (1, 3)],
+    }
+    assert found["dtype"] == {"ours": "float32", "nanogpt": "float32", "nanochat": "float32"}
+    assert list(found["goals"]) == [
+        "at least 25% fewer bits per character than nanogpt at its end",
+        "at least 3% fewer bits per character than nanochat at its end",
+    ]
+    other = call_command("benchmarks/train_quality.py", *flags, "--contenders", "ours", "--vocab_size", 600)
+    assert_user_error(other, "measured with vocab_size 500, not 600")
+
+    for contender in found["contenders"].values():
+        for figures in contender.values():
+            assert figures["steps"] == 4
+    (results / f"{name}.json").unlink()
+    alone = (*flags, "--contenders", "ours", "--start", "not_counted")
+    (run,) = result_of(call_command, f"{name}_start_not_counted", results, "train_quality.py", *alone)["contenders"][
+        "ours"
+    ].values()
+    state = next((tmp_path / "work/ours_123").glob("step_*/state.json"))
+    assert json.loads(state.read_bytes())["settings"]["budget_minutes"] > 1 + 0.5 / 60  # the start takes longer
+    assert run["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--contenders", "gpt5"), "gpt5 is none of ours, nanogpt, nanochat"),
+        (("--contenders", "nanochat"), "--nanochat_dir is needed"),
+        (("--heldout_path", "nowhere"), "nowhere"),
+        (("--contenders", "ours", "--seeds", "x"), "--seeds x"),
+    ],
+)
+def test_flags_that_train_quality_refuses(
+    results: Path, tmp_path: Path, sample_shards: Path, flags: tuple[object, ...], named: str
+) -> None:
+    data = ("--data_dir", sample_shards, *heldout_at(tmp_path), "--work_dir", tmp_path / "work")
+    assert_user_error(call_command("benchmarks/train_quality.py", *data, *flags), named)
+    assert not results.exists()
+    assert not (tmp_path / "work").exists()
 
 
 AOZORA = ("--track", "sample", "--jsonl_path", SAMPLE, "--vocab_size", 500, "--device", "cpu")
