@@ -1,7 +1,7 @@
 """Models side by side, each trained as in its own project, for train_speed.py, memory.py and train_quality.py.
 
-All have GPT-2's architecture in the dimensions of one GPTConfig, with biases and without dropout, and AdamW; only
-ours_modern_muon has the modern architecture and Muon. Some differences are the peers' own: transformers' labels are
+All have GPT-2's architecture in the dimensions of one GPTConfig, with biases and without dropout, and AdamW, but for two:
+ours_modern_muon has the modern architecture and Muon, nanochat its own architecture, with more parameters, and optimizer. Some differences are the peers' own: transformers' labels are
 its inputs, and it shifts them itself; llms-from-scratch has a separate output head; nanoGPT's vocabulary is padded to
 a multiple of 64, as its author advises. AdamW is fused wherever the peer leaves the choice (transformers' Trainer takes
 the fused one by default).
@@ -11,7 +11,6 @@ Shapes: B batch, T time.
 
 import contextlib
 import dataclasses
-import importlib.util
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 
 import machine  # noqa: F401  it lets gpt_model and gptkit be imported
 import torch
+from peers import build_nanochat, load_nanogpt
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,7 +31,7 @@ from gptkit.training.optimizers import BETAS, OPTIMIZERS, build_optimizer
 
 LR, ADAM_LR, WEIGHT_DECAY, GRAD_CLIP = 6e-4, 0.02, 0.1, 1.0
 OURS, MODERN = "ours", "ours_modern_muon"
-TRANSFORMERS, NANOGPT, LLMS_FROM_SCRATCH = "transformers", "nanogpt", "llms_from_scratch"
+TRANSFORMERS, NANOGPT, NANOCHAT, LLMS_FROM_SCRATCH = "transformers", "nanogpt", "nanochat", "llms_from_scratch"
 Contender = tuple[Any, Loss, torch.optim.Optimizer]  # model, loss of a batch, optimizer
 N_WARM_UP = 2  # micro-steps of each before those that count
 K = TypeVar("K")
@@ -44,9 +44,12 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     compile: bool,
-    nanogpt_dir: Path | None,
+    checkouts: Mapping[str, Path],
 ) -> Contender:
-    """Build a contender: model, loss of a batch, and optimizer. Raises ImportError where a package is missing."""
+    """Build a contender: model, loss of a batch, and optimizer. Raises ImportError where a package is missing.
+
+    `checkouts` has the folders of NANOGPT and NANOCHAT, where they are built.
+    """
     wrap: Wrap = torch.compile if compile else (lambda module: module)
     if name == OURS:
         return _ours(config, device, dtype, wrap, "adamw")
@@ -56,9 +59,10 @@ def build(
         return _transformers(config, device, wrap)
     if name == LLMS_FROM_SCRATCH:
         return _llms_from_scratch(config, device, wrap)
+    if name == NANOCHAT:
+        return _nanochat(config, device, dtype, wrap, checkouts[name])
     assert name == NANOGPT
-    assert nanogpt_dir
-    return _nanogpt(config, device, wrap, nanogpt_dir)
+    return _nanogpt(config, device, wrap, checkouts[name])
 
 
 def train_step(
@@ -94,10 +98,10 @@ def dtype_as(name: str, choice: str, device: torch.device) -> torch.dtype:
     """Return the type of a contender's matrix products; "auto" is the type that its project trains with on a CPU.
 
     There ours uses bfloat16 where the CPU multiplies it. nanoGPT's train.py uses autocast on CUDA only, transformers'
-    Trainer with bf16=True only, and the book's loops never: they stay in float32. On CUDA all get the same 16 bits,
-    although nanoGPT is the only peer that chooses it by itself.
+    Trainer with bf16=True only, and the book's loops never: they stay in float32. nanochat, which is for CUDA, is given
+    the type of ours. On CUDA all get the same 16 bits, although nanoGPT and nanochat alone choose it by themselves.
     """
-    return devices.choose_dtype(choice, device, training=name in (OURS, MODERN))
+    return devices.choose_dtype(choice, device, training=name in (OURS, MODERN, NANOCHAT))
 
 
 def random_batch(
@@ -126,16 +130,6 @@ def median_micro_step_s(
             seconds[key].append(time.perf_counter() - began)
             model.zero_grad(set_to_none=True)
     return {key: statistics.median(each[N_WARM_UP:]) for key, each in seconds.items()}
-
-
-def load_nanogpt(folder: Path) -> Any:
-    """Import model.py from a checkout of nanoGPT."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _ours(config: GPTConfig, device: torch.device, dtype: torch.dtype, wrap: Wrap, optimizer: str) -> Contender:
@@ -203,3 +197,25 @@ def _nanogpt(config: GPTConfig, device: torch.device, wrap: Wrap, folder: Path) 
         optimizer = model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, device.type)
     forward = wrap(model)
     return model, lambda inputs, targets: forward(inputs, targets)[1], optimizer
+
+
+def _nanochat(config: GPTConfig, device: torch.device, dtype: torch.dtype, wrap: Wrap, folder: Path) -> Contender:
+    model, optimizer, _ = build_nanochat(
+        folder,
+        config.vocab_size,
+        config.n_layers,
+        config.emb_dim,
+        config.n_heads,
+        config.context_length,
+        1.0,
+        device,
+        dtype,
+    )
+    forward = wrap(model)
+
+    def loss_of_batch(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, enabled=False):  # it chooses the types itself
+            loss: torch.Tensor = forward(inputs, targets)
+        return loss
+
+    return model, loss_of_batch, optimizer

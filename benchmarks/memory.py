@@ -102,7 +102,7 @@ def measure_one(name: str, config: GPTConfig, batch_size: int, device: torch.dev
 def train(name: str, config: GPTConfig, batch_size: int, device: torch.device, n_steps: int) -> None:
     """Take some steps with a new contender."""
     dtype = devices.choose_dtype("auto", device)  # on a CPU float32 for each of them
-    contender = build(name, config, device, dtype, compile=False, nanogpt_dir=None)
+    contender = build(name, config, device, dtype, compile=False, checkouts={})
     batch = random_batch(config, batch_size, device)
     for _ in range(n_steps):
         train_step(contender, *batch, device, dtype)

@@ -1,4 +1,4 @@
-"""nanoGPT and nanochat with their recipes, from checkouts of them, for train_quality.py and aozora.py.
+"""nanoGPT and nanochat with their recipes, from checkouts of them, for train_quality.py, aozora.py and contenders.py.
 
 Theirs are the model, its initialization and the optimizer, which their own code builds, and the rates, decays and
 schedules, whose values are those of their training scripts; those scripts themselves read their own corpora and count
@@ -12,6 +12,7 @@ choose float32, which is slower where the CPU multiplies bfloat16.
 
 import contextlib
 import importlib
+import importlib.util
 import math
 import os
 import re
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import load_nanogpt
 from quality import Peer
 
 from gptkit.base import devices
@@ -64,6 +64,16 @@ def parse_size(size: str, flag: str) -> tuple[int, int]:
             f"{flag} {size} is not layers x width with a width of heads of {HEAD_WIDTH}; give one like 4x256"
         )
     return int(match[1]), int(match[2])
+
+
+def load_nanogpt(folder: Path) -> Any:
+    """Import model.py from a checkout of nanoGPT."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_nanochat(folder: Path, dtype: torch.dtype) -> Any:
@@ -132,27 +142,48 @@ def nanogpt(
     )
 
 
+def build_nanochat(
+    folder: Path,
+    vocab_size: int,
+    n_layers: int,
+    width: int,
+    n_heads: int,
+    context_length: int,
+    rate: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Any, torch.optim.Optimizer, float]:
+    """Build nanochat's model and its optimizer, all of whose rates are times `rate`, and return the decay too.
+
+    As base_train.py does, the rates follow the root of the batch, NANOCHAT_BATCH sequences, and the decay of the matrices
+    its rule for a run whose tokens are in proportion to the model (there a ratio of tokens to parameters, which cancels
+    out). The optimizer is cautious. Raises UserError.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        module = load_nanochat(folder, dtype)
+        with torch.device("meta"):
+            model = _nanochat_model(module, vocab_size, n_layers, width, n_heads, context_length)
+            tuned = _nanochat_model(module, vocab_size, TUNED_DEPTH, TUNED_WIDTH, TUNED_WIDTH // 128, context_length)
+        model.to_empty(device=device)
+        model.init_weights()
+        batch_share = math.sqrt(NANOCHAT_BATCH * context_length / TUNED_BATCH)
+        decay = DECAY * batch_share * _scaling_parameters(tuned) / _scaling_parameters(model)
+        rates = {name: rate * batch_share * lr for name, lr in RATES.items()}
+        optimizer = model.setup_optimizer(**rates, weight_decay=decay)
+    return model, optimizer, decay
+
+
 def nanochat(
     folder: Path, vocab_size: int, size: str, rate: float, device: torch.device, dtype: torch.dtype, compile: bool
 ) -> Peer:
     """Build nanochat's model in a size such as 3x128, with its optimizer, all of whose rates are times `rate`.
 
-    As base_train.py does, the rates follow the root of the batch, and the decay of the matrices its rule for a run
-    whose tokens are in proportion to the model (there a ratio of tokens to parameters, which cancels out). The optimizer
-    is cautious, and the decay falls to zero by a cosine. Raises UserError.
+    As in base_train.py, the decay of the matrices falls to zero by a cosine. Raises UserError.
     """
     n_layers, width = parse_size(size, "--nanochat_sizes")
-    with contextlib.redirect_stdout(sys.stderr):
-        module = load_nanochat(folder, dtype)
-        with torch.device("meta"):
-            model = _nanochat_model(module, vocab_size, n_layers, width, HEAD_WIDTH)
-            tuned = _nanochat_model(module, vocab_size, TUNED_DEPTH, TUNED_WIDTH, 128)
-        model.to_empty(device=device)
-        model.init_weights()
-        batch_share = math.sqrt(NANOCHAT_BATCH * NANOCHAT_CONTEXT / TUNED_BATCH)
-        decay = DECAY * batch_share * _scaling_parameters(tuned) / _scaling_parameters(model)
-        rates = {name: rate * batch_share * lr for name, lr in RATES.items()}
-        optimizer = model.setup_optimizer(**rates, weight_decay=decay)
+    model, optimizer, decay = build_nanochat(
+        folder, vocab_size, n_layers, width, width // HEAD_WIDTH, NANOCHAT_CONTEXT, rate, device, dtype
+    )
     forward = torch.compile(model, dynamic=False) if compile else model
 
     def set_rates(step: int, n_steps: int) -> None:
@@ -196,11 +227,10 @@ def nanochat_momentum(step: int, n_steps: int) -> float:
     return MOMENTUM + (FINAL_MOMENTUM - MOMENTUM) * done
 
 
-def _nanochat_model(module: Any, vocab_size: int, n_layers: int, width: int, head_width: int) -> Any:
-    n_heads = width // head_width
+def _nanochat_model(module: Any, vocab_size: int, n_layers: int, width: int, n_heads: int, context_length: int) -> Any:
     return module.GPT(
         module.GPTConfig(
-            sequence_len=NANOCHAT_CONTEXT,
+            sequence_len=context_length,
             vocab_size=vocab_size,
             n_layer=n_layers,
             n_head=n_heads,

@@ -1,14 +1,14 @@
-"""Measure tokens per second of a full training step: ours against transformers, llms-from-scratch and nanoGPT.
+"""Measure tokens per second of a full training step: ours against transformers, llms-from-scratch, nanoGPT and nanochat.
 
 A step is forward, loss, backward, clipping to norm 1, the optimizer's step and dropping the gradients, on random tokens.
 All contenders (contenders.py) live in one process and take turns, a few steps each, in an order that rotates, because
-the machines are shared and their speed changes. ours_modern_muon, the default recipe, is another model: its row shows
-what it costs. A peer that is not installed, or fails, is reported as missing.
+the machines are shared and their speed changes. ours_modern_muon, the default recipe, and nanochat, with its own optimizer,
+are other models: their rows show what these cost. A peer that is not installed, or fails, is reported as missing.
 
 Each multiplies in the type that its project chooses for the device (contenders.dtype_as): on a CPU that multiplies
 bfloat16, ours does and the peers do not. --dtype gives all of them the same type.
 
-    python benchmarks/train_speed.py --nanogpt_dir CHECKOUT
+    python benchmarks/train_speed.py --nanogpt_dir CHECKOUT --nanochat_dir CHECKOUT
     python benchmarks/train_speed.py --nanogpt_dir CHECKOUT --vocab_size 4096
     python benchmarks/train_speed.py --nanogpt_dir CHECKOUT --dtype float32
     python benchmarks/train_speed.py --size 12x768 --context_length 1024 --batch_size 16 --dtype bfloat16 --compile
@@ -18,15 +18,17 @@ import gc
 import re
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import contenders
 import torch
-from contenders import LLMS_FROM_SCRATCH, MODERN, NANOGPT, OURS, TRANSFORMERS, Contender, build, train_step
+from contenders import LLMS_FROM_SCRATCH, MODERN, NANOCHAT, NANOGPT, OURS, TRANSFORMERS, Contender, build, train_step
 from machine import log, versions, write_result
 from models import make_config
+from peers import compilation
 
 from gpt_model import GPTConfig
 from gptkit.base import devices
@@ -34,7 +36,8 @@ from gptkit.base.cli import UserError, first_line, run_command, setting
 from gptkit.training.planning import flops_per_token
 
 N_WARM_UP = 2  # steps of each before the first round; the first one compiles
-CONTENDERS = OURS, TRANSFORMERS, MODERN, NANOGPT, LLMS_FROM_SCRATCH
+CONTENDERS = OURS, TRANSFORMERS, MODERN, NANOGPT, NANOCHAT, LLMS_FROM_SCRATCH
+CHECKOUTS = {NANOGPT: "model.py", NANOCHAT: "nanochat/gpt.py"}  # a file that is there
 HEAD_WIDTH = 64  # GPT-2's, unless --n_heads is given
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -51,6 +54,7 @@ class TrainSpeedConfig:
     n_rounds: int = setting(7, "rounds, of which the median counts", at_least=1, group="measurement")
     steps_a_round: int = setting(2, "steps of each contender in a round", at_least=1, group="measurement")
     nanogpt_dir: str | None = setting(None, "a checkout of nanoGPT", group="measurement")
+    nanochat_dir: str | None = setting(None, "a checkout of nanochat", group="measurement")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", group="device")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "type of matrix products (auto: as each project)", group="device"
@@ -61,13 +65,17 @@ class TrainSpeedConfig:
 def main(config: TrainSpeedConfig) -> None:
     device = devices.choose_device(config.device)
     dimensions = model_dimensions(config)
-    nanogpt_dir = Path(config.nanogpt_dir) if config.nanogpt_dir else None
-    if nanogpt_dir and not (nanogpt_dir / "model.py").is_file():
-        raise UserError(f"--nanogpt_dir {nanogpt_dir} holds no model.py; name a checkout of nanoGPT")
+    given = {NANOGPT: config.nanogpt_dir, NANOCHAT: config.nanochat_dir}
+    checkouts = {name: Path(folder).resolve() for name, folder in given.items() if folder}
+    for name, folder in checkouts.items():
+        if not (folder / CHECKOUTS[name]).is_file():
+            raise UserError(f"--{name}_dir {given[name]} holds no {CHECKOUTS[name]}; name a checkout of {name}")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as pretraining.py, and as nanoGPT's train.py
     suffix = "" if config.dtype == "auto" else f"_{config.dtype}"
-    write_result(f"train_speed_{config.vocab_size}{suffix}", measure(dimensions, config, nanogpt_dir, device))
+    with compilation(config.compile):
+        result = measure(dimensions, config, checkouts, device)
+    write_result(f"train_speed_{config.vocab_size}{suffix}", result)
 
 
 def model_dimensions(config: TrainSpeedConfig) -> GPTConfig:
@@ -87,18 +95,19 @@ def model_dimensions(config: TrainSpeedConfig) -> GPTConfig:
 
 
 def measure(
-    dimensions: GPTConfig, config: TrainSpeedConfig, nanogpt_dir: Path | None, device: torch.device
+    dimensions: GPTConfig, config: TrainSpeedConfig, checkouts: Mapping[str, Path], device: torch.device
 ) -> dict[str, Any]:
     """Warm up all contenders, measure them in turns, and return the figures."""
     torch.manual_seed(0)
     batch = contenders.random_batch(dimensions, config.batch_size, device)
     dtypes = {name: contenders.dtype_as(name, config.dtype, device) for name in CONTENDERS}
-    ready, losses, missing = warm_up(dimensions, config.compile, nanogpt_dir, batch, device, dtypes)
+    ready, losses, missing = warm_up(dimensions, config.compile, checkouts, batch, device, dtypes)
     times_s = measure_rounds(ready, losses, config, batch, device, dtypes)
     speed = {name: batch[0].numel() / statistics.median(values) for name, values in times_s.items()}
     # These are the architecture's, whoever runs it: each GPT-2 has the same matrices.
-    per_token = {name: flops_per_token(ready[MODERN if name == MODERN else OURS][0].config) for name in ready}
-    flops = {name: value * per_token[name] for name, value in speed.items()}
+    counted = {name: flops_per_token(ready[MODERN if name == MODERN else OURS][0].config) for name in ready}
+    counted.pop(NANOCHAT, None)
+    flops = {name: speed[name] * per_token for name, per_token in counted.items()}
     mfu = {name: devices.format_mfu(value, device, dtypes[name]) for name, value in flops.items()}
     return {
         "size": f"{dimensions.n_layers}x{dimensions.emb_dim}",
@@ -129,7 +138,7 @@ def measure(
 def warm_up(
     dimensions: GPTConfig,
     compile: bool,
-    nanogpt_dir: Path | None,
+    checkouts: Mapping[str, Path],
     batch: Batch,
     device: torch.device,
     dtypes: dict[str, torch.dtype],
@@ -139,14 +148,14 @@ def warm_up(
     losses: dict[str, list[float]] = {}
     missing: dict[str, str] = {}
     for name, dtype in dtypes.items():
-        if name == NANOGPT and nanogpt_dir is None:
-            missing[name] = "no --nanogpt_dir"
+        if name in CHECKOUTS and name not in checkouts:
+            missing[name] = f"no --{name}_dir"
             continue
         start = time.monotonic()
         try:
             torch.manual_seed(0)
             contenders.allocate_as(name, device)
-            contender = build(name, dimensions, device, dtype, compile, nanogpt_dir)
+            contender = build(name, dimensions, device, dtype, compile, checkouts)
             losses[name] = [train_step(contender, *batch, device, dtype).item() for _ in range(N_WARM_UP)]
             ready[name] = contender
             log(f"{name}: ready in {time.monotonic() - start:.1f} s")

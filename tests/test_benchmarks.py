@@ -197,11 +197,12 @@ def llms_from_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("llms_from_scratch")
-def test_train_speed_times_all_contenders(results: Path, nanogpt: Path) -> None:
-    flags = ("--size", "1x32", *TINY, "--n_rounds", 3, "--steps_a_round", 1, "--nanogpt_dir", nanogpt)
+def test_train_speed_times_all_contenders(results: Path, nanogpt: Path, nanochat: Path) -> None:
+    peers = ("--nanogpt_dir", nanogpt, "--nanochat_dir", nanochat)
+    flags = ("--size", "1x32", *TINY, "--n_rounds", 3, "--steps_a_round", 1, *peers)
     found = result_of(call_command, "train_speed_500", results, "train_speed.py", *flags)
     assert found["missing"] == {}
-    names = {"ours", "ours_modern_muon", "transformers", "nanogpt", "llms_from_scratch"}
+    names = {"ours", "ours_modern_muon", "transformers", "nanogpt", "nanochat", "llms_from_scratch"}
     assert found["times_s"].keys() == names
     speed, ratio = found["median_tokens_per_s"], found["ours_to"]
     for name, times_s in found["times_s"].items():
@@ -213,7 +214,9 @@ def test_train_speed_times_all_contenders(results: Path, nanogpt: Path) -> None:
     for name in names - {"ours"}:
         assert ratio[name] == pytest.approx(speed["ours"] / speed[name], abs=1e-3)
     assert found["goals"] == {"at least 1.1 times nanoGPT": ratio["nanogpt"] >= 1.1}
-    assert {found["dtype"][name] for name in names - {"ours", "ours_modern_muon"}} == {"float32"}  # theirs on a CPU
+    theirs = names - {"ours", "ours_modern_muon", "nanochat"}
+    assert {found["dtype"][name] for name in theirs} == {"float32"}  # as they choose on a CPU
+    assert found["gflop_per_s"].keys() == names - {"nanochat"}  # whose architecture is another
     # GPT-2's parameters, counted by hand: embeddings, then a block's four matrices and biases, and three norms.
     block = 12 * 32 * 32 + (3 + 1 + 4 + 1) * 32 + 2 * 2 * 32
     assert found["n_parameters"]["transformers"] == (500 + 16) * 32 + block + 2 * 32
@@ -235,7 +238,7 @@ def test_each_contender_gets_the_precision_of_its_project(multiplies: bool, monk
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": multiplies}, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if multiplies else (7, 5))
     on_cpu, on_cuda = (torch.bfloat16, torch.bfloat16) if multiplies else (torch.float32, torch.float16)
-    for name in ("ours", "ours_modern_muon"):
+    for name in ("ours", "ours_modern_muon", "nanochat"):
         assert contenders.dtype_as(name, "auto", torch.device("cpu")) == on_cpu
         assert contenders.dtype_as(name, "auto", torch.device("cuda")) == on_cuda
     for name in ("transformers", "nanogpt", "llms_from_scratch"):
@@ -246,7 +249,12 @@ def test_each_contender_gets_the_precision_of_its_project(multiplies: bool, monk
 
 @pytest.mark.parametrize(
     ("flags", "named"),
-    [(("--nanogpt_dir", "none"), "none holds no model.py"), (("--size", "large"), "large"), (("--n_heads", 3), "3")],
+    [
+        (("--nanogpt_dir", "none"), "none holds no model.py"),
+        (("--nanochat_dir", "none"), "none holds no nanochat/gpt.py"),
+        (("--size", "large"), "large"),
+        (("--n_heads", 3), "3"),
+    ],
 )
 def test_flags_that_train_speed_refuses(results: Path, flags: tuple[object, ...], named: str) -> None:
     result = call_command("benchmarks/train_speed.py", *flags)
