@@ -35,7 +35,8 @@ from gptkit.text.tokenizer import Tokenizer, TokenizerSettings
 from gptkit.training import checkpoints
 from gptkit.training.bigram_init import initialize_from_bigrams
 from gptkit.training.chain import run_chain
-from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, compiles, oom_as_user_error, restart
+from gptkit.training.compilation import BatchTooLarge, checkpoint_activations, oom_as_user_error, restart
+from gptkit.training.compiler_gain import compiles
 from gptkit.training.cpu_layers import quicken
 from gptkit.training.distillation import load_teacher, sizes_within
 from gptkit.training.further_tokens import make_further_tokens
@@ -213,7 +214,7 @@ def train(
 def start_session(run: Run, started_at: float, stop: StopSignals) -> tuple[Pace, RunLog]:
     """Compile and time a step, announce the run, and return its pace and its log."""
     left_s = time_left_s(run.settings, run.elapsed_s, started_at)
-    step_s = run.compile(compiles(run.settings.compile, run.device, left_s))
+    step_s = run.compile(compiles(run.settings, run.plan.model, run.plan.batch_size, run.device, run.dtype, left_s))
     n_forward = math.ceil(len(run.validation) / process_group.world_size()) * (2 if run.average.is_on else 1)
     pace = Pace(
         run.settings, run.plan.recipe, run.batches, stop,

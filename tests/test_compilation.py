@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from gptkit.base import devices
 from gptkit.training.compilation import (
     BatchTooLarge,
     compile_and_time,
-    compiles,
     find_batch_size,
     next_smaller_batch,
     oom_as_user_error,
@@ -100,24 +98,6 @@ def test_failure_to_compile_is_a_warning(monkeypatch: pytest.MonkeyPatch, capsys
     assert_loss_of(model, loss_of_batch(*batch), batch)
     warning = capsys.readouterr().err
     assert warning == "warning: --compile failed (RuntimeError: no compiler was found); continuing without it\n"
-
-
-@pytest.mark.parametrize(
-    ("compile", "device", "left_s", "expected"),
-    [
-        (None, CUDA, 20.0, True),
-        (None, CUDA, math.inf, True),
-        (None, CPU, 599.0, False),
-        (None, CPU, 600.0, True),
-        (None, CPU, math.inf, False),  # without a budget
-        (None, torch.device("mps"), 3600.0, False),
-        (True, CPU, 20.0, True),
-        (False, CPU, 3600.0, False),
-        (False, CUDA, math.inf, False),
-    ],
-)
-def test_where_a_model_is_compiled(compile: bool | None, device: torch.device, left_s: float, expected: bool) -> None:
-    assert compiles(compile, device, left_s) == expected
 
 
 @pytest.mark.usefixtures("sample_tokens")

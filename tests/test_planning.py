@@ -11,8 +11,13 @@ from conftest import Clock
 
 from gpt_model import GPTConfig, GPTModel
 from gptkit.base.cli import UserError
-from gptkit.training import planning, speed
+from gptkit.training import optimizers, planning, speed
+from gptkit.training.characters import share_characters
+from gptkit.training.compiler_gain import CompilerGain
+from gptkit.training.cpu_layers import causal_attention
+from gptkit.training.muon import MuonAdamW
 from gptkit.training.planning import Plan, resume_plan, sequences_per_step, steps_within
+from gptkit.training.recipe import CHARACTER_SHARE
 from gptkit.training.settings import TrainingSettings
 from gptkit.training.speed import Speed
 
@@ -240,16 +245,55 @@ def test_other_optimizers_and_pretrained_weights_keep_the_plain_decay(optimizer:
     assert (recipe.weight_decay, recipe.embedding_decay, recipe.shuffle) == (0.1, 0.0, "documents")
 
 
-@pytest.mark.parametrize(("is_compiled", "micro_step_s"), [(False, 2.4), (True, 2.0)])
-def test_a_run_that_will_be_compiled_is_foreseen_faster(
-    monkeypatch: pytest.MonkeyPatch, is_compiled: bool, micro_step_s: float
-) -> None:
-    monkeypatch.setattr(speed, "compile_and_time", lambda *arguments: (None, {"forward": 1.0, "backward": 1.4}))
+def test_the_speed_is_that_of_micro_steps_and_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+
+    def compile_and_time(model: GPTModel, *arguments: Any) -> tuple[None, dict[str, float]]:
+        models.append(model)
+        return None, {"forward": 1.0, "backward": 1.4}
+
+    monkeypatch.setattr(speed, "compile_and_time", compile_and_time)
     monkeypatch.setattr(speed, "time_optimizer_step", lambda *arguments: 0.5)
     settings, cpu = TrainingSettings(data_dir="text", budget_minutes=30), torch.device("cpu")
-    measured = speed.measure_speed(settings, MODEL, GPTModel, cpu, torch.float32, None, None, is_compiled)
-    assert measured.token_s == pytest.approx(micro_step_s / 2048)  # 512 sequences of 4 tokens
+    measured = speed.measure_speed(settings, MODEL, GPTModel, cpu, torch.float32, None, None)
+    assert measured.token_s == pytest.approx(2.4 / 2048)  # 512 sequences of 4 tokens
     assert measured.optimizer_s == 0.5
+    assert measured.compiled(1.2) == Speed(pytest.approx(2.0 / 2048), 0.5)
+    (model,) = models
+    assert model.trf_blocks[0].att.attend is causal_attention  # as in the run
+
+
+def test_shared_characters_are_part_of_the_optimizers_step() -> None:
+    settings, cpu = TrainingSettings(data_dir="text", budget_minutes=30), torch.device("cpu")
+    shared = share_characters(["の", "のは", "は", "", "", "", "", ""], 64)
+    steps = []
+
+    class Watched(MuonAdamW):
+        def _character_step(self, group: Any) -> None:
+            steps.append(group["character_share"])
+            super()._character_step(group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizers, "MuonAdamW", Watched)
+        speed.measure_speed(settings, MODEL, GPTModel, cpu, torch.float32, None, shared)
+    assert set(steps) == {CHARACTER_SHARE}
+
+
+def test_the_compiler_takes_its_time_and_gives_its_speed() -> None:
+    gain, asked = CompilerGain(40.0, 1.25), []
+
+    def gain_for(plan: Plan) -> CompilerGain:
+        asked.append(plan)
+        return gain
+
+    measured = Speed(1e-4, 0.0)
+    plain, compiled = (
+        planning.plan_for_budget(1000.0, sizes_for(64), lambda model: measured, 10**9, "cpu", None, None, **gains)[1]
+        for gains in ({}, {"gain_for": gain_for})
+    )
+    assert plain == pytest.approx(1000 / 1e-4)
+    assert compiled == pytest.approx(960 * 1.25 / 1e-4)
+    assert all(plan.sequences_per_step == sequences_per_step(plain, plan.model.context_length) for plan in asked)
 
 
 @pytest.mark.parametrize(("n_processes", "tokens"), [(1, 2e6), (2, 3e6)])

@@ -6,7 +6,6 @@ Shapes: B batch, T time, C channels.
 import contextlib
 import functools
 import gc
-import math
 import os
 import sys
 import time
@@ -23,16 +22,13 @@ from gptkit.base.cli import UserError, first_line
 from gptkit.base.processes import run_child
 from gptkit.distributed import fsdp
 from gptkit.distributed.process_group import main_process
+from gptkit.training.compiler_gain import record_gain
 from gptkit.training.distillation import HiddenStates, Teacher
 from gptkit.training.further_tokens import FurtherTokens
 from gptkit.training.loss import linear_cross_entropy
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, each (B, T) -> mean, nats per token
 PARTS = ("forward", "backward")
-
-# On a CPU of two cores the compiler takes 32 to 36 seconds, and forward and backward are then 1.18 to 1.19 times as fast
-# (micro and mini, one and two threads; benchmarks/compile_gain.py): of a much shorter time it would take what it gives.
-WORTH_COMPILING_S, COMPILING_S, COMPILED_SPEEDUP = 600.0, 35.0, 1.2
 
 
 class BatchTooLarge(UserError):
@@ -136,17 +132,6 @@ def _checkpointed(forward: Callable[..., torch.Tensor], *args: Any) -> torch.Ten
     return checkpoint(forward, *args, use_reentrant=False)
 
 
-@main_process
-def compiles(compile: bool | None, device: torch.device, left_s: float) -> bool:
-    """Return whether a session compiles its model: as asked for, on CUDA, or on a CPU where a budget has time for it.
-
-    left_s are the seconds of the budget that remain, infinite without one: how long such a run takes is not known.
-    """
-    if compile is not None:
-        return compile
-    return device.type == "cuda" or (device.type == "cpu" and WORTH_COMPILING_S <= left_s < math.inf)
-
-
 def compile_and_time(
     model: Any,
     vocab_size: int,
@@ -156,33 +141,22 @@ def compile_and_time(
     dtype: torch.dtype,
     teacher: Teacher | None = None,
     further: FurtherTokens | None = None,
+    is_asked_for: bool = True,
 ) -> tuple[Loss, dict[str, float]]:
     """Return the model's loss, compiled or not, and the seconds of each of PARTS of a micro-step, the teacher's included.
 
-    A failure to compile is a warning. Changes neither weights nor random streams.
+    A failure to compile is a warning. On a CPU what the compiler gives is recorded, and it is left out where it gives
+    nothing and was not asked for. Changes neither weights nor random streams.
     """
-    inputs, targets = (ids.to(device) for ids in batch)  # each (B, T)
     states = devices.get_rng_states(device)
-
-    def micro_step_s(loss_of_batch: Loss) -> tuple[float, float]:
-        start = time.monotonic()
-        with devices.autocast(device, dtype):
-            loss = loss_of_batch(inputs, targets)
-        devices.synchronize(device)
-        middle = time.monotonic()
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        if further:
-            further.projection.grad = None
-        devices.synchronize(device)
-        return middle - start, time.monotonic() - middle
-
-    chosen = make_loss(model, model.hidden_states, vocab_size, teacher, further)
+    inputs, targets = (ids.to(device) for ids in batch)  # each (B, T)
+    measure = functools.partial(_micro_step_s, model, (inputs, targets), device, dtype, further)
+    eager = chosen = make_loss(model, model.hidden_states, vocab_size, teacher, further)
     if compile:
         try:
             compiled_teacher = teacher.compiled() if teacher else None
             compiled = make_loss(model, torch.compile(model.hidden_states), vocab_size, compiled_teacher, further)
-            micro_step_s(compiled)
+            measure(compiled)
             chosen = compiled
         except Exception as error:  # the compiler's errors have no common class
             if devices.is_out_of_memory(error):
@@ -191,11 +165,45 @@ def compile_and_time(
                 f"warning: --compile failed ({type(error).__name__}: {first_line(error)}); continuing without it",
                 file=sys.stderr,
             )
-    parts_s = micro_step_s(chosen)
-    if _is_short(sum(parts_s)):  # the first one also warms up; a long one is measured well enough
-        parts_s = min((micro_step_s(chosen) for _ in range(3)), key=sum)
+    parts_s = _typical_s(measure, chosen)
+    if chosen is not eager and device.type == "cpu" and _is_short(sum(parts_s)):
+        eager_s = _typical_s(measure, eager)
+        record_gain(model.config, len(inputs), dtype, sum(eager_s) / sum(parts_s))
+        if sum(eager_s) < sum(parts_s) and not is_asked_for:
+            print(
+                "the compiled model is no faster on this machine; training as it is (--compile compiles all the same)"
+            )
+            chosen, parts_s = eager, eager_s
     devices.set_rng_states(states, device)
     return chosen, dict(zip(PARTS, parts_s, strict=True))
+
+
+def _micro_step_s(
+    model: Any,
+    batch: tuple[torch.Tensor, torch.Tensor],  # each (B, T)
+    device: torch.device,
+    dtype: torch.dtype,
+    further: FurtherTokens | None,
+    loss_of_batch: Loss,
+) -> tuple[float, float]:
+    """Return the seconds of a forward and of a backward pass; no gradient stays."""
+    start = time.monotonic()
+    with devices.autocast(device, dtype):
+        loss = loss_of_batch(*batch)
+    devices.synchronize(device)
+    middle = time.monotonic()
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    if further:
+        further.projection.grad = None
+    devices.synchronize(device)
+    return middle - start, time.monotonic() - middle
+
+
+def _typical_s(measure: Callable[[Loss], tuple[float, float]], loss: Loss) -> tuple[float, float]:
+    """Return the median of three measurements; of a long one, the first."""
+    parts_s = measure(loss)  # it also warms up
+    return sorted((measure(loss) for _ in range(3)), key=sum)[1] if _is_short(sum(parts_s)) else parts_s
 
 
 @main_process
@@ -205,7 +213,7 @@ def _is_short(seconds: float) -> bool:
 
 
 def time_optimizer_step(model: nn.Module, build: Callable[[], torch.optim.Optimizer], device: torch.device) -> float:
-    """Return the seconds of one step of a new optimizer, which is discarded; the weights are restored."""
+    """Return the seconds of clipping and one step of a new optimizer, which is discarded; the weights are restored."""
     optimizer = build()
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     for _ in range(2):  # the first step also allocates the state
@@ -213,6 +221,7 @@ def time_optimizer_step(model: nn.Module, build: Callable[[], torch.optim.Optimi
             parameter.grad = torch.full_like(parameter, 1e-3)
         devices.synchronize(device)
         start = time.monotonic()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         devices.synchronize(device)
         seconds = time.monotonic() - start

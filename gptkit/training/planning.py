@@ -17,7 +17,7 @@ from gptkit.base.cli import UserError, format_duration
 from gptkit.base.files import as_dict
 from gptkit.distributed.process_group import main_process, world_size
 from gptkit.training.characters import SharedCharacters
-from gptkit.training.compilation import COMPILING_S, compiles
+from gptkit.training.compiler_gain import CompilerGain, compiles, expected_gain
 from gptkit.training.distillation import Teacher
 from gptkit.training.optimizers import OPTIMIZERS
 from gptkit.training.recipe import Reading, Recipe, choose_recipe, describe_recipe, saved_recipe, worth_of
@@ -140,13 +140,16 @@ def choose_plan(
             f"--budget_minutes {settings.budget_minutes} are over before training begins; give more, or tokenize the"
             " text first (pretokenize.py)"
         )
-    is_compiled = device.type == "cpu" and compiles(settings.compile, device, left_s)
-    if is_compiled:
-        left_s = max(left_s - COMPILING_S, MIN_TRAINING_S)  # --compile may be asked for where there is no time for it
+
+    def gain_for(plan: Plan) -> CompilerGain | None:  # on other devices it is not known
+        found = expected_gain(plan.model, plan.batch_size, dtype)
+        is_compiled = compiles(settings, plan.model, plan.batch_size, device, dtype, left_s)
+        return found if is_compiled and device.type == "cpu" else None
+
     plan, total_tokens = plan_for_budget(
         left_s - CLOSING_S,
         sizes,
-        lambda model: measure_speed(settings, model, build, device, dtype, teacher, characters, is_compiled),
+        lambda model: measure_speed(settings, model, build, device, dtype, teacher, characters),
         n_training_tokens,
         device.type,
         settings.batch_size,
@@ -155,6 +158,7 @@ def choose_plan(
         limit=most_tokens(settings, n_training_tokens),
         is_regularized=plans_decays(settings, is_pretrained)
         and 0 not in (settings.weight_decay, settings.embedding_decay),
+        gain_for=gain_for,
     )
     return finish_plan(plan, settings, n_training_tokens, total_tokens, is_pretrained)
 
@@ -195,20 +199,21 @@ def plan_for_budget(
     n_processes: int = 1,
     limit: float = math.inf,
     is_regularized: bool = True,
+    gain_for: Callable[[Plan], CompilerGain | None] = lambda plan: None,
 ) -> tuple[Plan, float]:
     """Return the largest model for which left_s seconds are worth enough tokens, its batch, and the tokens that it reads.
 
     Enough are TOKENS_PER_PARAMETER, or where the recipe regularizes ENOUGH_EPOCHS of the text, with at most
     PARAMETERS_PER_TOKEN of it. `sizes` lead from small to large by name; a single one is taken. `measure` gives the speed of
-    one process; n_processes are taken to be as many times as fast. The run reads `limit` tokens at most. Prints what was
-    measured and chosen.
+    one process; n_processes are taken to be as many times as fast; `gain_for` gives what the compiler takes and gives, where
+    a run is compiled. The run reads `limit` tokens at most. Prints what was measured and chosen.
     """
     chosen = None
     plan_for = functools.partial(
         plan_batch, device_type=device_type, batch_size=batch_size, grad_accum_steps=grad_accum_steps, n_processes=n_processes
     )  # fmt: skip
     for size, model in sizes.items():
-        possible = measure(model).total_tokens(left_s, n_processes, functools.partial(plan_for, model))
+        possible = possible_tokens(measure(model), left_s, n_processes, functools.partial(plan_for, model), gain_for)
         total_tokens = min(possible, limit)
         n_epochs = total_tokens / n_training_tokens
         worth = worth_of(n_training_tokens, n_epochs)
@@ -239,6 +244,22 @@ def plan_for_budget(
         flush=True,
     )
     return plan, total_tokens
+
+
+def possible_tokens(
+    speed: Speed,
+    left_s: float,
+    n_processes: int,
+    plan_for: Callable[[float], Plan],
+    gain_for: Callable[[Plan], CompilerGain | None],
+) -> float:
+    """Return the tokens that a run may read in left_s seconds, compiled where it will be."""
+    total = speed.total_tokens(left_s, n_processes, plan_for)
+    gain = gain_for(plan_for(total))
+    if gain is None:
+        return total
+    left_s = max(left_s - gain.seconds, MIN_TRAINING_S)  # --compile may be asked for where there is no time for it
+    return speed.compiled(gain.times_as_fast).total_tokens(left_s, n_processes, plan_for)
 
 
 def plan_batch(

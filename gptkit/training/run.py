@@ -106,6 +106,7 @@ class Run:
         measure = functools.partial(
             compile_and_time, self.model, self.model.config.vocab_size,
             device=self.device, dtype=self.dtype, teacher=self.teacher, further=self.further,
+            is_asked_for=self.settings.compile is not None,
         )  # fmt: skip
         loss = None
         try:
