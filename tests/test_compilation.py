@@ -123,6 +123,7 @@ def test_a_run_with_time_for_it_is_compiled_on_the_cpu(
         return compiled
 
     monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # without what earlier runs have found
     data = (*SAMPLE_TOKENS, "--data_dir", sample_shards, "--use_pretokenized", "--device", "cpu")
     few = ("--bigram_steps", 0, "--eval_freq", 1, "--eval_iter", 1, "--max_steps", 3, "--output_dir", tmp_path / "out")
     result = call_command("pretraining.py", *data, *TINY_MODEL, *few, *flags)
