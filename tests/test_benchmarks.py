@@ -636,6 +636,14 @@ def test_what_the_compiler_gives_is_measured_in_turns(results: Path, monkeypatch
 
 
 @pytest.mark.slow
+def test_attention_is_timed_in_turns(results: Path) -> None:
+    found = result_of(call_command, "attention_speed", results, "attention_speed.py", "--threads", 1, "--n_rounds", 1)
+    assert len(found["ms"]) == 8
+    for times in found["ms"].values():
+        assert times["times as fast"] == pytest.approx(times["torch's"] / times["ours"], rel=0.05)
+
+
+@pytest.mark.slow
 def test_what_dropout_costs_is_measured_in_turns(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     flags = ("--size", "nano", "--threads", 1, "--vocab_size", 64, "--batch_tokens", 128, "--n_rounds", 1)
