@@ -199,8 +199,8 @@ class TrainingSettings(RecipeSettings):
     )
     compile: bool | None = setting(
         None,
-        "torch.compile the model (default: on CUDA, and on a CPU with 10 minutes of --budget_minutes left); where that"
-        " fails, continue without",
+        "torch.compile the model (default: on CUDA, and on a CPU with 6 minutes of --budget_minutes left, or 1 if it was"
+        " compiled there before); where that fails, continue without",
         group="device",
     )
     activation_checkpointing: bool = setting(
