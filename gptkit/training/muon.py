@@ -10,6 +10,7 @@ from collections import defaultdict
 from typing import Any, Literal
 
 import torch
+from torch.optim.adamw import adamw
 
 from gptkit.distributed.fsdp import full_tensor, local_shard, shard_like
 from gptkit.training.characters import SharedCharacters
@@ -96,14 +97,13 @@ class MuonAdamW(torch.optim.AdamW):
             if CHARACTER_STATE[0] not in state or state[CHARACTER_STATE[0]].shape != gradient.shape:  # of other tokens
                 state |= {key: torch.zeros_like(gradient) for key in CHARACTER_STATE}
             mean, mean_square = (state[key] for key in CHARACTER_STATE)
-            mean.lerp_(gradient, 1 - beta1)
-            mean_square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            # Tensors, as the number of steps is one, so that nothing waits for a GPU.
-            correction1, correction2 = (1 - beta ** state["step"] for beta in group["betas"])
-            root = torch.sqrt(mean_square, out=gradient).add_(group["eps"] * correction2.sqrt())
-            step = self.characters.of_rows.sum(torch.div(mean, root, out=root))  # (V, C)
-            step.mul_(correction2.sqrt() / correction1)
-            parameter.add_(shard_like(step, like=parameter), alpha=-group["lr"] * group["character_share"])
+            shared = torch.zeros_like(gradient)  # they move from here, and the rows as far as they
+            adamw(
+                [shared], [gradient], [mean], [mean_square], [], [state["step"] - 1],
+                fused=group["fused"], amsgrad=False, beta1=beta1, beta2=beta2, eps=group["eps"], maximize=False,
+                lr=group["lr"] * group["character_share"], weight_decay=0.0,
+            )  # fmt: skip
+            parameter.add_(shard_like(self.characters.of_rows.sum(shared), like=parameter))
 
     def _muon_step(self, group: Group) -> None:
         by_shape = defaultdict(list)
