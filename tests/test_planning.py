@@ -137,11 +137,25 @@ def test_after_the_end_no_step_is_taken_back(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("total_tokens", "expected"),  # 1,200 steps for a million tokens, twice as many for eight times the tokens
-    [(100, 1), (4e4, 1), (1e6, 8), (8e6, 32), (15e6, 32), (64e6, 128), (1e9, 512)],
+    (
+        "total_tokens",
+        "often",
+        "seldom",
+    ),  # 1,200 or 600 steps for a million tokens, twice as many for eight times the tokens
+    [
+        (100, 1, 1),
+        (4e4, 1, 2),
+        (1e6, 8, 16),
+        (8e6, 32, 64),
+        (15e6, 32, 64),
+        (64e6, 128, 256),
+        (1e9, 512, 1024),
+    ],
 )
-def test_a_batch_is_the_nearest_power_of_two(total_tokens: float, expected: int) -> None:
-    n = sequences_per_step(total_tokens, 128)
+@pytest.mark.parametrize("n_epochs", [3.0, 2.9])
+def test_a_batch_is_the_nearest_power_of_two(total_tokens: float, n_epochs: float, often: int, seldom: int) -> None:
+    n = sequences_per_step(total_tokens, n_epochs, 128)
+    expected = often if n_epochs >= 3 else seldom
     assert n == expected
     assert isinstance(n, int)
 
@@ -293,7 +307,9 @@ def test_the_compiler_takes_its_time_and_gives_its_speed() -> None:
     )
     assert plain == pytest.approx(1000 / 1e-4)
     assert compiled == pytest.approx(960 * 1.25 / 1e-4)
-    assert all(plan.sequences_per_step == sequences_per_step(plain, plan.model.context_length) for plan in asked)
+    assert all(
+        plan.sequences_per_step == sequences_per_step(plain, plain / 10**9, plan.model.context_length) for plan in asked
+    )
 
 
 @pytest.mark.parametrize(("n_processes", "tokens"), [(1, 2e6), (2, 3e6)])

@@ -20,7 +20,7 @@ from gptkit.training.characters import SharedCharacters
 from gptkit.training.compiler_gain import CompilerGain, compiles, expected_gain
 from gptkit.training.distillation import Teacher
 from gptkit.training.optimizers import OPTIMIZERS
-from gptkit.training.recipe import Reading, Recipe, choose_recipe, describe_recipe, saved_recipe, worth_of
+from gptkit.training.recipe import MANY_EPOCHS, Reading, Recipe, choose_recipe, describe_recipe, saved_recipe, worth_of
 from gptkit.training.settings import BATCH_SIZE, TrainingSettings, budget_s, most_epochs, peak_lr
 from gptkit.training.speed import Speed, measure_speed
 
@@ -33,8 +33,11 @@ TOKENS_PER_PARAMETER = 2.0
 # the text. NanoGPT Slowrun's first model has 12 (github.com/qlabs-eng/slowrun, README).
 ENOUGH_EPOCHS, PARAMETERS_PER_TOKEN = 5.0, 16.0
 # Optimizer steps in a run, growing with the cube root of the tokens, so that batch and steps both grow. For a million tokens
-# a batch of 1,024 was the best tried, and for 12 million 2,929 steps were better than 1,464 (benchmarks/README.md).
+# a batch of 1,024 was the best tried, and for 12 million read five times 2,929 steps were better than 1,464. By the recipe
+# for text that is read seldom, whose embedding learns faster, half as many are better: for 3.7 million tokens 900 steps were
+# better than 450, 1,800 and 3,600 (benchmarks/README.md).
 STEPS, STEPS_TOKENS, STEPS_POWER = 1200, 1e6, 1 / 3
+SELDOM_STEPS = 600
 CLOSING_S = 3.0  # of a budget: the last evaluation, sample, checkpoint and curve
 MIN_TRAINING_S = 5.0  # of a budget that must be left when training begins
 MICRO_STEP_TOKENS = {"cpu": 4096, "cuda": 32_768}  # with a budget: the most tokens in one pass through the model
@@ -210,7 +213,8 @@ def plan_for_budget(
     """
     chosen = None
     plan_for = functools.partial(
-        plan_batch, device_type=device_type, batch_size=batch_size, grad_accum_steps=grad_accum_steps, n_processes=n_processes
+        plan_batch, n_training_tokens=n_training_tokens, device_type=device_type, batch_size=batch_size,
+        grad_accum_steps=grad_accum_steps, n_processes=n_processes,
     )  # fmt: skip
     for size, model in sizes.items():
         possible = possible_tokens(measure(model), left_s, n_processes, functools.partial(plan_for, model), gain_for)
@@ -266,13 +270,15 @@ def plan_batch(
     model: Any,
     total_tokens: float,
     *,
+    n_training_tokens: int,
     device_type: str,
     batch_size: int | None,
     grad_accum_steps: int | None,
     n_processes: int,
 ) -> Plan:
     """Return a model's plan for a run of total_tokens, with the batch that suits these; what is given of it stays."""
-    per_process = max(sequences_per_step(total_tokens, model.context_length) // n_processes, 1)
+    n_epochs = total_tokens / n_training_tokens
+    per_process = max(sequences_per_step(total_tokens, n_epochs, model.context_length) // n_processes, 1)
     most = max(MICRO_STEP_TOKENS["cuda" if device_type == "cuda" else "cpu"] // model.context_length, 1)
     batch_size = batch_size or min(per_process, most)
     return Plan(model, batch_size, grad_accum_steps or max(per_process // batch_size, 1), n_processes)
@@ -296,9 +302,10 @@ def flops_per_token(model: Any) -> int:
     return 6 * n_matrix_entries + 12 * model.n_layers * model.n_heads * model.head_dim * model.context_length
 
 
-def sequences_per_step(total_tokens: float, context_length: int) -> int:
+def sequences_per_step(total_tokens: float, n_epochs: float, context_length: int) -> int:
     """Return the sequences per step for a run of total_tokens: a power of two, for about the steps that suit it."""
-    n_steps = STEPS * (total_tokens / STEPS_TOKENS) ** STEPS_POWER
+    steps = SELDOM_STEPS if n_epochs < MANY_EPOCHS else STEPS
+    n_steps = steps * (total_tokens / STEPS_TOKENS) ** STEPS_POWER
     return int(2 ** round(math.log2(max(total_tokens / n_steps / context_length, 1))))
 
 
