@@ -36,8 +36,8 @@ ROAD = (
     "dataset/prepare_aozora_jsonl.py --jsonl_path dataset/sample/sample.jsonl --output_dir dataset/sample_001",
     f"pretokenize.py --data_dir dataset/sample_001 --output_dir dataset/sample_001_pretok {TOKENIZER} --val_fraction 0.05",
     f"pretraining.py --data_dir dataset/sample_001 --use_pretokenized --output_dir quickstart_run {TOKENIZER}"
-    " --model_size micro --n_epochs 4 --batch_size 8 --val_fraction 0.05 --eval_freq 20"
-    " --print_sample_iter 70 --device cpu",
+    " --model_size micro --n_epochs 6 --batch_size 4 --val_fraction 0.05 --eval_freq 60"
+    " --print_sample_iter 210 --device cpu",
     "inference.py --exp_dir quickstart_run --prompt 雨の匂いが --max_new_tokens 200 --temperature 0.8 --top_k 40"
     " --device cpu",
 )
