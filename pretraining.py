@@ -117,7 +117,7 @@ def main(config: PretrainingConfig, started_at: float, stop: StopSignals) -> boo
         tokens = open_token_folder(config, output_dir, tokenizer, locks)
         streams = tokens.open()
         sizes = sizes_within(teacher, model_sizes(config, tokenizer.vocab_size, state))
-        characters = characters_for(config, tokenizer, next(iter(sizes.values())).padded_vocab_size, device)
+        characters = characters_for(config, tokenizer, sizes, device, state, config.init_from is not None)
         plan = choose_plan(
             config, sizes, GPTModel, state, len(streams["train"]), started_at, device, dtype, teacher, characters,
             is_pretrained=config.init_from is not None,

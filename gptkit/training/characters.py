@@ -2,15 +2,17 @@
 
 AdamW moves each row of embedding and head by what that token alone has seen. In Japanese most tokens of two or more
 characters are rare, while their characters are frequent and mean much. Here a row is thought of as the sum of a vector of
-its own and of vectors that tokens share: one for their first character, one for their last, and one for each kind that they
-have, as fastText's words are sums over their n-grams (Bojanowski et al. 2017, arXiv 1607.04606). Only the sums exist: the
-gradient of a shared vector is the sum of those of the rows that have it, and its AdamW step is added to each of these
-rows. Where all the vectors decay alike, so does their sum, so that nothing else is to be kept, and the model remains
-what it is.
+its own and of vectors that tokens share: for their first character, their last, and each that they have; for the scripts of
+the first, of the last, and of all in order; and for their length. So fastText's words are sums over their n-grams
+(Bojanowski et al. 2017, arXiv 1607.04606). Only the sums exist: the gradient of a shared vector is the sum of those of the
+rows that have it, and its AdamW step is added to each of these rows. Where all the vectors decay alike, so does their sum,
+so that nothing else is to be kept, and the model remains what it is.
 
 Shapes: V rows of the embedding (padding included), F shared vectors, C channels.
 """
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from gptkit.text.tokenizer import Tokenizer
 
 UNREADABLE = "\ufffd"  # in what a token of single bytes decodes to
+LONG = 4  # characters; longer tokens are alike
 CONTINUATION = "##"  # before what WordPiece's tokens within a word decode to
 
 
@@ -54,13 +57,31 @@ def share_characters(tokens: Sequence[str], n_rows: int, device: str = "cpu") ->
     of_rows: list[list[int]] = [[] for _ in range(n_rows)]
     for row, text in zip(of_rows, tokens, strict=False):
         if text and UNREADABLE not in text:
-            roles = [("first", text[0]), ("last", text[-1]), *(("any", character) for character in dict.fromkeys(text))]
-            row += [numbers.setdefault(role, len(numbers)) for role in roles]
+            row += [numbers.setdefault(role, len(numbers)) for role in _roles(text)]
     of_shared: list[list[int]] = [[] for _ in numbers]
     for row_number, row in enumerate(of_rows):
         for shared in row:
             of_shared[shared].append(row_number)
     return SharedCharacters(_bags(of_rows, device), _bags(of_shared, device), len(numbers))
+
+
+def _roles(text: str) -> list[tuple[str, str]]:
+    """Return what a token shares with others."""
+    scripts = [_script(character) for character in text]
+    return [
+        ("first", text[0]),
+        ("last", text[-1]),
+        *(("any", character) for character in dict.fromkeys(text)),
+        ("script of the first", scripts[0]),
+        ("script of the last", scripts[-1]),
+        ("scripts", " ".join(scripts[:LONG])),
+        ("length", str(min(len(text), LONG))),
+    ]
+
+
+def _script(character: str) -> str:
+    """Return a word such as HIRAGANA, CJK or LATIN, the first of the character's name in Unicode."""
+    return re.split("[ -]", unicodedata.name(character, "UNNAMED"))[0]
 
 
 def characters_of(tokenizer: Tokenizer, n_rows: int, device: torch.device) -> SharedCharacters:

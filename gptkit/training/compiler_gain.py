@@ -9,6 +9,8 @@ import getpass
 import hashlib
 import math
 import os
+import re
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,8 @@ from typing import Any
 import torch
 
 from gptkit.base.files import read_json, write_json
-from gptkit.distributed.process_group import is_main_process, main_process
+from gptkit.distributed.process_group import main_process
+from gptkit.training import cpu_layers
 from gptkit.training.guard import as_sum
 from gptkit.training.settings import TrainingSettings
 
@@ -36,18 +39,21 @@ class CompilerGain:
 
     def is_worth(self, left_s: float) -> bool:
         """Return whether a run with so many seconds left gains by it; that of one without a budget is not known."""
-        return self.times_as_fast > 1 and WORTH_TIMES * self.seconds <= left_s < math.inf
+        gains = (left_s - self.seconds) * self.times_as_fast > left_s
+        return gains and WORTH_TIMES * self.seconds <= left_s < math.inf
 
 
 @main_process
 def expected_gain(dimensions: Any, batch_size: int, dtype: torch.dtype) -> CompilerGain:
     """Return what to expect for a model, by its dimensions (a dataclass), and the sequences of its micro-steps."""
     try:
-        return CompilerGain(WARM_COMPILING_S, as_sum(read_json(_path(dimensions, batch_size, dtype))["times_as_fast"]))
+        times_as_fast = as_sum(read_json(_path(dimensions, batch_size, dtype))["times_as_fast"])
+        return CompilerGain(WARM_COMPILING_S, times_as_fast) if times_as_fast > 0 else CompilerGain()
     except (OSError, ValueError, KeyError, TypeError):
         return CompilerGain()
 
 
+@main_process
 def compiles(
     settings: TrainingSettings,
     dimensions: Any,
@@ -69,18 +75,20 @@ def compiles(
 
 def record_gain(dimensions: Any, batch_size: int, dtype: torch.dtype, times_as_fast: float) -> None:
     """Keep how much faster a compiled step was, for later runs."""
-    if is_main_process():
-        with contextlib.suppress(OSError):  # they will expect what is usual
-            write_json(_path(dimensions, batch_size, dtype), {"times_as_fast": round(times_as_fast, 3)})
+    with contextlib.suppress(OSError):  # they will expect what is usual
+        write_json(_path(dimensions, batch_size, dtype), {"times_as_fast": round(times_as_fast, 3)})
 
 
 def _path(dimensions: Any, batch_size: int, dtype: torch.dtype) -> Path:
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # torch sets it once it has compiled
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # torch sets it once it has compiled, by default to this
     if folder is None:
-        user = "unknown"
-        with contextlib.suppress(OSError, KeyError, ImportError):  # not everyone has a name
+        try:
             user = getpass.getuser()
-        folder = os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")
-    model = replace(dimensions, drop_rate=0.0)  # the planner asks before it is chosen
-    key = repr((model, batch_size, dtype, torch.get_num_threads(), torch.__version__))
-    return Path(folder) / f"gptkit_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        except (OSError, KeyError, ImportError):  # not everyone has a name
+            user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
+        folder = os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+    model = replace(dimensions, drop_rate=0.5 if dimensions.drop_rate else 0.0)  # whatever it is, the code is the same
+    sources = [Path(str(sys.modules[module].__file__)) for module in (type(dimensions).__module__, cpu_layers.__name__)]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+    digest.update(repr((model, batch_size, dtype, torch.get_num_threads(), torch.__version__)).encode())
+    return Path(folder) / f"gptkit_{digest.hexdigest()[:16]}.json"

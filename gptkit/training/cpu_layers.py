@@ -9,6 +9,7 @@ Shapes: B batch, H query heads, G heads of keys and values, R = H / G query head
 D channels of a head. K keys, n queries of a block.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -16,12 +17,10 @@ from torch.nn import functional as F
 
 from gptkit.training.dropout import quicken_dropout
 
-BLOCK_BYTES = (
-    256  # of a row of keys' numbers: blocks of 128 queries in 16 bits, and of 64 in 32, were the quickest tried
-)
-MAX_WEIGHT_BYTES = (
-    1 << 28
-)  # of a layer's attention weights, kept for the backward pass; with more, torch's own keeps less
+# Of a column of scores in a block: 128 queries in 16 bits, and 64 in 32 bits, were the quickest tried.
+BLOCK_BYTES = 256
+# Of a model's attention weights, which are kept for the backward pass; where there would be more, torch's own keeps less.
+MAX_WEIGHT_BYTES = 1 << 29
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -62,10 +61,11 @@ def causal_attention(
     dropout: float,
     is_causal: bool,
     enable_gqa: bool = False,
+    max_weight_bytes: int = MAX_WEIGHT_BYTES,
 ) -> torch.Tensor:  # (B, H, T, D)
     """Return what F.scaled_dot_product_attention returns; what is not causal, or large, or has dropout, is left to it."""
     (B, H, T, D), G = q.shape, k.shape[1]
-    if not is_causal or mask is not None or dropout or B * H * T * T * q.itemsize > MAX_WEIGHT_BYTES:
+    if not is_causal or mask is not None or dropout or B * H * T * T * q.itemsize > max_weight_bytes:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=enable_gqa)
     output: torch.Tensor = _CausalAttention.apply(
         q.reshape(B * G, H // G, T, D), k.reshape(B * G, T, D), v.reshape(B * G, T, D)
@@ -77,9 +77,10 @@ def quicken(model: Any) -> Any:
     """Give a GPT on a CPU attention and dropout that train faster, and return it; its parameters stay."""
     if model.head_weight.device.type != "cpu":
         return model
+    attend = functools.partial(causal_attention, max_weight_bytes=MAX_WEIGHT_BYTES // model.config.n_layers)
     for module in model.modules():
         if hasattr(module, "attend"):
-            module.attend = causal_attention
+            module.attend = attend
     if not model.config.drop_attention:  # a run of version 0.1 goes on with its random numbers
         quicken_dropout(model)
     return model

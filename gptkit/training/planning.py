@@ -32,12 +32,10 @@ TOKENS_PER_PARAMETER = 2.0
 # characters the largest was, where it read its text 5.5 to 8 times, with up to so many parameters of the blocks per token of
 # the text. NanoGPT Slowrun's first model has 12 (github.com/qlabs-eng/slowrun, README).
 ENOUGH_EPOCHS, PARAMETERS_PER_TOKEN = 5.0, 16.0
-# Optimizer steps in a run, growing with the cube root of the tokens, so that batch and steps both grow. For a million tokens
-# a batch of 1,024 was the best tried, and for 12 million read five times 2,929 steps were better than 1,464. By the recipe
-# for text that is read seldom, whose embedding learns faster, half as many are better: for 3.7 million tokens 900 steps were
-# better than 450, 1,800 and 3,600 (benchmarks/README.md).
-STEPS, STEPS_TOKENS, STEPS_POWER = 1200, 1e6, 1 / 3
-SELDOM_STEPS = 600
+# Optimizer steps in a run, growing with the cube root of the tokens, so that batch and steps both grow. For 12 million tokens
+# read five times 2,929 steps were better than 1,464. By the recipe for text that is read seldom, whose embedding learns faster,
+# half as many are: 900 steps for 3.7 million tokens, of 450 to 3,600, and 1,465 for 12 million (benchmarks/README.md).
+STEPS, SELDOM_STEPS, STEPS_TOKENS, STEPS_POWER = 1200, 600, 1e6, 1 / 3
 CLOSING_S = 3.0  # of a budget: the last evaluation, sample, checkpoint and curve
 MIN_TRAINING_S = 5.0  # of a budget that must be left when training begins
 MICRO_STEP_TOKENS = {"cpu": 4096, "cuda": 32_768}  # with a budget: the most tokens in one pass through the model
@@ -161,6 +159,7 @@ def choose_plan(
         limit=most_tokens(settings, n_training_tokens),
         is_regularized=plans_decays(settings, is_pretrained)
         and 0 not in (settings.weight_decay, settings.embedding_decay),
+        seldom_steps=SELDOM_STEPS if plans_decays(settings, is_pretrained) else STEPS,
         gain_for=gain_for,
     )
     return finish_plan(plan, settings, n_training_tokens, total_tokens, is_pretrained)
@@ -202,6 +201,7 @@ def plan_for_budget(
     n_processes: int = 1,
     limit: float = math.inf,
     is_regularized: bool = True,
+    seldom_steps: int = SELDOM_STEPS,
     gain_for: Callable[[Plan], CompilerGain | None] = lambda plan: None,
 ) -> tuple[Plan, float]:
     """Return the largest model for which left_s seconds are worth enough tokens, its batch, and the tokens that it reads.
@@ -213,8 +213,8 @@ def plan_for_budget(
     """
     chosen = None
     plan_for = functools.partial(
-        plan_batch, n_training_tokens=n_training_tokens, device_type=device_type, batch_size=batch_size,
-        grad_accum_steps=grad_accum_steps, n_processes=n_processes,
+        plan_batch, n_training_tokens=n_training_tokens, seldom_steps=seldom_steps, device_type=device_type,
+        batch_size=batch_size, grad_accum_steps=grad_accum_steps, n_processes=n_processes,
     )  # fmt: skip
     for size, model in sizes.items():
         possible = possible_tokens(measure(model), left_s, n_processes, functools.partial(plan_for, model), gain_for)
@@ -235,16 +235,14 @@ def plan_for_budget(
     assert chosen
     size, model, total_tokens = chosen
     plan = plan_for(model, total_tokens)
-    n_steps = total_tokens / plan.tokens_per_step
-    processes = f" x {n_processes}" if n_processes > 1 else ""
-    why = "as asked for"
+    processes, why = f" x {n_processes}" if n_processes > 1 else "", "as asked for"
     if len(sizes) > 1:
         why = f"the largest with {TOKENS_PER_PARAMETER:g} such tokens per parameter"
         if is_regularized:
             why += f", or {ENOUGH_EPOCHS:g} epochs and {PARAMETERS_PER_TOKEN:g} parameters per token of the text"
     print(
         f"chosen: {size}, {why}; {plan.batch_size} x {plan.grad_accum_steps}{processes} sequences per step, for about"
-        f" {n_steps:,.0f} steps",
+        f" {total_tokens / plan.tokens_per_step:,.0f} steps",
         flush=True,
     )
     return plan, total_tokens
@@ -271,14 +269,15 @@ def plan_batch(
     total_tokens: float,
     *,
     n_training_tokens: int,
+    seldom_steps: int,
     device_type: str,
     batch_size: int | None,
     grad_accum_steps: int | None,
     n_processes: int,
 ) -> Plan:
     """Return a model's plan for a run of total_tokens, with the batch that suits these; what is given of it stays."""
-    n_epochs = total_tokens / n_training_tokens
-    per_process = max(sequences_per_step(total_tokens, n_epochs, model.context_length) // n_processes, 1)
+    steps = seldom_steps if total_tokens < MANY_EPOCHS * n_training_tokens else STEPS
+    per_process = max(sequences_per_step(total_tokens, model.context_length, steps) // n_processes, 1)
     most = max(MICRO_STEP_TOKENS["cuda" if device_type == "cuda" else "cpu"] // model.context_length, 1)
     batch_size = batch_size or min(per_process, most)
     return Plan(model, batch_size, grad_accum_steps or max(per_process // batch_size, 1), n_processes)
@@ -302,9 +301,8 @@ def flops_per_token(model: Any) -> int:
     return 6 * n_matrix_entries + 12 * model.n_layers * model.n_heads * model.head_dim * model.context_length
 
 
-def sequences_per_step(total_tokens: float, n_epochs: float, context_length: int) -> int:
-    """Return the sequences per step for a run of total_tokens: a power of two, for about the steps that suit it."""
-    steps = SELDOM_STEPS if n_epochs < MANY_EPOCHS else STEPS
+def sequences_per_step(total_tokens: float, context_length: int, steps: int = STEPS) -> int:
+    """Return the sequences per step for a run of total_tokens: a power of two, for `steps` at STEPS_TOKENS."""
     n_steps = steps * (total_tokens / STEPS_TOKENS) ** STEPS_POWER
     return int(2 ** round(math.log2(max(total_tokens / n_steps / context_length, 1))))
 

@@ -122,8 +122,8 @@ class RecipeSettings:
     )
     share_characters: float | None = setting(
         None,
-        "with muon: move tokens that have characters in common together as well, at this share of their learning rate; 0:"
-        " only each by itself (default: 0.5 in a new model)",
+        "with muon: move tokens that have characters or scripts in common together as well, at this share of their learning"
+        " rate; 0: only each by itself (default: 0.5 in a new model)",
         at_least=0,
         group="optimizer",
     )

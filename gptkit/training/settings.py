@@ -5,8 +5,9 @@ The model's settings are in pretraining.py, which knows the model; the tokenizer
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from gptkit.distributed.process_group import Parallelism
 from gptkit.text.tokenizer import Tokenizer
 from gptkit.training.characters import SharedCharacters, characters_of
 from gptkit.training.optimizers import OPTIMIZERS, Optimizer, build_optimizer
-from gptkit.training.recipe import Recipe, RecipeSettings
+from gptkit.training.recipe import CHARACTER_SHARE, Recipe, RecipeSettings, saved_recipe
 
 MAX_ROLLBACKS = 3  # to a checkpoint, when a run diverges; each halves the rate
 BATCH_SIZE = 16  # where neither a flag nor a budget says otherwise
@@ -257,11 +258,26 @@ def peak_lr(settings: TrainingSettings) -> float:
 
 
 def characters_for(
-    settings: TrainingSettings, tokenizer: Tokenizer, n_rows: int, device: torch.device
+    settings: TrainingSettings,
+    tokenizer: Tokenizer,
+    sizes: Mapping[str, Any],
+    device: torch.device,
+    state: Mapping[str, Any],
+    is_pretrained: bool,
 ) -> SharedCharacters | None:
-    """Return which of the embedding's n_rows rows share characters, where the optimizer can use that and is to."""
-    can_share = "share_characters" in OPTIMIZERS[settings.optimizer].recipe_flags
-    return characters_of(tokenizer, n_rows, device) if can_share and settings.share_characters != 0 else None
+    """Return which rows of the embedding share characters, where the optimizer can use that and is to.
+
+    `sizes` are the models to choose from, all with the same rows; `state` is that of a run that resumes; is_pretrained tells
+    whether the weights are those of --init_from.
+    """
+    share = settings.share_characters
+    if state:
+        share = saved_recipe(settings, state).share_characters
+    elif share is None:
+        share = 0.0 if is_pretrained else CHARACTER_SHARE
+    if not share or "share_characters" not in OPTIMIZERS[settings.optimizer].recipe_flags:
+        return None
+    return characters_of(tokenizer, next(iter(sizes.values())).padded_vocab_size, device)
 
 
 def configure_optimizer(
