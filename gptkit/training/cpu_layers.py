@@ -1,6 +1,6 @@
 """Layers that train faster on a CPU than torch's own: causal attention, and the dropout of dropout.py.
 
-Forward and backward of torch's attention for CPUs take 1.6 to 2.9 times as long as of this one in bfloat16, and 1.2 to 1.7
+Forward and backward of torch's attention for CPUs take 1.7 to 3 times as long as of this one in bfloat16, and 1.1 to 1.4
 times in float32 (benchmarks/attention_speed.py). This one keeps the weights of the attention, which are small where a model
 and its context are, and multiplies by them as plain matrices. A block of queries meets no keys behind it, so that little is
 computed above the diagonal.

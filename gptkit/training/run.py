@@ -98,7 +98,7 @@ class Run:
         Raises BatchTooLarge, with a batch that was seen to fit, where memory runs out.
         """
         if compiled and process_group.is_main_process():
-            print("compiling the model (about half a minute; --no-compile leaves it as it is)", flush=True)
+            print("compiling the model (up to half a minute or so; --no-compile leaves it as it is)", flush=True)
         self.batches.micro_batch(self.step, 0)  # the first one takes longer: it draws the order of the epoch
         start = time.monotonic()
         batch = self.batches.micro_batch(self.step, 0)
