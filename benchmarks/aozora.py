@@ -23,6 +23,7 @@ each has cores of its own, several may run at a time, each in a process and a --
     python benchmarks/aozora.py --track 350k --contenders ours --seeds 1 2 3 --jsonl_path SUBSET … --work_dir WORK
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,12 @@ from typing import Any, Literal
 
 import torch
 from aozora_lists import DEVELOPMENT, HELDOUT, prepare_documents
-from machine import log, save_result, versions
+from contenders import NANOCHAT, NANOGPT, OURS
+from machine import versions
 from quality import BEST, END, open_streams, prepare_tokens, train_ours
 from side_by_side import (
-    NANOCHAT,
-    NANOGPT,
-    OURS,
     RUNNERS,
+    USUALLY_COUNTED,
     PeerSettings,
     Runner,
     Runs,
@@ -45,6 +45,7 @@ from side_by_side import (
     check_peers,
     compare,
     earlier_runs,
+    train_all,
     train_project,
 )
 
@@ -132,25 +133,18 @@ def main(config: AozoraConfig) -> None:
         text_path=text_path,
         vocab_size=config.vocab_size,
         n_tokens=len(open_streams(data, tokenizer)["train"]),
-        counts_start={OURS: True, NANOGPT: False, NANOCHAT: False},
+        counts_start=USUALLY_COUNTED,
         max_steps=track.max_steps,
     )
-    content = ""
-    for contender in config.contenders:
-        for seed in map(int, config.seeds):
-            for variant, figures in runners(config)[contender](setup, seed):
-                found = earlier_runs(name, conditions)  # again: another process may have added to them
-                found.setdefault(contender, {})[f"{variant}, seed {seed}"] = figures
-                log(f"{contender}, {variant}, seed {seed}: {figures['bits_per_char']}")
-                content = save_result(name, conditions | {"contenders": found} | judge(found, track))
-    print(content, end="")
+    runs = itertools.product(config.contenders, config.seeds)
+    train_all(name, conditions, setup, runs, runners(config), lambda found: judge(found, track))
 
 
 def check_settings(config: AozoraConfig) -> None:
     """Raise UserError where a setting is none, or a folder that a contender needs is not what it should be."""
     check_peers(config, config.contenders, runners(config))
     if BEFORE in config.contenders:
-        check_checkout(BEFORE, "pretraining.py", config.before_dir, "an earlier checkout of this project")
+        check_checkout(BEFORE, config.before_dir, "pretraining.py", "an earlier checkout of this project")
     if config.development == (config.heldout_path is not None):
         raise UserError("give either --heldout_path, for a final score, or --development, for choosing settings")
     if config.development and config.track in ("50M", "sample"):

@@ -7,14 +7,15 @@ result file, so that each may be run alone.
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from machine import ROOT, machine, result_path, revision_of
+from contenders import NANOCHAT, NANOGPT, OURS
+from machine import ROOT, log, machine, result_path, revision_of, save_result
 from peers import NanoGPTRecipe, compilation, nanochat, nanogpt, parse_size
 from quality import BEST, END, Peer, evaluate_ours, losses_of, train_and_score, train_ours
 
@@ -22,7 +23,11 @@ from gpt_model import GPTConfig, GPTModel
 from gptkit.base import devices
 from gptkit.base.cli import UserError, setting
 
-OURS, NANOGPT, NANOCHAT = "ours", "nanogpt", "nanochat"
+CHECKOUTS = {  # a file that is in it, and what it is
+    NANOGPT: ("model.py", "a checkout of nanoGPT"),
+    NANOCHAT: ("nanochat/gpt.py", "a checkout of nanochat"),
+}
+USUALLY_COUNTED = {OURS: True, NANOGPT: False, NANOCHAT: False}  # the time until the first steps
 Runs = Iterator[tuple[str, dict[str, Any]]]  # (variant, figures)
 Runner = Callable[["Setup", int], Runs]  # … of a seed
 
@@ -67,15 +72,11 @@ class Setup:
 
 def check_peers(settings: PeerSettings, contenders: tuple[str, ...], known: Mapping[str, Any]) -> None:
     """Raise UserError where a setting is none, or a folder that a contender needs is not what it should be."""
-    needed = {
-        NANOGPT: ("model.py", settings.nanogpt_dir, "a checkout of nanoGPT"),
-        NANOCHAT: ("nanochat/gpt.py", settings.nanochat_dir, "a checkout of nanochat"),
-    }
     for contender in contenders:
         if contender not in known:
             raise UserError(f"--contenders {contender} is none of {', '.join(known)}")
-        if contender in needed:
-            check_checkout(contender, *needed[contender])
+        if contender in CHECKOUTS:
+            check_checkout(contender, getattr(settings, f"{contender}_dir"), *CHECKOUTS[contender])
     for seed in settings.seeds:
         if not seed.isdecimal():
             raise UserError(f"--seeds {seed} is not a whole number")
@@ -87,7 +88,7 @@ def check_peers(settings: PeerSettings, contenders: tuple[str, ...], known: Mapp
             parse_size(size, f"--{flag}")
 
 
-def check_checkout(contender: str, file: str, folder: str | None, what: str) -> None:
+def check_checkout(contender: str, folder: str | None, file: str, what: str) -> None:
     """Raise UserError where the folder of a contender is not given, or does not hold that file."""
     if folder is None:
         raise UserError(f"--{contender}_dir is needed, {what}; or name other --contenders")
@@ -110,6 +111,25 @@ def earlier_runs(name: str, conditions: Mapping[str, Any]) -> dict[str, dict[str
         )
     runs: dict[str, dict[str, Any]] = result["contenders"]
     return runs
+
+
+def train_all(
+    name: str,
+    conditions: Mapping[str, Any],
+    setup: Setup,
+    runs: Iterable[tuple[str, str]],  # (contender, seed)
+    runners: Mapping[str, Runner],
+    judge: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> None:
+    """Train the contenders, add each run to the result file with what `judge` says of all, and print that file at the end."""
+    content = ""
+    for contender, seed in runs:
+        for variant, figures in runners[contender](setup, int(seed)):
+            found = earlier_runs(name, conditions)  # again: another process may have added to them
+            found.setdefault(contender, {})[f"{variant}, seed {seed}"] = figures
+            log(f"{contender}, {variant}, seed {seed}: {figures['bits_per_char']}")
+            content = save_result(name, {**conditions, "contenders": found, **judge(found)})
+    print(content, end="")
 
 
 # Contenders

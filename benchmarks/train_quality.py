@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from contenders import dtype_as
-from machine import log, save_result, versions, write_result
+from contenders import NANOCHAT, NANOGPT, OURS, dtype_as
+from machine import log, versions, write_result
 from peers import NanoGPTRecipe
 from quality import END, evaluate_ours, open_streams, prepare_tokens, train_ours
-from side_by_side import NANOCHAT, NANOGPT, OURS, RUNNERS, PeerSettings, Setup, check_peers, compare, earlier_runs
+from side_by_side import RUNNERS, USUALLY_COUNTED, PeerSettings, Setup, check_peers, compare, earlier_runs, train_all
 
 from gptkit.base import devices
 from gptkit.base.cli import run_command, setting
@@ -44,7 +44,7 @@ from gptkit.base.paths import existing_path
 RECIPE = NanoGPTRecipe(lr=2e-3, beta2=0.95, dropout=0.0, warmup_share=0.05, batch_size=4)
 GOALS = ((NANOGPT, END, 0.25), (NANOCHAT, END, 0.03))
 COUNTS_START = {
-    "usual": {OURS: True, NANOGPT: False, NANOCHAT: False},
+    "usual": USUALLY_COUNTED,
     "counted": dict.fromkeys(RUNNERS, True),
     "not_counted": dict.fromkeys(RUNNERS, False),
 }
@@ -104,7 +104,7 @@ def contest(name: str, config: TrainQualityConfig, data_dir: Path, text_path: Pa
         "device": devices.describe_device(device),
         "max_steps": config.max_steps,
         "heldout_sha256": hashlib.sha256(text_path.read_bytes()).hexdigest(),
-        "dtype": {each: devices.dtype_name(dtype_of(each, config.dtype, device)) for each in RUNNERS},
+        "dtype": {each: devices.dtype_name(dtype_as(each, config.dtype, device)) for each in RUNNERS},
         **versions("torch"),
     }
     work_dir = Path(config.work_dir)
@@ -116,7 +116,7 @@ def contest(name: str, config: TrainQualityConfig, data_dir: Path, text_path: Pa
         settings=config,
         minutes=config.minutes,
         device=device,
-        dtype=lambda contender: dtype_of(contender, config.dtype, device),
+        dtype=lambda contender: dtype_as(contender, config.dtype, device),
         flags={"device": config.device},
         training_flags={"dtype": config.dtype},
         variables={"TORCHINDUCTOR_CACHE_DIR": str((work_dir / "compiled").resolve())},
@@ -130,20 +130,8 @@ def contest(name: str, config: TrainQualityConfig, data_dir: Path, text_path: Pa
         counts_start=COUNTS_START[config.start],
         max_steps=config.max_steps,
     )
-    content = ""
-    for seed in map(int, config.seeds):
-        for contender in config.contenders:
-            for variant, figures in RUNNERS[contender](setup, seed):
-                found = earlier_runs(name, conditions)
-                found.setdefault(contender, {})[f"{variant}, seed {seed}"] = figures
-                log(f"{contender}, {variant}, seed {seed}: {figures['bits_per_char']}")
-                content = save_result(name, conditions | {"contenders": found} | compare(found, GOALS))
-    print(content, end="")
-
-
-def dtype_of(contender: str, choice: str, device: torch.device) -> torch.dtype:
-    """Return the type of a contender's matrix products; nanochat has that of ours."""
-    return dtype_as(OURS if contender == NANOCHAT else contender, choice, device)
+    runs = [(contender, seed) for seed in config.seeds for contender in config.contenders]
+    train_all(name, conditions, setup, runs, RUNNERS, lambda found: compare(found, GOALS))
 
 
 def leave_out(config: TrainQualityConfig) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from contenders import LLMS_FROM_SCRATCH, MODERN, NANOCHAT, NANOGPT, OURS, TRANS
 from machine import log, versions, write_result
 from models import make_config
 from peers import compilation
+from side_by_side import CHECKOUTS, check_checkout
 
 from gpt_model import GPTConfig
 from gptkit.base import devices
@@ -37,7 +38,6 @@ from gptkit.training.planning import flops_per_token
 
 N_WARM_UP = 2  # steps of each before the first round; the first one compiles
 CONTENDERS = OURS, TRANSFORMERS, MODERN, NANOGPT, NANOCHAT, LLMS_FROM_SCRATCH
-CHECKOUTS = {NANOGPT: "model.py", NANOCHAT: "nanochat/gpt.py"}  # a file that is there
 HEAD_WIDTH = 64  # GPT-2's, unless --n_heads is given
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -67,9 +67,8 @@ def main(config: TrainSpeedConfig) -> None:
     dimensions = model_dimensions(config)
     given = {NANOGPT: config.nanogpt_dir, NANOCHAT: config.nanochat_dir}
     checkouts = {name: Path(folder).resolve() for name, folder in given.items() if folder}
-    for name, folder in checkouts.items():
-        if not (folder / CHECKOUTS[name]).is_file():
-            raise UserError(f"--{name}_dir {given[name]} holds no {CHECKOUTS[name]}; name a checkout of {name}")
+    for name in checkouts:
+        check_checkout(name, given[name], *CHECKOUTS[name])
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as pretraining.py, and as nanoGPT's train.py
     suffix = "" if config.dtype == "auto" else f"_{config.dtype}"

@@ -87,9 +87,8 @@ def _script(character: str) -> str:
 def characters_of(tokenizer: Tokenizer, n_rows: int, device: torch.device) -> SharedCharacters:
     """Return which of n_rows rows of an embedding on that device share characters."""
     tokens = [tokenizer.decode([i]).removeprefix(CONTINUATION) for i in range(tokenizer.vocab_size)]
-    return share_characters(
-        tokens, n_rows, "cpu" if device.type == "mps" else str(device)
-    )  # not every torch sums there
+    where = "cpu" if device.type == "mps" else str(device)  # not every torch sums there
+    return share_characters(tokens, n_rows, where)
 
 
 def _bags(members: Sequence[Sequence[int]], device: str) -> Bags:
